@@ -1,0 +1,221 @@
+"""Run any JAX function on perturbed parameters, each perturbed where it is used.
+
+`lazily(fn)` traces `fn` to a jaxpr, as `jax.jit` would, and evaluates that with `Perturbed` values among its
+inputs. An equation with none of them runs as it stands. For the others the value's own rule is asked, control flow
+is entered, and where there is no rule the value is formed: the result is right for every function. A stack of layers
+that is scanned is sliced before it is perturbed, so that one layer at a time is formed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+from jax import lax
+
+from zo_jax.perturbed import LowRank, Perturbed
+
+
+class Formed(NamedTuple):
+    """One place where a perturbed array had to be formed whole."""
+
+    primitive: str
+    shape: tuple[int, ...]
+    kind: str
+    where: str
+
+
+_formed_logs: list[list[Formed]] = []
+
+
+@contextlib.contextmanager
+def record_formed() -> Iterator[list[Formed]]:
+    """Record where perturbed arrays are formed, for functions traced inside the context.
+
+    Yields:
+      A list of `Formed`, filled while tracing: primitive, shape, kind of direction, line of the source.
+
+    >>> import jax, jax.numpy as jnp, zo_jax
+    >>> with zo_jax.record_formed() as formed:
+    ...     _ = zo_jax.project(
+    ...         lambda w: jnp.sum(jnp.exp(w)), jnp.ones((4, 4)), jax.random.key(0), num_queries=1,
+    ...         perturbation=zo_jax.low_rank(1))
+    >>> formed[0].primitive, formed[0].shape, formed[0].kind
+    ('exp', (4, 4), 'LowRank')
+    """
+    log: list[Formed] = []
+    _formed_logs.append(log)
+    try:
+        yield log
+    finally:
+        _formed_logs.remove(log)
+
+
+def is_perturbed(x: Any) -> bool:
+    return isinstance(x, Perturbed)
+
+
+def lazily(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`, accepting pytrees with `Perturbed` leaves in its positional arguments.
+
+    The result has plain arrays only. `fn` itself sees ordinary tracers of the perturbed arrays' shapes and dtypes.
+    """
+
+    def wrapped(*args):
+        leaves, treedef = jax.tree.flatten(args, is_leaf=is_perturbed)
+        perturbed = [leaf for leaf in leaves if is_perturbed(leaf)]
+
+        def fn_of_perturbed(*arrays):
+            arrays = iter(arrays)
+            return fn(
+                *jax.tree.unflatten(
+                    treedef, [next(arrays) if is_perturbed(leaf) else leaf for leaf in leaves]
+                )
+            )
+
+        shapes = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in perturbed]
+        jaxpr, out_shape = jax.make_jaxpr(fn_of_perturbed, return_shape=True)(*shapes)
+        out = _evaluate(jaxpr.jaxpr, jaxpr.consts, perturbed)
+        return jax.tree.unflatten(jax.tree.structure(out_shape), [_plain(x) for x in out])
+
+    return wrapped
+
+
+def _plain(x: Any) -> Any:
+    return x.form() if is_perturbed(x) else x
+
+
+def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """The outputs of a jaxpr, `Perturbed` values among the inputs and perhaps among the outputs."""
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+    read = lambda atom: atom.val if isinstance(atom, core.Literal) else env[atom]
+    for eqn in jaxpr.eqns:
+        outs = _apply(eqn, [read(atom) for atom in eqn.invars])
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _evaluate_plain(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    return [_plain(x) for x in _evaluate(jaxpr, consts, args)]
+
+
+def _apply(eqn: core.JaxprEqn, args: list[Any]) -> Sequence[Any]:
+    """The outputs of one equation."""
+    if not any(is_perturbed(arg) for arg in args):
+        return _bind(eqn, args)
+    name = eqn.primitive.name
+    if name in _CONTROL_FLOW:
+        return _CONTROL_FLOW[name](eqn.params, args)
+    out = _rule(name, eqn.params, args)
+    if out is not None:
+        return [out]
+    for arg in args:
+        if is_perturbed(arg):
+            for log in _formed_logs:
+                where = jax.extend.source_info_util.summarize(eqn.source_info)
+                log.append(Formed(name, arg.shape, type(arg).__name__, where))
+    return _bind(eqn, [_plain(arg) for arg in args])
+
+
+def _rule(name: str, params: dict[str, Any], args: list[Any]) -> Any:
+    """The result from the perturbed operand's own rule, or None."""
+    if name == "dot_general":
+        lhs, rhs = args
+        if is_perturbed(rhs):
+            rule, other = rhs.rules.get(name), _plain(lhs)
+            return rule and rule(rhs, params, other, True)
+        return lhs.rules[name](lhs, params, rhs, False) if name in lhs.rules else None
+    first, *others = args
+    if not is_perturbed(first) or any(is_perturbed(x) for x in others):
+        return None
+    rule = first.rules.get(name)
+    return rule and rule(first, params, *others)
+
+
+def _bind(eqn: core.JaxprEqn, args: Sequence[Any]) -> Sequence[Any]:
+    """Runs an equation as it stands."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    # Before JAX 0.10, functions among the parameters came apart from the rest.
+    subfuns, params = params if isinstance(params, tuple) else ((), params)
+    with eqn.ctx.manager:
+        out = eqn.primitive.bind(*subfuns, *args, **params)
+    return out if eqn.primitive.multiple_results else [out]
+
+
+def _call(params: dict[str, Any], args: list[Any]) -> Sequence[Any]:
+    """jit, checkpoint and other calls: their body is entered."""
+    jaxpr = params.get("jaxpr", params.get("call_jaxpr"))
+    if isinstance(jaxpr, core.ClosedJaxpr):
+        return _evaluate(jaxpr.jaxpr, jaxpr.consts, args)
+    return _evaluate(jaxpr, (), args)
+
+
+def _cond(params: dict[str, Any], args: list[Any]) -> Sequence[Any]:
+    index, *operands = args
+    branches = [
+        lambda operands, branch=branch: _evaluate_plain(branch.jaxpr, branch.consts, operands)
+        for branch in params["branches"]
+    ]
+    return lax.switch(_plain(index), branches, operands)
+
+
+def _while(params: dict[str, Any], args: list[Any]) -> Sequence[Any]:
+    cond, body = params["cond_jaxpr"], params["body_jaxpr"]
+    n, m = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    cond_consts, body_consts = args[:n], args[n:m]
+    return lax.while_loop(
+        lambda carry: _evaluate_plain(cond.jaxpr, cond.consts, [*cond_consts, *carry])[0],
+        lambda carry: _evaluate_plain(body.jaxpr, body.consts, [*body_consts, *carry]),
+        [_plain(x) for x in args[m:]],
+    )
+
+
+def _scan(params: dict[str, Any], args: list[Any]) -> Sequence[Any]:
+    body = params["jaxpr"]
+    n, m = params["num_consts"], params["num_consts"] + params["num_carry"]
+    # A dense table that every iteration uses whole is formed once, before the loop.
+    consts = [
+        x.form() if is_perturbed(x) and not _stays_lazy(x, body.jaxpr, var) else x
+        for x, var in zip(args[:n], body.jaxpr.invars[:n], strict=True)
+    ]
+    carry = [_plain(x) for x in args[n:m]]
+    # Layers: the parts of a perturbed stack are sliced by the scan, and put together again inside.
+    split = [x.layers() if is_perturbed(x) else None for x in args[m:]]
+    xs = [s[0] if s else _plain(x) for s, x in zip(split, args[m:], strict=True)]
+
+    def step(carry, slices):
+        slices = [s[1](x) if s else x for s, x in zip(split, slices, strict=True)]
+        out = _evaluate_plain(body.jaxpr, body.consts, [*consts, *carry, *slices])
+        return out[: len(carry)], out[len(carry) :]
+
+    carry, ys = lax.scan(
+        step,
+        carry,
+        xs,
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    return [*carry, *ys]
+
+
+def _stays_lazy(x: Perturbed, jaxpr: core.Jaxpr, var: core.Var) -> bool:
+    """Whether a constant of a loop is cheap to perturb in every iteration: low rank, or only sliced there."""
+    if isinstance(x, LowRank):
+        return True
+    users = [eqn for eqn in jaxpr.eqns if any(atom is var for atom in eqn.invars)]
+    return all(eqn.primitive.name in ("gather", "dynamic_slice") for eqn in users)
+
+
+_CONTROL_FLOW = {
+    "jit": _call,
+    "pjit": _call,
+    "closed_call": _call,
+    "core_call": _call,
+    "checkpoint": _call,
+    "remat2": _call,
+    "cond": _cond,
+    "while": _while,
+    "scan": _scan,
+}
