@@ -1,0 +1,29 @@
+"""Training with forward passes only: zeroth-order gradient estimates for JAX."""
+
+from zo_jax.estimators import Estimate, estimate_gradient, mean_weights, project
+from zo_jax.lazy import lazily, record_formed
+from zo_jax.perturbations import (
+    Perturbation,
+    apply_directions,
+    gaussian,
+    low_rank,
+    rademacher,
+    sphere,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Estimate",
+    "Perturbation",
+    "apply_directions",
+    "estimate_gradient",
+    "gaussian",
+    "lazily",
+    "low_rank",
+    "mean_weights",
+    "project",
+    "rademacher",
+    "record_formed",
+    "sphere",
+]

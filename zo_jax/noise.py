@@ -61,10 +61,18 @@ def signs(key: jax.Array, rows: jax.Array, width: int) -> jax.Array:
     return with_signs(jnp.float32(1), sign_bits(key, rows, width))
 
 
+@jax.custom_jvp
 def with_signs(x: jax.Array, bits: jax.Array) -> jax.Array:
     """`x` (float32 scalar) times the sign that each bit names: one exclusive-or an entry."""
     x_bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jax.lax.bitcast_convert_type(x_bits ^ (bits << jnp.uint32(31)), jnp.float32)
+
+
+@with_signs.defjvp
+def _with_signs_jvp(primals, tangents):
+    # Linear in x, which the bit arithmetic hides from JAX.
+    (x, bits), (dx, _) = primals, tangents
+    return with_signs(x, bits), with_signs(dx, bits)
 
 
 def normals(key: jax.Array, rows: jax.Array, width: int) -> jax.Array:

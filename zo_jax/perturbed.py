@@ -89,7 +89,7 @@ class Dense(Perturbed):
     def _on_rows(self, function: Callable[[jax.Array], jax.Array], base: jax.Array) -> "Dense":
         return dataclasses.replace(self, base=base, rows=function(self.rows))
 
-    def _convert(self, params, new_dtype=None):
+    def _convert(self, params):
         if not jnp.issubdtype(params["new_dtype"], jnp.floating):
             return None
         return dataclasses.replace(self, dtype=params["new_dtype"])

@@ -1,0 +1,255 @@
+"""Zeroth-order gradient estimates of any scalar loss of a pytree.
+
+For directions z₁..z_q with E[z zᵀ] = I and projections cᵢ ≈ ⟨∇L(θ), zᵢ⟩ the estimate is ĝ = (1/q) Σᵢ cᵢ zᵢ. It depends on
+the data only through the q scalars c, so it has two halves: `project` evaluates the loss, and
+`Perturbation.combine` sums the directions again from their keys. No direction is ever stored.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from zo_jax.lazy import lazily
+from zo_jax.perturbations import Perturbation, rademacher
+
+DIFFERENCES = ("central", "forward", "jvp")
+
+
+class Estimate(NamedTuple):
+    """A gradient estimate.
+
+    Attributes:
+      gradient: like params, Σᵢ cᵢ zᵢ over the number of queries with a finite loss.
+      loss: float32 scalar, the mean over those queries (central: of both sides).
+      projections: float32 [q], the directional derivatives cᵢ; nan where the loss was not finite.
+      num_failed: int32 scalar, the queries whose loss was not finite.
+    """
+
+    gradient: Any
+    loss: jax.Array
+    projections: jax.Array
+    num_failed: jax.Array
+
+
+def estimate_gradient(
+    loss_fn: Callable[..., jax.Array],
+    params: Any,
+    key: jax.Array,
+    *batch: Any,
+    num_queries: int = 8,
+    epsilon: float = 1e-3,
+    perturbation: Perturbation | None = None,
+    difference: str = "central",
+    parallel_batch_size: int = 1,
+    batch_per_query: bool = False,
+) -> Estimate:
+    """Gradient estimate from loss evaluations alone (Spall 1992; Nesterov and Spokoiny 2017).
+
+    ĝ = (1/q) Σᵢ cᵢ zᵢ with, for query i and its key `jax.random.split(key, q)[i]`,
+
+    - central: cᵢ = (L(θ + ε zᵢ) − L(θ − ε zᵢ)) / 2ε, two evaluations a query, bias O(ε²);
+    - forward: cᵢ = (L(θ + ε zᵢ) − L(θ)) / ε, one evaluation a query and one more, bias O(ε)
+      (one more for each query with `batch_per_query`);
+    - jvp: cᵢ = ⟨∇L(θ), zᵢ⟩ by forward-mode differentiation, exact, ε unused.
+
+    Use it under `jax.jit`. The same arguments give the same directions eager, jitted, under `vmap` and for every
+    `parallel_batch_size`.
+
+    Args:
+      loss_fn: `loss_fn(params, *batch)` -> floating scalar; any JAX code.
+      params: pytree of arrays; the floating leaves are perturbed, the others left alone.
+      key: a PRNG key of the threefry implementation.
+      *batch: pytrees handed to `loss_fn`.
+      num_queries: q, the directions.
+      epsilon: ε, the perturbation size. With bfloat16 arithmetic inside the loss, 1e-2 is a good choice.
+      perturbation: family of directions; default `rademacher()`.
+      difference: "central", "forward" or "jvp".
+      parallel_batch_size: queries evaluated at once; memory grows with it.
+      batch_per_query: the batch leaves have a leading axis of size q, one slice a query.
+
+    Returns:
+      An `Estimate`. A query whose loss is nan or inf is left out of the mean and counted; if all are,
+      the gradient is zero.
+
+    Raises:
+      ValueError: an argument is out of range, the loss is not a floating scalar, no leaf is floating, a
+        batch leaf does not have the leading axis q, or the key is not a threefry key.
+
+    >>> import jax, jax.numpy as jnp, zo_jax
+    >>> loss_fn = lambda params, x: jnp.sum((params["w"] @ x) ** 2)
+    >>> est = zo_jax.estimate_gradient(
+    ...     loss_fn, {"w": jnp.ones((2, 3))}, jax.random.key(0), jnp.ones(3), num_queries=4)
+    >>> est.gradient["w"].shape, est.projections.shape
+    ((2, 3), (4,))
+    """
+    perturbation = perturbation or rademacher()
+    loss, projections = project(
+        loss_fn,
+        params,
+        key,
+        *batch,
+        num_queries=num_queries,
+        epsilon=epsilon,
+        perturbation=perturbation,
+        difference=difference,
+        parallel_batch_size=parallel_batch_size,
+        batch_per_query=batch_per_query,
+    )
+    keys = jax.random.split(_typed(key), num_queries)
+    gradient = perturbation.combine(params, keys, mean_weights(projections))
+    num_failed = jnp.sum(~jnp.isfinite(projections), dtype=jnp.int32)
+    return Estimate(gradient, loss, projections, num_failed)
+
+
+def project(
+    loss_fn: Callable[..., jax.Array],
+    params: Any,
+    key: jax.Array,
+    *batch: Any,
+    num_queries: int = 8,
+    epsilon: float = 1e-3,
+    perturbation: Perturbation | None = None,
+    difference: str = "central",
+    parallel_batch_size: int = 1,
+    batch_per_query: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """The forward passes of `estimate_gradient`, whose arguments it takes: (loss, projections).
+
+    >>> import jax, jax.numpy as jnp, zo_jax
+    >>> loss, c = zo_jax.project(
+    ...     lambda w: jnp.sum(w), jnp.ones(3), jax.random.key(0), num_queries=2, difference="jvp")
+    >>> float(loss), c.shape
+    (3.0, (2,))
+    """
+    perturbation = perturbation or rademacher()
+    key = _typed(key)
+    _check(params, batch, num_queries, epsilon, difference, parallel_batch_size, batch_per_query)
+    keys = jax.random.split(key, num_queries)
+    lazy_loss = lazily(lambda p, b: _float32_scalar(loss_fn(p, *b)))
+
+    def evaluate(query, scale):
+        """The loss at params + scale · z of a query."""
+        b = jax.tree.map(lambda x: x[query], batch) if batch_per_query else batch
+        return lazy_loss(perturbation.perturb(params, keys[query], scale), b)
+
+    if difference == "jvp":
+        slope = lambda query: jax.jvp(
+            lambda scale: evaluate(query, scale), (jnp.float32(0),), (jnp.float32(1),)
+        )
+        losses, projections = _map(slope, (jnp.arange(num_queries),), parallel_batch_size)
+        return _masked(losses, projections)
+
+    # One list of evaluations, so that the loss is compiled once: the two sides of every query in turn, or
+    # the queries after the unperturbed ones (scale 0).
+    epsilon = jnp.float32(epsilon)
+    i = jnp.arange(2 * num_queries)
+    if difference == "central":
+        query, scale = i // 2, jnp.where(i % 2 == 0, epsilon, -epsilon)
+        losses = _map(evaluate, (query, scale), 2 * parallel_batch_size)
+        sides = losses.reshape(num_queries, 2)
+        return _masked(jnp.mean(sides, axis=1), (sides[:, 0] - sides[:, 1]) / (2 * epsilon))
+    num_bases = num_queries if batch_per_query else 1
+    i = jnp.arange(num_bases + num_queries)
+    query = jnp.where(i < num_bases, i, i - num_bases)
+    losses = _map(evaluate, (query, jnp.where(i < num_bases, 0.0, epsilon)), parallel_batch_size)
+    base = jnp.broadcast_to(losses[:num_bases], (num_queries,))
+    return _masked(base, (losses[num_bases:] - base) / epsilon)
+
+
+def mean_weights(projections: jax.Array) -> jax.Array:
+    """The weights of the directions in the mean: cᵢ over the number of finite ones, 0 where cᵢ is not finite.
+
+    Args:
+      projections: float32 [q].
+
+    >>> import jax.numpy as jnp, zo_jax
+    >>> zo_jax.mean_weights(jnp.array([1.0, jnp.nan, 3.0])).tolist()
+    [0.5, 0.0, 1.5]
+    """
+    finite = jnp.isfinite(projections)
+    return jnp.where(finite, projections, 0) / jnp.maximum(jnp.sum(finite), 1).astype(jnp.float32)
+
+
+def num_evaluations(num_queries: int, difference: str, batch_per_query: bool = False) -> int:
+    """Loss evaluations of one estimate (a jvp counts as one, though it costs two to three)."""
+    num_bases = num_queries if batch_per_query else 1
+    return {
+        "central": 2 * num_queries,
+        "forward": num_queries + num_bases,
+        "jvp": num_queries,
+    }[difference]
+
+
+def _masked(losses: jax.Array, projections: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(mean loss of the queries that are finite, projections with nan for the others)."""
+    finite = jnp.isfinite(losses) & jnp.isfinite(projections)
+    total = jnp.sum(jnp.where(finite, losses, 0))
+    loss = jnp.where(jnp.any(finite), total / jnp.maximum(jnp.sum(finite), 1), jnp.nan)
+    return loss.astype(jnp.float32), jnp.where(finite, projections, jnp.nan).astype(jnp.float32)
+
+
+def _map(function: Callable[..., Any], xs: tuple[jax.Array, ...], batch_size: int) -> Any:
+    if batch_size == 1 or xs[0].shape[0] == 1:
+        return lax.map(lambda x: function(*x), xs)
+    if xs[0].shape[0] <= batch_size:
+        return jax.vmap(function)(*xs)
+    return lax.map(lambda x: function(*x), xs, batch_size=batch_size)
+
+
+def _float32_scalar(loss: Any) -> jax.Array:
+    shape, dtype = jnp.shape(loss), jnp.result_type(loss)
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"loss_fn must return a floating scalar, got shape {shape} and dtype {dtype}; return "
+            "the mean of the losses of the batch"
+        )
+    return jnp.asarray(loss, jnp.float32)
+
+
+def _typed(key: jax.Array) -> jax.Array:
+    """A typed threefry key, from one or from the raw words of one."""
+    is_typed = jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key)
+    if not is_typed and jnp.shape(key) == (2,) and jnp.result_type(key) == jnp.uint32:
+        return jax.random.wrap_key_data(key, impl="threefry2x32")
+    if not is_typed or jnp.shape(key) != ():
+        raise ValueError(
+            f"key must be one PRNG key, as of jax.random.key(seed); got shape {jnp.shape(key)} "
+            f"and dtype {jnp.result_type(key)}"
+        )
+    implementation = str(jax.random.key_impl(key))
+    if "threefry2x32" not in implementation:
+        raise ValueError(
+            f"key must be of the threefry2x32 implementation, got {implementation}: its noise is "
+            "not the same under vmap; use jax.random.key(seed, impl='threefry2x32')"
+        )
+    return key
+
+
+def _check(
+    params, batch, num_queries, epsilon, difference, parallel_batch_size, batch_per_query
+) -> None:
+    leaves = jax.tree.leaves(params)
+    if not any(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves):
+        raise ValueError(f"params must have a floating leaf to perturb, got {len(leaves)} leaves")
+    for name, value in (("num_queries", num_queries), ("parallel_batch_size", parallel_batch_size)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    if difference not in DIFFERENCES:
+        raise ValueError(f"difference must be one of {DIFFERENCES}, got {difference!r}")
+    if not isinstance(epsilon, jax.core.Tracer):
+        # The scale is float32 inside: what underflows there is no perturbation at all.
+        rounded = float(np.float32(epsilon))
+        if not (math.isfinite(rounded) and rounded > 0):
+            raise ValueError(f"epsilon must be positive and finite in float32, got {epsilon!r}")
+    if batch_per_query:
+        for leaf in jax.tree.leaves(batch):
+            if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != num_queries:
+                raise ValueError(
+                    "with batch_per_query every leaf of the batch needs a leading axis of size "
+                    f"num_queries = {num_queries}, got shape {jnp.shape(leaf)}"
+                )
