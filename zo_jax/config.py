@@ -1,9 +1,22 @@
 """Experiment configuration: typed fields, their help texts, and the checks made before anything is compiled."""
 
+from collections.abc import Iterator, Sequence
 import dataclasses
+import difflib
 import math
-from collections.abc import Iterator
 from typing import Any
+
+MODES = ("zo", "fo")
+PERTURBATIONS = ("rademacher", "gaussian", "sphere", "low_rank")
+DIFFERENCES = ("central", "forward", "jvp")
+OPTIMIZERS = ("sgd", "adam")
+SCHEDULES = ("constant", "cosine")
+DTYPES = ("float32", "bfloat16", "float16")
+SIZES = ("custom", "20M", "200M", "500M", "1B", "gpt2", "gpt2-medium", "gpt2-large")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run, in one line."""
 
 
 def _field(default: Any, help: str) -> Any:
@@ -111,7 +124,10 @@ class TrainConfig:
     log_interval: int = _field(10, "steps between rows of metrics.csv")
     eval_interval: int = _field(100, "steps between evaluations on held-out blocks")
     eval_blocks: int = _field(128, "held-out blocks of an evaluation, at most")
+    checkpoint_interval: int = _field(200, "steps between checkpoints; the latest two are kept")
+    checkpoint_interval: int = _field(200, "steps between checkpoints; the latest two are kept")
     sample_tokens: int = _field(200, "tokens of the text sampled at the end (0: none)")
+    sample_temperature: float = _field(0.8, "temperature of that sampling; lower is more certain")
 
 
 @dataclasses.dataclass
@@ -126,3 +142,359 @@ class Config:
     fo: FOConfig = _section(FOConfig, "the backprop gradient")
     optimizer: OptimizerConfig = _section(OptimizerConfig, "optimiser and learning rate")
     train: TrainConfig = _section(TrainConfig, "length of the run, and reports")
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """(dotted name, field, value) of every field that is not a section."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field, value
+
+
+def describe(config: Config) -> str:
+    """One line for every field: its flag, default and help text."""
+    return "\n".join(
+        f"--config.{name} ({value!r}): {field.metadata['help']}"
+        for name, field, value in walk(config)
+    )
+
+
+def validate(config: Config) -> None:
+    """Everything that can be known to be impossible before anything is compiled.
+
+    Raises:
+      ConfigError: says which field, what it must be and what it is.
+    """
+    for name, field, value in walk(config):
+        if type(value) is not field.type and not (field.type is float and type(value) is int):
+            raise ConfigError(f"{name} must be {field.type.__name__}, got {value!r}")
+    _check_choices(config)
+    _check_numbers(config)
+    _check_model(config)
+    zo, fo, train, optimizer = config.zo, config.fo, config.train, config.optimizer
+    if not 0 < config.data.validation_fraction < 1:
+        raise ConfigError(
+            "data.validation_fraction must be between 0 and 1, got "
+            f"{config.data.validation_fraction}"
+        )
+    if config.mode == "fo" and train.batch_size % fo.gradient_accumulation_steps:
+        raise ConfigError(
+            f"train.batch_size ({train.batch_size}) must be a multiple of "
+            f"fo.gradient_accumulation_steps ({fo.gradient_accumulation_steps})"
+        )
+    if config.mode == "zo" and fo.gradient_accumulation_steps != 1:
+        raise ConfigError("fo.gradient_accumulation_steps has no effect in mode zo; leave it at 1")
+    is_cosine = optimizer.schedule == "cosine"
+    if is_cosine and train.num_steps and optimizer.warmup_steps >= train.num_steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps ({optimizer.warmup_steps}) must be below train.num_steps "
+            f"({train.num_steps})"
+        )
+    if zo.rank != 1 and zo.perturbation != "low_rank":
+        raise ConfigError(f"zo.rank {zo.rank} needs zo.perturbation low_rank, got {zo.perturbation}")
+
+
+def _check_choices(config: Config) -> None:
+    choices: tuple[tuple[str, str, Sequence[str]], ...] = (
+        ("mode", config.mode, MODES),
+        ("model.size", config.model.size, SIZES),
+        ("model.param_dtype", config.model.param_dtype, DTYPES),
+        ("model.compute_dtype", config.model.compute_dtype, DTYPES),
+        ("zo.perturbation", config.zo.perturbation, PERTURBATIONS),
+        ("zo.difference", config.zo.difference, DIFFERENCES),
+        ("optimizer.name", config.optimizer.name, OPTIMIZERS),
+        ("optimizer.schedule", config.optimizer.schedule, SCHEDULES),
+    )
+    for name, value, names in choices:
+        if value not in names:
+            close = difflib.get_close_matches(value, names, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"{name} must be one of {', '.join(names)}; got {value!r}{hint}")
+
+
+def _check_numbers(config: Config) -> None:
+    at_least = {
+        1: (
+            "zo.num_queries zo.rank zo.parallel_batch_size fo.gradient_accumulation_steps "
+            "train.num_epochs train.batch_size train.log_interval train.eval_interval "
+            "train.eval_blocks train.checkpoint_interval model.context_length"
+        ),
+        0: (
+            "seed train.num_steps train.sample_tokens data.max_samples optimizer.warmup_steps "
+            "optimizer.min_learning_rate optimizer.b1 optimizer.b2 optimizer.eps"
+        ),
+        2: "data.block_size",
+    }
+    values = {name: value for name, _, value in walk(config)}
+    for bound, names in at_least.items():
+        for name in names.split():
+            if not values[name] >= bound:
+                raise ConfigError(f"{name} must be at least {bound}, got {values[name]}")
+    for name in ("zo.epsilon", "optimizer.learning_rate"):
+        if not (math.isfinite(values[name]) and values[name] > 0):
+            raise ConfigError(f"{name} must be positive and finite, got {values[name]}")
+    for name in ("optimizer.b1", "optimizer.b2"):
+        if values[name] >= 1:
+            raise ConfigError(f"{name} must be below 1, got {values[name]}")
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    shape = {name: getattr(model, name) for name in ("num_layers", "num_heads", "width")}
+    if model.size == "custom":
+        for name, value in shape.items():
+            if value < 1:
+                raise ConfigError(f"model.size custom needs model.{name} of at least 1, got {value}")
+        if model.width % model.num_heads:
+            raise ConfigError(
+                f"model.width ({model.width}) must be a multiple of model.num_heads "
+                f"({model.num_heads})"
+            )
+    elif any(shape.values()):
+        name = next(name for name, value in shape.items() if value)
+        raise ConfigError(
+            f"model.size {model.size} fixes the shape; leave model.{name} at 0, or set "
+            "model.size to custom"
+        )
+    if config.data.block_size > model.context_length:
+        raise ConfigError(
+            f"data.block_size ({config.data.block_size}) must be at most model.context_length "
+            f"({model.context_length})"
+        )
+
+
+# Fields in which a run may differ from the one that it continues.
+EXTENDABLE = (
+    "data.cache_dir",
+    "train.num_steps",
+    "train.num_epochs",
+    "train.log_interval",
+    "train.eval_interval",
+    "train.checkpoint_interval",
+    "train.sample_tokens",
+    "train.sample_temperature",
+)
+
+
+def iter_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """(dotted name, field, value) of every leaf of a dataclass configuration, in order."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(field.type):
+            if not isinstance(value, field.type):
+                raise ConfigError(
+                    f"{prefix}{field.name} must be a {field.type.__name__}; got {value!r}"
+                )
+            yield from iter_fields(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, field, value
+
+
+def help_text() -> str:
+    """Every field with its type, default and meaning, one paragraph a section."""
+    lines, section = [], None
+    sections = {f.name: f.metadata["help"] for f in dataclasses.fields(Config)}
+    for name, field, _ in iter_fields(Config()):
+        head = name.rpartition(".")[0]
+        if head != section:
+            lines.append(f"\n{head}: {sections[head]}" if head else "")
+            section = head
+        default = repr(field.default) if field.type is str else str(field.default)
+        lines.append(f"  --config.{name} ({field.type.__name__}, default {default})")
+        lines.append(f"      {field.metadata['help']}")
+    return "\n".join(lines)
+
+
+def default_run_name(config: Config) -> str:
+    """Folder name of a run that is given none."""
+    queries = f"_q{config.zo.num_queries}" if config.mode == "zo" else ""
+    return (
+        f"{config.mode}_full{queries}_opt{config.optimizer.name}"
+        f"_lr{config.optimizer.learning_rate:g}_bs{config.train.batch_size}"
+    )
+
+
+def blocks_per_step(config: Config) -> int:
+    """Training blocks that one step reads."""
+    per_query = config.mode == "zo" and config.zo.batch_per_query
+    return config.train.batch_size * (config.zo.num_queries if per_query else 1)
+
+
+def resolve(config: Config, num_train_blocks: int) -> Config:
+    """A copy of a valid configuration with everything that it leaves open filled in.
+
+    Args:
+      config: passed `validate`.
+      num_train_blocks: training blocks of the corpus, from which epochs become steps.
+
+    Raises:
+      ConfigError: the warm-up is as long as the run.
+    """
+    from zo_jax.model import SIZES  # model.py imports this module
+
+    config = copy.deepcopy(config)
+    for name, field, value in iter_fields(config):
+        if field.type is float:  # an integer is a number too, but saved configs compare as text
+            section, _, leaf = name.rpartition(".")
+            setattr(getattr(config, section) if section else config, leaf, float(value))
+    if config.model.size in SIZES:
+        for name, value in SIZES[config.model.size]._asdict().items():
+            setattr(config.model, name, value)
+    if not config.train.num_steps:
+        blocks = config.train.num_epochs * num_train_blocks
+        config.train.num_steps = max(1, blocks // blocks_per_step(config))
+    config.zo.parallel_batch_size = min(config.zo.parallel_batch_size, config.zo.num_queries)
+    _check_warmup(config)
+    return config
+
+
+def validate(config: Any) -> None:
+    """Checks everything that can be checked without reading the data.
+
+    Raises:
+      ConfigError: the first problem found, with the field, what it must be, and what it is.
+    """
+    if not isinstance(config, Config):
+        raise ConfigError(
+            "get_config() must return a zo_jax.config.Config; got " + type(config).__name__
+        )
+    for name, field, value in iter_fields(config):
+        _check_type(name, field.type, value)
+    _check_choices(config)
+    _check_ranges(config)
+    _check_combinations(config)
+
+
+def _check_type(name: str, kind: type, value: Any) -> None:
+    accepted = (int, float) if kind is float else kind
+    # A bool is an int to Python, but never meant as one here.
+    if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
+        raise ConfigError(f"{name} must be of type {kind.__name__}; got {value!r}")
+
+
+def _check_choices(config: Config) -> None:
+    from zo_jax.data import HUB_DATASETS
+    from zo_jax.model import SIZES
+
+    for name, value, choices in (
+        ("mode", config.mode, MODES),
+        ("model.size", config.model.size, ("custom", *SIZES)),
+        ("model.param_dtype", config.model.param_dtype, DTYPES),
+        ("model.compute_dtype", config.model.compute_dtype, DTYPES),
+        ("data.source", config.data.source, ("shakespeare", "text", "disk", *HUB_DATASETS)),
+        ("data.tokenizer", config.data.tokenizer, TOKENIZERS),
+        ("zo.perturbation", config.zo.perturbation, PERTURBATIONS),
+        ("zo.difference", config.zo.difference, DIFFERENCES),
+        ("optimizer.name", config.optimizer.name, OPTIMIZERS),
+        ("optimizer.schedule", config.optimizer.schedule, SCHEDULES),
+    ):
+        if value not in choices:
+            raise ConfigError(f"{name} must be one of {_choices(value, choices)}")
+
+
+def _choices(value: str, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(value, choices, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"{', '.join(choices)}; got {value!r}{hint}"
+
+
+def _check_ranges(config: Config) -> None:
+    values = {name: value for name, _, value in iter_fields(config)}
+    positive = "an integer of at least 1", lambda x: x >= 1
+    natural = "an integer of at least 0", lambda x: x >= 0
+    above_zero = "finite and above 0", lambda x: 0 < x < math.inf
+    decay = "at least 0 and below 1", lambda x: 0 <= x < 1
+    for (what, holds), names in (
+        (("at least 0 and below 2**32", lambda x: 0 <= x < 2**32), ["seed"]),
+        (natural, ["model.num_layers", "model.num_heads", "model.width", "data.max_samples"]),
+        (natural, ["optimizer.warmup_steps", "train.num_steps", "train.sample_tokens"]),
+        (positive, ["model.context_length", "zo.num_queries", "zo.rank"]),
+        (positive, ["zo.parallel_batch_size", "fo.gradient_accumulation_steps"]),
+        (positive, ["train.num_epochs", "train.batch_size", "train.log_interval"]),
+        (positive, ["train.eval_interval", "train.eval_blocks", "train.checkpoint_interval"]),
+        (("at least 2", lambda x: x >= 2), ["data.block_size"]),
+        (("at least 257", lambda x: x >= 257), ["data.bpe_vocab_size"]),
+        (("above 0 and below 1", lambda x: 0 < x < 1), ["data.validation_fraction"]),
+        # What float32 rounds to zero or infinity is no perturbation.
+        (("above 1e-37 and below 1e37", lambda x: 1e-37 < x < 1e37), ["zo.epsilon"]),
+        (above_zero, ["optimizer.learning_rate", "optimizer.eps", "train.sample_temperature"]),
+        (("finite and at least 0", lambda x: 0 <= x < math.inf), ["optimizer.min_learning_rate"]),
+        (decay, ["optimizer.b1", "optimizer.b2"]),
+    ):
+        for name in names:
+            if not holds(values[name]):
+                raise ConfigError(f"{name} must be {what}; got {values[name]}")
+
+
+def _check_combinations(config: Config) -> None:
+    from zo_jax.model import SIZES
+
+    model, data, zo, optimizer, train = (
+        config.model, config.data, config.zo, config.optimizer, config.train,
+    )  # fmt: skip
+    shape = {name: getattr(model, name) for name in ("num_layers", "num_heads", "width")}
+    if model.size == "custom":
+        if missing := [f"model.{name}" for name, value in shape.items() if not value]:
+            raise ConfigError(
+                f"model.size=custom needs {', '.join(missing)} of at least 1; or set model.size "
+                f"to one of {', '.join(SIZES)}"
+            )
+        if model.width % model.num_heads:
+            raise ConfigError(
+                "model.width must be divisible by model.num_heads; got "
+                f"{model.width} and {model.num_heads}"
+            )
+    else:
+        for name, value in SIZES[model.size]._asdict().items():
+            if shape[name] not in (0, value):
+                raise ConfigError(
+                    f"model.size={model.size} has {name} {value}, but model.{name}={shape[name]}; "
+                    "leave it 0, or set model.size=custom"
+                )
+    if data.block_size > model.context_length:
+        raise ConfigError(
+            f"data.block_size={data.block_size} is longer than the model can read "
+            f"(model.context_length={model.context_length}); make it at most that"
+        )
+    if data.tokenizer_path and data.tokenizer != "gpt2":
+        raise ConfigError(
+            f"data.tokenizer_path is read by data.tokenizer=gpt2 alone, but data.tokenizer="
+            f"{data.tokenizer}; set one or the other"
+        )
+    local = data.source in ("text", "disk")
+    if local != bool(data.path):
+        raise ConfigError(
+            f"data.source={data.source} "
+            + ("needs data.path" if local else f"does not read data.path={data.path}")
+            + "; set data.path for source text or disk, and leave it empty for any other"
+        )
+    if config.mode == "zo" and zo.rank != 1 and zo.perturbation != "low_rank":
+        raise ConfigError(
+            f"zo.rank={zo.rank} is read by zo.perturbation=low_rank alone, but zo.perturbation="
+            f"{zo.perturbation}; set one or the other"
+        )
+    accumulation = config.fo.gradient_accumulation_steps
+    if config.mode == "fo" and train.batch_size % accumulation:
+        raise ConfigError(
+            "train.batch_size must be divisible by fo.gradient_accumulation_steps; got "
+            f"{train.batch_size} and {accumulation}"
+        )
+    if optimizer.schedule == "cosine" and optimizer.min_learning_rate > optimizer.learning_rate:
+        raise ConfigError(
+            "optimizer.min_learning_rate must be at most optimizer.learning_rate; got "
+            f"{optimizer.min_learning_rate} and {optimizer.learning_rate}"
+        )
+    if train.num_steps:
+        _check_warmup(config)
+
+
+def _check_warmup(config: Config) -> None:
+    optimizer, num_steps = config.optimizer, config.train.num_steps
+    if optimizer.schedule == "cosine" and optimizer.warmup_steps >= num_steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} must be less than the run's "
+            f"{num_steps} steps; shorten it, or set a larger train.num_steps"
+        )

@@ -1,0 +1,32 @@
+"""Optimisers and learning rates by name, from optax."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from zo_jax.config import OptimizerConfig
+
+
+def make_schedule(config: OptimizerConfig, num_steps: int) -> Callable[[jax.Array], jax.Array]:
+    """Learning rate of a step counted from 0, float32: constant, or warm-up to the peak and cosine decay."""
+    if config.schedule == "constant":
+        return lambda step: jnp.full_like(step, config.learning_rate, jnp.float32)
+    cosine = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=num_steps,
+        end_value=config.min_learning_rate,
+    )
+    # η t / warmup_steps with t counted from 1: the first step moves.
+    return lambda step: cosine(step + 1)
+
+
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """The optimiser that a validated configuration names."""
+    schedule = make_schedule(config, num_steps)
+    if config.name == "sgd":
+        return optax.sgd(schedule)
+    return optax.adam(schedule, b1=config.b1, b2=config.b2, eps=config.eps)
