@@ -1,58 +1,64 @@
-"""Trains a language model: `python main.py --config=configs/default.py --workdir=runs/mine`."""
+"""Trains a GPT language model from scratch, with forward passes only or with backprop.
+
+  python main.py                                    the default run: configs/default.py
+  python main.py --config=configs/NAME.py --workdir=DIR --config.zo.num_queries=16
+
+--config=FILE         the experiment: a file with get_config(), which sets its own defaults
+--config.FIELD=VALUE  replaces a field, of those below
+--workdir=DIR         run folder (default runs/ and a name); a run that is there is continued
+--restart             deletes the run that the folder holds, and trains from scratch
+"""
 
 from pathlib import Path
-import shutil
 import sys
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from zo_jax.config import Config, ConfigError, describe, validate
+from zo_jax.config import ConfigError, default_run_name, help_text, validate
+from zo_jax.data import DataError
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    str(Path(__file__).parent / "configs" / "default.py"),
-    "Python file with get_config(); its fields can be set on the command line:\n" + describe(Config()),
+    "config", str(Path(__file__).parent / "configs/default.py"), "The experiment, a file."
 )
-_WORKDIR = flags.DEFINE_string("workdir", "", "run folder (empty: runs/ and a name of the settings)")
-_RESTART = flags.DEFINE_bool("restart", False, "delete the run in the run folder and start again")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Run folder; default runs/ and a name of the run.")
+_RESTART = flags.DEFINE_bool("restart", False, "Delete the run that the folder holds.")
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        rest = flags.FLAGS(argv)
-        if rest[1:]:
-            raise ConfigError(f"unexpected argument {rest[1]!r}")
-        validate(_CONFIG.value)
-        return rest
-    except (flags.Error, ValueError, TypeError, AttributeError, KeyError, OSError, SyntaxError) as e:
-        _fail(e)
-
-
-def _fail(error: Exception) -> None:
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
+def _fail(error: Exception) -> NoReturn:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A config file that raises is reported with its traceback, whose last line says why.
+    text = lines[-1 if "Traceback" in str(error) else 0] if lines else type(error).__name__
+    print(f"error: {text}", file=sys.stderr)
     sys.exit(2)
 
 
-def main(_: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)
-    config = _CONFIG.value
-    # Here, not above: --help and bad flags need no JAX.
-    from zo_jax.train import run_name, train_and_evaluate
-
-    workdir = Path(_WORKDIR.value or Path("runs") / run_name(config))
+def _parse_flags(argv: list[str]) -> list[str]:
+    if {"-h", "-help", "--help", "--helpshort", "--helpfull"} & set(argv[1:]):
+        print(__doc__ + help_text())
+        sys.exit(0)
     try:
-        if _RESTART.value and (workdir / "config.json").exists():
-            shutil.rmtree(workdir)
-        train_and_evaluate(config, workdir)
-    except (ConfigError, *_data_errors()) as error:
+        if rest := flags.FLAGS(argv)[1:]:
+            raise ConfigError(f"{rest[0]!r} is no flag; write --config.FIELD=VALUE")
+        validate(_CONFIG.value)
+    except Exception as error:  # config files and ml_collections raise all kinds
         _fail(error)
+    return argv
 
 
-def _data_errors() -> tuple[type[Exception], ...]:
-    from zo_jax.data import DataError
+def main(argv: list[str]) -> None:
+    from zo_jax import checkpoint, train  # slow to import, and not needed for --help
 
-    return (DataError,)
+    logging.set_verbosity(logging.WARNING)  # orbax tells of every file it writes
+    workdir = _WORKDIR.value or str(Path("runs") / default_run_name(_CONFIG.value))
+    try:
+        train.train_and_evaluate(_CONFIG.value, Path(workdir), _RESTART.value)
+    except (ConfigError, DataError, checkpoint.CheckpointError) as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command continues the run in {workdir}", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""A character model of Shakespeare, trained with forward passes only."""
+"""A character model of 0.1 M parameters learns Shakespeare with forward passes only.
+
+Command: python main.py
+Time: MEASURE on 2 CPU cores. Loss: validation from 4.2 to MEASURE nats per character.
+"""
 
 from zo_jax.config import (
     Config,
@@ -14,8 +18,10 @@ def get_config() -> Config:
     return Config(
         mode="zo",
         model=ModelConfig(num_layers=2, num_heads=2, width=64, context_length=64),
-        data=DataConfig(block_size=64),
-        zo=ZOConfig(num_queries=16, epsilon=1e-2, perturbation="rademacher"),
-        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_steps=50),
-        train=TrainConfig(num_steps=1000, batch_size=16, eval_interval=100),
+        data=DataConfig(source="shakespeare", tokenizer="char", block_size=64),
+        zo=ZOConfig(num_queries=16, perturbation="rademacher"),
+        optimizer=OptimizerConfig(
+            name="adam", learning_rate=2e-3, schedule="cosine", warmup_steps=50
+        ),
+        train=TrainConfig(num_steps=2000, batch_size=8),
     )

@@ -1,22 +1,23 @@
-"""Experiment configuration: typed fields, their help texts, and the checks made before anything is compiled."""
+"""Experiment configuration: typed fields with help texts, and the checks made before compiling."""
 
 from collections.abc import Iterator, Sequence
+import copy
 import dataclasses
 import difflib
 import math
 from typing import Any
 
 MODES = ("zo", "fo")
+DTYPES = ("float32", "bfloat16", "float16")
 PERTURBATIONS = ("rademacher", "gaussian", "sphere", "low_rank")
 DIFFERENCES = ("central", "forward", "jvp")
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("constant", "cosine")
-DTYPES = ("float32", "bfloat16", "float16")
-SIZES = ("custom", "20M", "200M", "500M", "1B", "gpt2", "gpt2-medium", "gpt2-large")
+TOKENIZERS = ("char", "bpe", "gpt2")
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run, in one line."""
+    """A configuration that cannot be run; the message says, in one line, what to change."""
 
 
 def _field(default: Any, help: str) -> Any:
@@ -125,7 +126,6 @@ class TrainConfig:
     eval_interval: int = _field(100, "steps between evaluations on held-out blocks")
     eval_blocks: int = _field(128, "held-out blocks of an evaluation, at most")
     checkpoint_interval: int = _field(200, "steps between checkpoints; the latest two are kept")
-    checkpoint_interval: int = _field(200, "steps between checkpoints; the latest two are kept")
     sample_tokens: int = _field(200, "tokens of the text sampled at the end (0: none)")
     sample_temperature: float = _field(0.8, "temperature of that sampling; lower is more certain")
 
@@ -144,128 +144,6 @@ class Config:
     train: TrainConfig = _section(TrainConfig, "length of the run, and reports")
 
 
-def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """(dotted name, field, value) of every field that is not a section."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from walk(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", field, value
-
-
-def describe(config: Config) -> str:
-    """One line for every field: its flag, default and help text."""
-    return "\n".join(
-        f"--config.{name} ({value!r}): {field.metadata['help']}"
-        for name, field, value in walk(config)
-    )
-
-
-def validate(config: Config) -> None:
-    """Everything that can be known to be impossible before anything is compiled.
-
-    Raises:
-      ConfigError: says which field, what it must be and what it is.
-    """
-    for name, field, value in walk(config):
-        if type(value) is not field.type and not (field.type is float and type(value) is int):
-            raise ConfigError(f"{name} must be {field.type.__name__}, got {value!r}")
-    _check_choices(config)
-    _check_numbers(config)
-    _check_model(config)
-    zo, fo, train, optimizer = config.zo, config.fo, config.train, config.optimizer
-    if not 0 < config.data.validation_fraction < 1:
-        raise ConfigError(
-            "data.validation_fraction must be between 0 and 1, got "
-            f"{config.data.validation_fraction}"
-        )
-    if config.mode == "fo" and train.batch_size % fo.gradient_accumulation_steps:
-        raise ConfigError(
-            f"train.batch_size ({train.batch_size}) must be a multiple of "
-            f"fo.gradient_accumulation_steps ({fo.gradient_accumulation_steps})"
-        )
-    if config.mode == "zo" and fo.gradient_accumulation_steps != 1:
-        raise ConfigError("fo.gradient_accumulation_steps has no effect in mode zo; leave it at 1")
-    is_cosine = optimizer.schedule == "cosine"
-    if is_cosine and train.num_steps and optimizer.warmup_steps >= train.num_steps:
-        raise ConfigError(
-            f"optimizer.warmup_steps ({optimizer.warmup_steps}) must be below train.num_steps "
-            f"({train.num_steps})"
-        )
-    if zo.rank != 1 and zo.perturbation != "low_rank":
-        raise ConfigError(f"zo.rank {zo.rank} needs zo.perturbation low_rank, got {zo.perturbation}")
-
-
-def _check_choices(config: Config) -> None:
-    choices: tuple[tuple[str, str, Sequence[str]], ...] = (
-        ("mode", config.mode, MODES),
-        ("model.size", config.model.size, SIZES),
-        ("model.param_dtype", config.model.param_dtype, DTYPES),
-        ("model.compute_dtype", config.model.compute_dtype, DTYPES),
-        ("zo.perturbation", config.zo.perturbation, PERTURBATIONS),
-        ("zo.difference", config.zo.difference, DIFFERENCES),
-        ("optimizer.name", config.optimizer.name, OPTIMIZERS),
-        ("optimizer.schedule", config.optimizer.schedule, SCHEDULES),
-    )
-    for name, value, names in choices:
-        if value not in names:
-            close = difflib.get_close_matches(value, names, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"{name} must be one of {', '.join(names)}; got {value!r}{hint}")
-
-
-def _check_numbers(config: Config) -> None:
-    at_least = {
-        1: (
-            "zo.num_queries zo.rank zo.parallel_batch_size fo.gradient_accumulation_steps "
-            "train.num_epochs train.batch_size train.log_interval train.eval_interval "
-            "train.eval_blocks train.checkpoint_interval model.context_length"
-        ),
-        0: (
-            "seed train.num_steps train.sample_tokens data.max_samples optimizer.warmup_steps "
-            "optimizer.min_learning_rate optimizer.b1 optimizer.b2 optimizer.eps"
-        ),
-        2: "data.block_size",
-    }
-    values = {name: value for name, _, value in walk(config)}
-    for bound, names in at_least.items():
-        for name in names.split():
-            if not values[name] >= bound:
-                raise ConfigError(f"{name} must be at least {bound}, got {values[name]}")
-    for name in ("zo.epsilon", "optimizer.learning_rate"):
-        if not (math.isfinite(values[name]) and values[name] > 0):
-            raise ConfigError(f"{name} must be positive and finite, got {values[name]}")
-    for name in ("optimizer.b1", "optimizer.b2"):
-        if values[name] >= 1:
-            raise ConfigError(f"{name} must be below 1, got {values[name]}")
-
-
-def _check_model(config: Config) -> None:
-    model = config.model
-    shape = {name: getattr(model, name) for name in ("num_layers", "num_heads", "width")}
-    if model.size == "custom":
-        for name, value in shape.items():
-            if value < 1:
-                raise ConfigError(f"model.size custom needs model.{name} of at least 1, got {value}")
-        if model.width % model.num_heads:
-            raise ConfigError(
-                f"model.width ({model.width}) must be a multiple of model.num_heads "
-                f"({model.num_heads})"
-            )
-    elif any(shape.values()):
-        name = next(name for name, value in shape.items() if value)
-        raise ConfigError(
-            f"model.size {model.size} fixes the shape; leave model.{name} at 0, or set "
-            "model.size to custom"
-        )
-    if config.data.block_size > model.context_length:
-        raise ConfigError(
-            f"data.block_size ({config.data.block_size}) must be at most model.context_length "
-            f"({model.context_length})"
-        )
-
-
 # Fields in which a run may differ from the one that it continues.
 EXTENDABLE = (
     "data.cache_dir",
@@ -279,7 +157,7 @@ EXTENDABLE = (
 )
 
 
-def iter_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
     """(dotted name, field, value) of every leaf of a dataclass configuration, in order."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -288,7 +166,7 @@ def iter_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasse
                 raise ConfigError(
                     f"{prefix}{field.name} must be a {field.type.__name__}; got {value!r}"
                 )
-            yield from iter_fields(value, f"{prefix}{field.name}.")
+            yield from walk(value, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, field, value
 
@@ -297,7 +175,7 @@ def help_text() -> str:
     """Every field with its type, default and meaning, one paragraph a section."""
     lines, section = [], None
     sections = {f.name: f.metadata["help"] for f in dataclasses.fields(Config)}
-    for name, field, _ in iter_fields(Config()):
+    for name, field, _ in walk(Config()):
         head = name.rpartition(".")[0]
         if head != section:
             lines.append(f"\n{head}: {sections[head]}" if head else "")
@@ -336,7 +214,7 @@ def resolve(config: Config, num_train_blocks: int) -> Config:
     from zo_jax.model import SIZES  # model.py imports this module
 
     config = copy.deepcopy(config)
-    for name, field, value in iter_fields(config):
+    for name, field, value in walk(config):
         if field.type is float:  # an integer is a number too, but saved configs compare as text
             section, _, leaf = name.rpartition(".")
             setattr(getattr(config, section) if section else config, leaf, float(value))
@@ -361,7 +239,7 @@ def validate(config: Any) -> None:
         raise ConfigError(
             "get_config() must return a zo_jax.config.Config; got " + type(config).__name__
         )
-    for name, field, value in iter_fields(config):
+    for name, field, value in walk(config):
         _check_type(name, field.type, value)
     _check_choices(config)
     _check_ranges(config)
@@ -402,7 +280,7 @@ def _choices(value: str, choices: Sequence[str]) -> str:
 
 
 def _check_ranges(config: Config) -> None:
-    values = {name: value for name, _, value in iter_fields(config)}
+    values = {name: value for name, _, value in walk(config)}
     positive = "an integer of at least 1", lambda x: x >= 1
     natural = "an integer of at least 0", lambda x: x >= 0
     above_zero = "finite and above 0", lambda x: 0 < x < math.inf
@@ -477,6 +355,10 @@ def _check_combinations(config: Config) -> None:
             f"{zo.perturbation}; set one or the other"
         )
     accumulation = config.fo.gradient_accumulation_steps
+    if config.mode == "zo" and accumulation != 1:
+        raise ConfigError(
+            f"fo.gradient_accumulation_steps={accumulation} has no effect in mode zo; leave it at 1"
+        )
     if config.mode == "fo" and train.batch_size % accumulation:
         raise ConfigError(
             "train.batch_size must be divisible by fo.gradient_accumulation_steps; got "

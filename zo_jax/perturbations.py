@@ -36,7 +36,9 @@ class Perturbation:
         """params + scale · z, each floating leaf a `Perturbed` array for functions under `lazily`."""
         scale = jnp.asarray(scale, jnp.float32) * self._scale(params, key)
         return _map_leaves(
-            lambda path, leaf, leaf_key: self._perturb_leaf(path, leaf, leaf_key, scale), params, key
+            lambda path, leaf, leaf_key: self._perturb_leaf(path, leaf, leaf_key, scale),
+            params,
+            key,
         )
 
     def combine(self, params: Any, keys: jax.Array, weights: jax.Array) -> Any:
@@ -272,7 +274,10 @@ def _round_sum(leaf: jax.Array, total: jax.Array) -> jax.Array:
 
 
 def _map_leaves(
-    function: Callable[..., Any], params: Any, key: jax.Array, other: Callable[..., Any] = lambda x: x
+    function: Callable[..., Any],
+    params: Any,
+    key: jax.Array,
+    other: Callable[..., Any] = lambda x: x,
 ) -> Any:
     """function(path, leaf, key words) of every floating leaf, `other(leaf)` of the rest."""
     flat, treedef = jax.tree.flatten_with_path(params)

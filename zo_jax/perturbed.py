@@ -222,9 +222,7 @@ class LowRank(Perturbed):
         whole = start[n:] == (0, 0) and limit[n:] == self.shape[n:] and strides[n:] == (1, 1)
         if not n or not whole:
             return None
-        return self._on_layers(
-            lambda x: lax.slice(x, start, (*limit[:n], *x.shape[n:]), strides)
-        )
+        return self._on_layers(lambda x: lax.slice(x, start, (*limit[:n], *x.shape[n:]), strides))
 
     def _dynamic_slice(self, params, *starts):
         sizes, n = params["slice_sizes"], self.ndim - 2

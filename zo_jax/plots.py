@@ -27,7 +27,7 @@ def plot_losses(rows: list[dict[str, str]], path: Path, title: str) -> None:
     ):
         points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
         if points:
-            axes.plot(*zip(*points), label=label, **style)
+            axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=title)
     axes.grid(alpha=0.3)
     if axes.lines:

@@ -1,19 +1,12 @@
-"""The training loop: `init_state`, the two halves of a step, `train_and_evaluate`.
+"""Training: a step is `project`, all the forward passes, and `update`, all the optimisation.
 
-A zeroth-order step is `project` (parameters, key, batch -> q projections), all the forward passes, and `update` (state,
-key, projections -> state), all the optimisation. Keys and batches are functions of (seed, step), so a run that resumes from
-(parameters, optimiser state, step) is the run that was not interrupted, bit for bit.
+Axes: B blocks of a batch, T tokens of a block, q queries.
 """
 
-from collections import deque
 from collections.abc import Callable
-import datetime
-from functools import partial
-import json
-import os
 from pathlib import Path
 import time
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,329 +14,320 @@ import numpy as np
 import optax
 import tqdm
 
-from zo_jax import estimators, perturbations
-from zo_jax.checkpoint import Checkpoints
-from zo_jax.config import Config, ConfigError, walk
+from zo_jax import checkpoint, estimators, evaluate, metrics, perturbations, plots
+from zo_jax.config import Config, ConfigError, blocks_per_step, resolve, validate
 from zo_jax.data import Corpus, batch_indices, load_corpus
-from zo_jax.evaluate import make_evaluate, sample
 from zo_jax.losses import next_token_loss
-from zo_jax.metrics import MetricsWriter, read_rows
-from zo_jax.model import GPT, count_params, init_params, make_model
+from zo_jax.model import GPT, init_params, make_model
 from zo_jax.optimizers import make_optimizer, make_schedule
-from zo_jax.plots import plot_loss
-
-# What a run that goes on may change: how far it goes and what it reports.
-_MAY_CHANGE = (
-    "train.num_steps train.num_epochs train.log_interval train.eval_interval train.eval_blocks "
-    "train.checkpoint_interval train.sample_tokens zo.parallel_batch_size"
-).split()
+from zo_jax.workdir import claim_workdir
 
 
 class TrainState(NamedTuple):
-    """All that a run carries from step to step."""
+    """All that a run changes. Keys and batches are functions of the seed and the step.
 
-    step: jax.Array  # int32 scalar: steps done
+    Attributes:
+      step: int32, steps taken.
+      params: the model's parameters.
+      opt_state: optax's state.
+      num_skipped: int32, those of the steps that changed nothing, for want of a finite loss.
+    """
+
+    step: jax.Array
     params: Any
     opt_state: Any
+    num_skipped: jax.Array
 
 
 class StepMetrics(NamedTuple):
-    """Scalars of one step, on the device until they are needed."""
+    """Of one step: float32 scalars, and the running count of skipped steps."""
 
     loss: jax.Array
     grad_norm: jax.Array
-    num_failed: jax.Array
-
-
-def init_state(model: GPT, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step."""
-    params = init_params(model, jax.random.key(seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-
-def step_key(seed: int, step: int | jax.Array) -> jax.Array:
-    """The key that names the directions of a step."""
-    return jax.random.fold_in(jax.random.key(seed), step)
+    learning_rate: jax.Array
+    num_skipped: jax.Array
 
 
 def make_perturbation(config: Config) -> perturbations.Perturbation:
-    """The family of directions that a validated configuration names."""
+    """The family of directions that the configuration names."""
     if config.zo.perturbation == "low_rank":
         return perturbations.low_rank(config.zo.rank)
     return getattr(perturbations, config.zo.perturbation)()
 
 
-def _apply(optimizer, state: TrainState, gradient: Any, loss, num_failed):
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics = StepMetrics(loss, optax.global_norm(gradient), num_failed)
-    return TrainState(state.step + 1, params, opt_state), metrics
-
-
-def make_zo_step(config: Config, model: GPT, optimizer: optax.GradientTransformation) -> Callable:
-    """(state, tokens) -> (state, metrics), the state donated; tokens [B, T], or [q, B, T] with a batch per query."""
-    zo, perturbation = config.zo, make_perturbation(config)
+def init_state(config: Config, model: GPT) -> TrainState:
+    """Fresh parameters and optimiser state, from the seed alone."""
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
 
     @jax.jit
-    def project(params, step, tokens):
+    def init(key):
+        params = init_params(model, key)
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, optimizer.init(params), jnp.zeros_like(zero))
+
+    return init(jax.random.fold_in(base_key(config), 2**31))
+
+
+def base_key(config: Config) -> jax.Array:
+    """The run's key: threefry whatever JAX's default is, since its noise is the same under vmap."""
+    return jax.random.key(config.seed, impl="threefry2x32")
+
+
+def make_project(config: Config, model: GPT) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The jitted forward passes of a step: (params, key, tokens) -> (loss, projections [q]).
+
+    Tokens are int32 [B, T], or [q, B, T] with `zo.batch_per_query`. A query whose loss is not
+    finite has the projection nan.
+    """
+    perturbation = make_perturbation(config)
+
+    @jax.jit
+    def project(params: Any, key: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         return estimators.project(
-            partial(next_token_loss, model),
+            lambda params, tokens_BT: next_token_loss(model, params, tokens_BT),
             params,
-            step_key(config.seed, step),
+            key,
             tokens,
-            num_queries=zo.num_queries,
-            epsilon=zo.epsilon,
+            num_queries=config.zo.num_queries,
+            epsilon=config.zo.epsilon,
             perturbation=perturbation,
-            difference=zo.difference,
-            parallel_batch_size=zo.parallel_batch_size,
-            batch_per_query=zo.batch_per_query,
+            difference=config.zo.difference,
+            parallel_batch_size=config.zo.parallel_batch_size,
+            batch_per_query=config.zo.batch_per_query,
         )
 
-    @partial(jax.jit, donate_argnums=0)
-    def update(state, loss, projections):
-        keys = jax.random.split(step_key(config.seed, state.step), zo.num_queries)
-        weights = estimators.mean_weights(projections)
+    return project
+
+
+def make_update(config: Config) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """The jitted optimisation of a step: (state, key, loss, projections [q]) -> (state, metrics).
+
+    The gradient is summed again from the key; the data has no part in it but the projections. The
+    state is donated.
+    """
+    perturbation = make_perturbation(config)
+
+    def update(
+        state: TrainState, key: jax.Array, loss: jax.Array, projections_q: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
+        keys = jax.random.split(key, config.zo.num_queries)
+        weights = estimators.mean_weights(projections_q)
         gradient = perturbation.combine(state.params, keys, weights)
-        num_failed = jnp.sum(~jnp.isfinite(projections), dtype=jnp.int32)
-        return _apply(optimizer, state, gradient, loss, num_failed)
+        return _descend(config, state, loss, gradient, jnp.any(jnp.isfinite(projections_q)))
 
-    def train_step(state, tokens):
-        return update(state, *project(state.params, state.step, tokens))
-
-    train_step.jitted = (project, update)
-    return train_step
+    return jax.jit(update, donate_argnums=0)
 
 
-def make_fo_step(config: Config, model: GPT, optimizer: optax.GradientTransformation) -> Callable:
-    """(state, tokens [B, T]) -> (state, metrics), the state donated; micro-batches one after another."""
-    num_micro = config.fo.gradient_accumulation_steps
-    loss_and_gradient = jax.value_and_grad(partial(next_token_loss, model))
-
-    @partial(jax.jit, donate_argnums=0)
-    def train_step(state, tokens):
-        add = lambda total, micro: (
-            jax.tree.map(jnp.add, total, loss_and_gradient(state.params, micro)),
-            None,
-        )
-        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-        micros = tokens.reshape(num_micro, -1, tokens.shape[-1])
-        total, _ = jax.lax.scan(add, zeros, micros)
-        loss, gradient = jax.tree.map(lambda x: x / num_micro, total)
-        return _apply(optimizer, state, gradient, loss, (~jnp.isfinite(loss)).astype(jnp.int32))
-
-    return train_step
-
-
-def make_batch(config: Config, blocks_NT: np.ndarray, step: int) -> np.ndarray:
-    """The tokens of a step, a function of (seed, step) alone: [B, T], or [q, B, T] with a batch per query."""
-    size = config.train.batch_size
-    per_query = config.mode == "zo" and config.zo.batch_per_query
-    count = size * config.zo.num_queries if per_query else size
-    tokens = blocks_NT[batch_indices(len(blocks_NT), count, config.seed, step)]
-    return tokens.reshape(config.zo.num_queries, size, -1) if per_query else tokens
-
-
-def run_name(config: Config) -> str:
-    """Default name of a run's folder."""
-    zo = f"_q{config.zo.num_queries}" if config.mode == "zo" else ""
-    optimizer, size = config.optimizer, config.train.batch_size
-    return (
-        f"{config.mode}_full{zo}_opt{optimizer.name}_lr{optimizer.learning_rate:g}_bs{size}"
-        f"_{config.data.source}_seed{config.seed}"
+def make_fo_step(config: Config, model: GPT) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """The jitted backprop step: (state, tokens [B, T]) -> (state, metrics), the state donated."""
+    num_parts = config.fo.gradient_accumulation_steps
+    loss_and_grad = jax.value_and_grad(
+        lambda params, tokens_BT: next_token_loss(model, params, tokens_BT)
     )
 
+    def fo_step(state: TrainState, tokens_BT: jax.Array) -> tuple[TrainState, StepMetrics]:
+        B, T = tokens_BT.shape
 
-def open_run(config: Config, workdir: Path) -> None:
-    """Makes the run folder, or checks that the run in it is this one.
+        def add_part(total, part_BT):
+            one = loss_and_grad(state.params, part_BT)
+            return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, one), None
 
-    Raises:
-      ConfigError: the folder holds a run of a different configuration.
-    """
-    path = workdir / "config.json"
-    new = {name: value for name, _, value in walk(config)}
-    if path.exists():
-        old = json.loads(path.read_text())
-        free = set(_MAY_CHANGE)
-        if config.optimizer.schedule == "cosine":
-            free -= {"train.num_steps", "train.num_epochs"}
-        changed = [k for k in {**old, **new} if old.get(k) != new.get(k) and k not in free]
-        if changed:
-            differences = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in changed)
-            raise ConfigError(
-                f"{workdir} holds a run of another configuration ({differences}); choose another "
-                "--workdir, or pass --restart to delete that run"
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(new, indent=2) + "\n")
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
+        parts = tokens_BT.reshape(num_parts, B // num_parts, T)
+        total, _ = jax.lax.scan(add_part, (jnp.zeros((), jnp.float32), zeros), parts)
+        loss, gradient = jax.tree.map(lambda x: x / num_parts, total)
+        return _descend(config, state, loss, gradient, jnp.isfinite(loss))
+
+    return jax.jit(fo_step, donate_argnums=0)
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def _descend(
+    config: Config, state: TrainState, loss: jax.Array, gradient: Any, usable: jax.Array
+) -> tuple[TrainState, StepMetrics]:
+    """One optimiser step, or, if the gradient is not usable, only the count of it."""
+    grad_norm = optax.global_norm(jax.tree.map(lambda x: x.astype(jnp.float32), gradient))
+    usable &= jnp.isfinite(grad_norm)
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # Adam's momentum would move the parameters with a zero gradient too.
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(usable, new, old).astype(old.dtype),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+    # Skipped steps do not count for optax, so its schedule is behind by as many.
+    schedule = make_schedule(config.optimizer, config.train.num_steps)
+    learning_rate = schedule(state.step - state.num_skipped).astype(jnp.float32)
+    num_skipped = state.num_skipped + (~usable).astype(jnp.int32)
+    state = TrainState(state.step + 1, params, opt_state, num_skipped)
+    return state, StepMetrics(loss, grad_norm, learning_rate, num_skipped)
 
 
-class _Counts(NamedTuple):
-    """What one step costs."""
-
-    forward_passes: int
-    tokens: int
-
-
-def _step_counts(config: Config) -> _Counts:
-    tokens = config.train.batch_size * config.data.block_size
+def make_train_step(
+    config: Config, model: GPT
+) -> Callable[[TrainState, jax.Array, np.ndarray], tuple[TrainState, StepMetrics]]:
+    """The step of the configured mode: (state, key of the step, tokens) -> (state, metrics)."""
     if config.mode == "fo":
-        return _Counts(config.fo.gradient_accumulation_steps, tokens)
-    zo = config.zo
-    passes = estimators.num_evaluations(zo.num_queries, zo.difference, zo.batch_per_query)
-    return _Counts(passes, tokens * (zo.num_queries if zo.batch_per_query else 1))
+        fo_step = make_fo_step(config, model)
+        return lambda state, key, tokens: fo_step(state, tokens)
+    project, update = make_project(config, model), make_update(config)
+
+    def zo_step(state, key, tokens):
+        return update(state, key, *project(state.params, key, tokens))
+
+    return zo_step
 
 
-def _announce(config: Config, model: GPT, corpus: Corpus, num_steps: int, workdir: Path) -> None:
-    zo, optimizer, counts = config.zo, config.optimizer, _step_counts(config)
-    if config.mode == "zo":
-        family = f"{zo.perturbation} (rank {zo.rank})" if zo.rank > 1 else zo.perturbation
-        how = (
-            f"zeroth order, {zo.num_queries} {family} directions a step, {zo.difference} "
-            f"difference, epsilon {zo.epsilon:g}, no backpropagation"
-        )
-    else:
-        how = f"backpropagation, {config.fo.gradient_accumulation_steps} micro-batches a step"
-    devices = ", ".join(sorted({d.device_kind for d in jax.devices()}))
-    print(
-        f"model      GPT, {model.num_layers} layers, {model.num_heads} heads, width {model.width}: "
-        f"{count_params(model):,} parameters ({config.model.param_dtype})\n"
-        f"data       {corpus.summary}\n"
-        f"gradient   {how}\n"
-        f"optimizer  {optimizer.name}, learning rate {optimizer.learning_rate:g} "
-        f"({optimizer.schedule}), batch of {config.train.batch_size} x {config.data.block_size} tokens\n"
-        f"steps      {num_steps:,}, {counts.forward_passes} forward passes and {counts.tokens:,} "
-        "tokens each\n"
-        f"devices    {jax.device_count()} x {devices}\n"
-        f"results    {workdir}",
-        flush=True,
-    )
+def read_batch(config: Config, train_NT: np.ndarray, step: int) -> np.ndarray:
+    """The tokens of a step: int32 [B, T], or [q, B, T] with `zo.batch_per_query`."""
+    indices = batch_indices(len(train_NT), blocks_per_step(config), config.seed, step)
+    tokens = train_NT[indices]
+    if config.mode == "zo" and config.zo.batch_per_query:
+        return tokens.reshape(config.zo.num_queries, config.train.batch_size, -1)
+    return tokens
 
 
-def train_and_evaluate(config: Config, workdir: Path) -> float:
-    """Runs the experiment, or the rest of it, and returns the last validation loss in nats per token.
+def train_and_evaluate(config: Config, workdir: Path, restart: bool = False) -> dict[str, float]:
+    """Trains in a run folder, or continues what it holds, and reports in it and on stdout.
+
+    Args:
+      config: the experiment.
+      workdir: the run folder, made if it is not there.
+      restart: delete the run that the folder holds first.
+
+    Returns:
+      step, loss (of the last step's batch) and eval_loss at the end.
 
     Raises:
-      ConfigError, DataError: the configuration cannot be run; raised before anything is compiled.
+      ConfigError: the configuration is impossible, or the folder holds another run.
+      DataError: there is no such corpus.
+      CheckpointError: the run's checkpoints cannot be read.
     """
+    validate(config)
     corpus = load_corpus(config.data)
-    train_NT = corpus.train_NT
-    num_steps = config.train.num_steps
-    if not num_steps:
-        blocks = _step_counts(config).tokens // config.data.block_size
-        num_steps = max(1, config.train.num_epochs * len(train_NT) // blocks)
-    open_run(config, workdir)
+    queries = config.zo.num_queries, config.zo.parallel_batch_size
+    config = resolve(config, len(corpus.train_NT))
+    if queries[1] > queries[0]:
+        print(
+            f"zo.parallel_batch_size={queries[1]} is more than the queries: taken as {queries[0]}"
+        )
+    workdir = Path(workdir).expanduser()
+    claim_workdir(config, corpus, workdir, restart)
     model = make_model(config.model, corpus.tokenizer.vocab_size)
-    optimizer = make_optimizer(config.optimizer, num_steps)
-    _announce(config, model, corpus, num_steps, workdir)
+    print(metrics.describe(config, corpus, model, workdir), flush=True)
 
-    state = init_state(model, optimizer, config.seed)
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    start = checkpoints.latest_step or 0
-    if start:
-        state = checkpoints.restore(start, state)
-        print(f"resumed    from step {start:,}" + (" (complete)" if start >= num_steps else ""))
-    eval_batch = min(32, config.train.eval_blocks)
-    evaluate = make_evaluate(model, corpus.validation_NT[: config.train.eval_blocks], eval_batch)
-    if start < num_steps:
-        state = _loop(config, model, optimizer, state, train_NT, evaluate, checkpoints, num_steps, workdir)
-        print(f"plot       {plot_loss(workdir)}")
-    checkpoints.close()
-
-    validation_loss = float(evaluate(state.params))
-    if config.train.sample_tokens:
-        prompt_T = jnp.asarray(corpus.validation_NT[0])
-        length = config.train.sample_tokens
-        tokens = sample(model, state.params, step_key(config.seed, num_steps), prompt_T, length=length)
-        text = corpus.tokenizer.decode(np.asarray(tokens))
-        _write(workdir / "sample.txt", text)
-        print(f"sample     of {length} tokens after a validation block:\n\n{text}\n")
-    first = next((row["eval_loss"] for row in read_rows(workdir / "metrics.csv")), "")
-    print(f"validation loss {float(first):.6f} -> {validation_loss:.6f} nats per token", flush=True)
-    return validation_loss
-
-
-def _loop(config, model, optimizer, state, train_NT, evaluate, checkpoints, num_steps, workdir):
-    """The steps that are left; returns the last state."""
-    train, start = config.train, int(state.step)
-    make_step = make_zo_step if config.mode == "zo" else make_fo_step
-    train_step = make_step(config, model, optimizer)
-    writer = MetricsWriter(workdir / "metrics.csv", start if start else -1)
-    schedule = make_schedule(config.optimizer, num_steps)
-    counts, begin = _step_counts(config), time.monotonic()
-    progress = tqdm.tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True)
-    failed = 0
-
-    def report(step: int, metrics: StepMetrics | None, eval_loss: jax.Array | None) -> None:
-        """Fetches the scalars of a step that is done while the next one runs."""
-        nonlocal failed
-        row = _row(config, step, len(train_NT), counts)
-        row["seconds"] = round(time.monotonic() - begin, 3)
-        if metrics is not None:
-            metrics = StepMetrics(*(x.item() for x in metrics))
-            failed += metrics.num_failed
-            row.update(loss=metrics.loss, grad_norm=metrics.grad_norm)
-            row["current_lr"] = float(schedule(jnp.asarray(step - 1)))
-            rate = (step - start) * counts.tokens / max(row["seconds"], 1e-9)
-            postfix = dict(
-                loss=f"{metrics.loss:.3f}",
-                lr=f"{row['current_lr']:.2e}",
-                grad=f"{metrics.grad_norm:.2f}",
-                tok_s=f"{rate:,.0f}",
-                forward=f"{row['forward_passes']:,}",
+    evaluate_fn = evaluate.make_evaluate(model)
+    held_out = evaluate.choose_blocks(corpus.validation_NT, config.train.eval_blocks)
+    evaluate_params = lambda params: float(evaluate_fn(params, held_out))
+    num_steps = config.train.num_steps
+    with checkpoint.open_checkpoints(workdir / "checkpoints") as checkpoints:
+        state = init_state(config, model)
+        start = 0
+        if restored := checkpoint.restore_latest(checkpoints, state):
+            start, state = restored
+        if start > num_steps:
+            raise ConfigError(
+                f"the run in {workdir} is at step {start}, past train.num_steps={num_steps}; raise "
+                "it, use --restart to train from scratch, or another --workdir"
             )
-            if failed:
-                postfix["not_finite"] = failed
-            progress.set_postfix(postfix, refresh=False)
-        if eval_loss is not None:
-            row["eval_loss"] = eval_loss.item()
-        writer.write(row)
+        with metrics.open_log(workdir / "metrics.csv", start) as log:
+            if start == num_steps:
+                print(f"this run is complete: {start} of {num_steps} steps; nothing to train")
+            else:
+                if start:
+                    print(f"continuing from the checkpoint of step {start}")
+                state = _train(
+                    config, corpus, model, state, start, evaluate_params, checkpoints, log
+                )
+    eval_loss = evaluate_params(state.params)
+    rows = metrics.read(workdir / "metrics.csv")
+    loss = next((float(row["loss"]) for row in reversed(rows) if row["loss"]), float("nan"))
+    plots.plot_losses(rows, workdir / "loss_curve.png", workdir.name)
+    print(
+        f"finished {num_steps} steps: training loss {loss:.6f} (last batch), validation loss "
+        f"{eval_loss:.6f} nats per token"
+    )
+    if int(state.num_skipped):
+        print(f"{int(state.num_skipped)} of the steps changed nothing: their loss was not finite")
+    if config.train.sample_tokens:
+        text = evaluate.sample_text(
+            model,
+            state.params,
+            corpus,
+            jax.random.fold_in(base_key(config), 2**31 + 1),
+            config.train.sample_tokens,
+            config.train.sample_temperature,
+        )
+        metrics.write_atomic(workdir / "sample.txt", text + "\n")
+        print(f"a sample of its text:\n{'-' * 40}\n{text}\n{'-' * 40}")
+    print(f"results are in {workdir}")
+    return dict(step=num_steps, loss=loss, eval_loss=eval_loss)
+
+
+def _train(
+    config: Config,
+    corpus: Corpus,
+    model: GPT,
+    state: TrainState,
+    start: int,
+    evaluate_params: Callable[[Any], float],
+    checkpoints: Any,
+    log: IO[str],
+) -> TrainState:
+    """The loop. It waits for the device one step behind, so that the device never waits for it."""
+    train, num_steps = config.train, config.train.num_steps
+    train_step = make_train_step(config, model)
+    step_key = jax.jit(jax.random.fold_in)
+    key = base_key(config)
+    tokens_per_step = blocks_per_step(config) * corpus.train_NT.shape[1]
+    row_of = lambda step: metrics.make_row(config, step, len(corpus.train_NT), tokens_per_step)
+    began = None
 
     if start == 0:
-        report(0, None, evaluate(state.params))
-    pending: deque = deque()
-    for step in range(start + 1, num_steps + 1):
-        state, metrics = train_step(state, make_batch(config, train_NT, step - 1))
-        progress.update()
-        last = step == num_steps
-        is_eval = last or step % train.eval_interval == 0
-        if is_eval or step % train.log_interval == 0:
-            pending.append((step, metrics, evaluate(state.params) if is_eval else None))
-        # The row of an earlier step is fetched only now that the next one is under way.
-        while pending and (pending[0][0] < step or last):
-            report(*pending.popleft())
-        if last or step % train.checkpoint_interval == 0:
-            while pending:
-                report(*pending.popleft())
-            checkpoints.save(step, state)
-    progress.close()
-    writer.close()
-    if failed:
-        print(f"not finite {failed} losses were left out; lower the learning rate or epsilon")
+        eval_loss = evaluate_params(state.params)
+        metrics.write_row(log, row_of(0) | {"eval_loss": eval_loss})
+        print(f"validation loss before training: {eval_loss:.6f} nats per token", flush=True)
+
+    bar = tqdm.tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True)
+
+    def report(step: int, pending: StepMetrics, eval_loss: float | None = None) -> None:
+        last = jax.device_get(pending)
+        nonlocal began
+        # Compilation is in the first step, and not in the rate.
+        began = began or time.monotonic()
+        rate = (step - start - 1) * tokens_per_step / max(time.monotonic() - began, 1e-9)
+        bar.update(step - bar.n)
+        bar.set_postfix_str(
+            f"loss {last.loss:.4f}, lr {last.learning_rate:.2e}, |g| {last.grad_norm:.3g}, "
+            f"{rate:,.0f} tokens/s, {step * metrics.passes_per_step(config):,} passes",
+            refresh=False,
+        )
+        if step % train.log_interval == 0 or eval_loss is not None or step == num_steps:
+            row = row_of(step) | {
+                "current_lr": float(last.learning_rate),
+                "loss": float(last.loss),
+                "grad_norm": float(last.grad_norm),
+                "skipped_steps": int(last.num_skipped),
+            }
+            metrics.write_row(log, row | ({} if eval_loss is None else {"eval_loss": eval_loss}))
+
+    with bar:
+        pending = None
+        for step in range(start + 1, num_steps + 1):
+            tokens = read_batch(config, corpus.train_NT, step - 1)
+            state, new = train_step(state, step_key(key, step - 1), tokens)
+            if pending:
+                report(step - 1, pending)
+            pending = new
+            at_end = step == num_steps
+            if step % train.eval_interval == 0 or at_end:
+                report(step, pending, evaluate_params(state.params))
+                pending = None
+            if step % train.checkpoint_interval == 0 or at_end:
+                # Rows first: then a checkpoint never knows more than metrics.csv.
+                if pending:
+                    report(step, pending)
+                    pending = None
+                checkpoint.save(checkpoints, step, state)
     return state
-
-
-def _row(config: Config, step: int, num_blocks: int, counts: _Counts) -> dict[str, Any]:
-    """The columns of a row that do not depend on what was measured."""
-    is_fo, train = config.mode == "fo", config.train
-    accumulation = config.fo.gradient_accumulation_steps
-    return {
-        "timestamp": datetime.datetime.now().isoformat(timespec="seconds"),
-        "epoch": step * counts.tokens // config.data.block_size // num_blocks,
-        "step": step,
-        "mode": config.mode,
-        "scope": "full",
-        "q": "" if is_fo else config.zo.num_queries,
-        "initial_lr": config.optimizer.learning_rate,
-        "batch_size": train.batch_size // accumulation,
-        "gradient_accumulation_steps": accumulation,
-        "effective_batch_size": train.batch_size,
-        "optimizer": config.optimizer.name,
-        "forward_passes": step * counts.forward_passes,
-        "tokens": step * counts.tokens,
-    }

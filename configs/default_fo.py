@@ -1,0 +1,19 @@
+"""The backprop twin of default.py: the same model, data, batches and steps.
+
+Command: python main.py --config=configs/default_fo.py
+Time: MEASURE on 2 CPU cores. Loss: validation from 4.2 to MEASURE nats per character.
+"""
+
+from zo_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        mode="fo",
+        model=ModelConfig(num_layers=2, num_heads=2, width=64, context_length=64),
+        data=DataConfig(source="shakespeare", tokenizer="char", block_size=64),
+        optimizer=OptimizerConfig(
+            name="adam", learning_rate=2e-3, schedule="cosine", warmup_steps=50
+        ),
+        train=TrainConfig(num_steps=2000, batch_size=8),
+    )

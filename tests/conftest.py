@@ -1,0 +1,15 @@
+"""Settings that hold for every test; they must be made before jax and datasets are imported."""
+
+import os
+from pathlib import Path
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "zo_jax_test_compilation_cache")
+)
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
