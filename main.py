@@ -16,49 +16,48 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from zo_jax.config import ConfigError, default_run_name, help_text, validate
+from zo_jax import config as config_lib
 from zo_jax.data import DataError
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", str(Path(__file__).parent / "configs/default.py"), "The experiment, a file."
-)
-_WORKDIR = flags.DEFINE_string("workdir", "", "Run folder; default runs/ and a name of the run.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Run folder.")
 _RESTART = flags.DEFINE_bool("restart", False, "Delete the run that the folder holds.")
 
 
 def _fail(error: Exception) -> NoReturn:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A config file that raises is reported with its traceback, whose last line says why.
-    text = lines[-1 if "Traceback" in str(error) else 0] if lines else type(error).__name__
-    print(f"error: {text}", file=sys.stderr)
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    print(f"error: {lines[-1 if 'Traceback' in str(error) else 0]}", file=sys.stderr)
     sys.exit(2)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    if {"-h", "-help", "--help", "--helpshort", "--helpfull"} & set(argv[1:]):
-        print(__doc__ + help_text())
+    if {"-h", "-help", "--help", "--helpshort", "--helpfull"} & set(argv):
+        print(__doc__ + config_lib.help_text())
         sys.exit(0)
+    if not any(arg.lstrip("-").partition("=")[0] == "config" for arg in argv):
+        # As an argument, not as the flag's default: that is read too early to catch its errors.
+        default = Path(__file__).parent / "configs" / "default.py"
+        sys.argv = argv = [argv[0], f"--config={default}", *argv[1:]]
     try:
+        config_lib.check_arguments(argv[1:])
         if rest := flags.FLAGS(argv)[1:]:
-            raise ConfigError(f"{rest[0]!r} is no flag; write --config.FIELD=VALUE")
-        validate(_CONFIG.value)
+            raise config_lib.ConfigError(f"{rest[0]!r} is no flag; --help lists them all")
+        config_lib.validate(_CONFIG.value)
     except Exception as error:  # config files and ml_collections raise all kinds
         _fail(error)
     return argv
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     from zo_jax import checkpoint, train  # slow to import, and not needed for --help
 
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file it writes
-    workdir = _WORKDIR.value or str(Path("runs") / default_run_name(_CONFIG.value))
+    workdir = Path(_WORKDIR.value or f"runs/{config_lib.default_run_name(_CONFIG.value)}")
     try:
-        train.train_and_evaluate(_CONFIG.value, Path(workdir), _RESTART.value)
-    except (ConfigError, DataError, checkpoint.CheckpointError) as error:
+        train.train_and_evaluate(_CONFIG.value, workdir, _RESTART.value)
+    except (config_lib.ConfigError, DataError, checkpoint.CheckpointError) as error:
         _fail(error)
-    except KeyboardInterrupt:
-        print(f"\nstopped; the same command continues the run in {workdir}", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

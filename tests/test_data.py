@@ -2,13 +2,13 @@
 
 import json
 import os
+from pathlib import Path
 import random
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when huggingface_hub is imported
 

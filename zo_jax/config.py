@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import difflib
 import math
+import os
 from typing import Any
 
 MODES = ("zo", "fo")
@@ -22,10 +23,6 @@ class ConfigError(ValueError):
 
 def _field(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
-
-
-def _section(cls: type, help: str) -> Any:
-    return dataclasses.field(default_factory=cls, metadata={"help": help})
 
 
 @dataclasses.dataclass
@@ -136,12 +133,24 @@ class Config:
 
     mode: str = _field("zo", "zo (forward passes only) or fo (backprop)")
     seed: int = _field(0, "seed of the initial parameters, the directions and the batches")
-    model: ModelConfig = _section(ModelConfig, "the GPT-2 decoder")
-    data: DataConfig = _section(DataConfig, "text, tokenizer and blocks")
-    zo: ZOConfig = _section(ZOConfig, "the zeroth-order estimate")
-    fo: FOConfig = _section(FOConfig, "the backprop gradient")
-    optimizer: OptimizerConfig = _section(OptimizerConfig, "optimiser and learning rate")
-    train: TrainConfig = _section(TrainConfig, "length of the run, and reports")
+    model: ModelConfig = dataclasses.field(
+        default_factory=ModelConfig, metadata={"help": "the GPT-2 decoder"}
+    )
+    data: DataConfig = dataclasses.field(
+        default_factory=DataConfig, metadata={"help": "text, tokenizer and blocks"}
+    )
+    zo: ZOConfig = dataclasses.field(
+        default_factory=ZOConfig, metadata={"help": "the zeroth-order estimate"}
+    )
+    fo: FOConfig = dataclasses.field(
+        default_factory=FOConfig, metadata={"help": "the backprop gradient"}
+    )
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=OptimizerConfig, metadata={"help": "optimiser and learning rate"}
+    )
+    train: TrainConfig = dataclasses.field(
+        default_factory=TrainConfig, metadata={"help": "length of the run, and reports"}
+    )
 
 
 # Fields in which a run may differ from the one that it continues.
@@ -184,6 +193,28 @@ def help_text() -> str:
         lines.append(f"  --config.{name} ({field.type.__name__}, default {default})")
         lines.append(f"      {field.metadata['help']}")
     return "\n".join(lines)
+
+
+def check_arguments(args: Sequence[str]) -> None:
+    """Sees that --config names a file and --config.NAME a field, which a parser says less clearly.
+
+    Raises:
+      ConfigError: it does not.
+    """
+    names = [name for name, _, _ in walk(Config())]
+    sections = {name.rpartition(".")[0] for name in names}
+    for i, arg in enumerate(args):
+        flag, equals, value = arg.lstrip("-").partition("=")
+        if flag == "config":
+            path = (value if equals else "".join(args[i + 1 : i + 2])).partition(":")[0]
+            if not os.path.isfile(path):
+                raise ConfigError(f"--config must name a Python file; there is no file {path!r}")
+        head, dot, name = flag.partition(".")
+        if arg.startswith("-") and dot and head in ("config", "noconfig") and name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]}?" if close else "; --help lists them all"
+            what = "is a section, not a field" if name in sections else "is no field"
+            raise ConfigError(f"--config.{name}: {name} {what} of the configuration{hint}")
 
 
 def default_run_name(config: Config) -> str:

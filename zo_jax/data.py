@@ -7,6 +7,7 @@ importing `datasets` takes more than a second and freezes its settings from the 
 the default run (embedded text, char tokenizer) needs none of them.
 """
 
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import difflib
@@ -16,10 +17,9 @@ import hashlib
 import importlib.resources
 import itertools
 import os
+from pathlib import Path
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np

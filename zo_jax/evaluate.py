@@ -98,7 +98,7 @@ def sample_text(
     num_tokens: int,
     temperature: float,
 ) -> str:
-    """Text that the model writes after a newline (or the first held-out token, where no newline is).
+    """Text that the model writes after a newline, or a held-out token where there is none.
 
     Args:
       corpus: a `zo_jax.data.Corpus`; its block size is the window, as in training.

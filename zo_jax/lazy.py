@@ -11,8 +11,8 @@ import contextlib
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend import core
 from jax import lax
+from jax.extend import core
 
 from zo_jax.perturbed import LowRank, Perturbed
 

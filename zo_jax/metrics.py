@@ -58,7 +58,7 @@ def read(path: Path) -> list[dict[str, str]]:
     rows = list(csv.reader(lines))
     if not rows or tuple(rows[0]) != COLUMNS:
         return []
-    full = [dict(zip(COLUMNS, row)) for row in rows[1:] if len(row) == len(COLUMNS)]
+    full = [dict(zip(COLUMNS, row, strict=True)) for row in rows[1:] if len(row) == len(COLUMNS)]
     return [row for row in full if row["step"].isdigit()]
 
 

@@ -5,13 +5,13 @@ noise; `LowRank` as a product of two thin factors. Each has rules, by the name o
 primitive's result from the parts; a rule returns None where it does not apply, and the array is then formed.
 """
 
-import dataclasses
 from collections.abc import Callable
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from jax import lax
+import jax.numpy as jnp
 
 from zo_jax import noise
 
