@@ -9,7 +9,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "zo_jax_test_compilation_cache")
 )
+# Small programs are worth keeping too: the tests compile little else.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
+import pytest
+import tiny
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def tiny_config():
+    """A fresh configuration that trains in a second."""
+    return tiny.get_config()
