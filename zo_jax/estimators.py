@@ -132,31 +132,32 @@ def project(
     keys = jax.random.split(key, num_queries)
     lazy_loss = lazily(lambda p, b: _float32_scalar(loss_fn(p, *b)))
 
-    def evaluate(query, scale):
-        """The loss at params + scale · z of a query."""
+    def evaluator(query):
+        """The direction of a query is drawn; the loss along it is then a function of the scale."""
         b = jax.tree.map(lambda x: x[query], batch) if batch_per_query else batch
-        return lazy_loss(perturbation.perturb(params, keys[query], scale), b)
+        direction = perturbation.draw(params, keys[query])
+        return lambda scale: lazy_loss(perturbation.move(params, direction, scale), b)
 
     if difference == "jvp":
         slope = lambda query: jax.jvp(
-            lambda scale: evaluate(query, scale), (jnp.float32(0),), (jnp.float32(1),)
+            evaluator(query), (jnp.float32(0),), (jnp.float32(1),)
         )
         losses, projections = _map(slope, (jnp.arange(num_queries),), parallel_batch_size)
         return _masked(losses, projections)
 
-    # One list of evaluations, so that the loss is compiled once: the two sides of every query in turn, or
-    # the queries after the unperturbed ones (scale 0).
     epsilon = jnp.float32(epsilon)
-    i = jnp.arange(2 * num_queries)
     if difference == "central":
-        query, scale = i // 2, jnp.where(i % 2 == 0, epsilon, -epsilon)
-        losses = _map(evaluate, (query, scale), 2 * parallel_batch_size)
-        sides = losses.reshape(num_queries, 2)
+        # A loop over the two sides, so that the loss is compiled once.
+        two_sides = lambda query: lax.map(evaluator(query), jnp.stack([epsilon, -epsilon]))
+        sides = _map(two_sides, (jnp.arange(num_queries),), parallel_batch_size)
         return _masked(jnp.mean(sides, axis=1), (sides[:, 0] - sides[:, 1]) / (2 * epsilon))
+    # One list of evaluations: the queries after the unperturbed ones (scale 0).
     num_bases = num_queries if batch_per_query else 1
     i = jnp.arange(num_bases + num_queries)
     query = jnp.where(i < num_bases, i, i - num_bases)
-    losses = _map(evaluate, (query, jnp.where(i < num_bases, 0.0, epsilon)), parallel_batch_size)
+    scale = jnp.where(i < num_bases, 0.0, epsilon)
+    evaluate = lambda query, scale: evaluator(query)(scale)
+    losses = _map(evaluate, (query, scale), parallel_batch_size)
     base = jnp.broadcast_to(losses[:num_bases], (num_queries,))
     return _masked(base, (losses[num_bases:] - base) / epsilon)
 

@@ -173,7 +173,8 @@ def _while(params: dict[str, Any], args: list[Any]) -> Sequence[Any]:
 
 def _scan(params: dict[str, Any], args: list[Any]) -> Sequence[Any]:
     body = params["jaxpr"]
-    n, m = params["num_consts"], params["num_consts"] + params["num_carry"]
+    num_consts, num_carry = _scan_sizes(params)
+    n, m = num_consts, num_consts + num_carry
     # A dense table that every iteration uses whole is formed once, before the loop.
     consts = [
         x.form() if is_perturbed(x) and not _stays_lazy(x, body.jaxpr, var) else x
@@ -198,6 +199,14 @@ def _scan(params: dict[str, Any], args: list[Any]) -> Sequence[Any]:
         unroll=params["unroll"],
     )
     return [*carry, *ys]
+
+
+def _scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many its carry."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12
+    return len(consts), len(carry)
 
 
 def _stays_lazy(x: Perturbed, jaxpr: core.Jaxpr, var: core.Var) -> bool:

@@ -1,15 +1,15 @@
 """Families of random directions: how to perturb parameters with one, and how to sum many.
 
-A direction is a key. Leaf i of the parameters (in the order of `jax.tree.leaves`) draws from `fold_in(key, i)`, and
-its entries come from counter-based noise (`zo_jax.noise`), so a stack of layers [L, ...] has fresh noise for every
-layer, whether the layers are scanned or indexed. Only floating leaves are perturbed; others are left alone. Every
-family has E[z zᵀ] = I, so that E[⟨g, z⟩ z] = g.
+A direction is a key, which names a stream of random words (`zo_jax.noise`). Every floating leaf of the parameters owns
+a part of the stream, and every row of a leaf a part of that, so a stack of layers [L, ...] has fresh noise for every
+layer, whether the layers are scanned or indexed. Leaves that are not floating are left alone. Every family has
+E[z zᵀ] = I, so that E[⟨g, z⟩ z] = g.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from jax import lax
@@ -20,26 +20,89 @@ from zo_jax.perturbed import Dense, LowRank
 
 # Leaves whose name says that they are vectors, though a stack of layers [L, A] of them has the shape of a matrix.
 _VECTOR_NAMES = ("bias", "scale", "b")
+# A sum over directions makes one pass over a leaf for so many of them, written out: XLA fuses these.
+_UNROLLED = 8
+# Leaves with more words than this are summed one after the other, the smaller ones together.
+_LARGE_WORDS = 2**15
+
+
+class Direction(NamedTuple):
+    """A direction as its random words: one bit an entry for signs, less for low rank, two words a row for normals.
+
+    Attributes:
+      words: for each leaf of the parameters uint32 [..., W], or None where the leaf is not floating.
+      factor: float32 scalar, of the whole direction.
+    """
+
+    words: list[jax.Array | None]
+    factor: jax.Array
+
+
+class _Group(NamedTuple):
+    """Leaves whose words are drawn together.
+
+    Attributes:
+      indices: of the leaves.
+      shapes: of their words.
+      first: index in the stream of the first word.
+      size: number of words.
+    """
+
+    indices: list[int]
+    shapes: list[tuple[int, ...]]
+    first: int
+    size: int
+
+    def split(self, words: jax.Array) -> list[jax.Array]:
+        """Each leaf's part of [..., size]."""
+        parts, start = [], 0
+        for shape in self.shapes:
+            stop = start + math.prod(shape)
+            parts.append(words[..., start:stop].reshape(*words.shape[:-1], *shape))
+            start = stop
+        return parts
 
 
 @dataclasses.dataclass(frozen=True)
 class Perturbation:
     """A family of directions; make one with `rademacher`, `gaussian`, `sphere` or `low_rank`."""
 
+    # Directions whose words exist at once while they are summed.
+    _queries_at_once: ClassVar[int] = _UNROLLED
+
     def direction(self, params: Any, key: jax.Array) -> Any:
         """The direction z that `key` names, as plain float32 arrays (zeros for leaves that are not floating)."""
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        as_float32 = lambda x: x.astype(jnp.float32) if _is_floating(x) else x
-        return self.add(jax.tree.map(as_float32, zeros), key[None], jnp.ones(1))
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros_like(x, jnp.float32 if _is_floating(x) else None), params
+        )
+        return self.add(zeros, key[None], jnp.ones(1))
 
     def perturb(self, params: Any, key: jax.Array, scale: Any) -> Any:
         """params + scale · z, each floating leaf a `Perturbed` array for functions under `lazily`."""
-        scale = jnp.asarray(scale, jnp.float32) * self._scale(params, key)
-        return _map_leaves(
-            lambda path, leaf, leaf_key: self._perturb_leaf(path, leaf, leaf_key, scale),
-            params,
-            key,
-        )
+        return self.move(params, self.draw(params, key), scale)
+
+    def draw(self, params: Any, key: jax.Array) -> Direction:
+        """The direction that `key` names, for `move`: drawn once for several scales."""
+        leaves = jax.tree.leaves(params)
+        groups = self._groups(params)
+        last = groups[-1]
+        stream = noise.stream(key_words(key), last.first + last.size)
+        words: list[jax.Array | None] = [None] * len(leaves)
+        for group in groups:
+            parts = group.split(stream[group.first : group.first + group.size])
+            for i, part in zip(group.indices, parts, strict=True):
+                words[i] = part
+        return Direction(words, self._factor(leaves, words))
+
+    def move(self, params: Any, direction: Direction, scale: Any) -> Any:
+        """`perturb`, given the direction's words."""
+        scale = jnp.asarray(scale, jnp.float32) * direction.factor
+        flat, treedef = jax.tree.flatten_with_path(params)
+        moved = [
+            leaf if words is None else self._move_leaf(path, jnp.asarray(leaf), words, scale)
+            for (path, leaf), words in zip(flat, direction.words, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, moved)
 
     def combine(self, params: Any, keys: jax.Array, weights: jax.Array) -> Any:
         """Σᵢ weightsᵢ zᵢ, with the shapes and dtypes of `params`, summed in float32 leaf by leaf.
@@ -52,74 +115,138 @@ class Perturbation:
         return self.add(jax.tree.map(jnp.zeros_like, params), keys, weights)
 
     def add(self, params: Any, keys: jax.Array, weights: jax.Array) -> Any:
-        """params + Σᵢ weightsᵢ zᵢ, rounded once: an update without a gradient buffer."""
-        weights = jnp.asarray(weights, jnp.float32)
-        weights = weights * lax.map(lambda key: self._scale(params, key), keys)
-        # Leaf after leaf: each waits for the one before it, so that the workspace of one leaf exists at a time.
-        num_leaves = len(jax.tree.leaves(params))
-        keys_nq2 = jnp.swapaxes(jax.vmap(lambda key: _leaf_keys(key, num_leaves))(keys), 0, 1)
-        return jax.tree.unflatten(
-            jax.tree.structure(params),
-            [
-                self._add_leaf(path, leaf, keys_nq2[i], weights) if _is_floating(leaf) else leaf
-                for i, (path, leaf) in enumerate(jax.tree.leaves_with_path(params))
-            ],
-        )
+        """params + Σᵢ weightsᵢ zᵢ, summed in float32 and rounded once: an update without a gradient buffer."""
+        flat, treedef = jax.tree.flatten_with_path(params)
+        leaves = [leaf for _, leaf in flat]
+        weights = jnp.asarray(weights, jnp.float32) * self._factors(params, keys)
+        num_queries = weights.shape[0]
+        n = min(num_queries, self._queries_at_once)
+        pad = -num_queries % n
+        # Words of directions with the weight 0 are drawn in vain, and change nothing.
+        keys_kn2 = jnp.pad(key_words(keys), ((0, pad), (0, 0)), "edge").reshape(-1, n, 2)
+        weights_kn = jnp.pad(weights, (0, pad)).reshape(-1, n)
+        for group in self._groups(params):
 
-    def _scale(self, params: Any, key: jax.Array) -> jax.Array:
-        """Factor of the whole direction."""
-        del params, key
+            def add_some(xs, keys_and_weights, group=group):
+                keys_n2, weights_n = keys_and_weights
+                draw = lambda key_2: noise.stream(key_2, group.size, group.first)
+                parts = group.split(jax.vmap(draw)(keys_n2))
+                sums = [
+                    self._sum_leaf(*flat[i], words, weights_n)
+                    for i, words in zip(group.indices, parts, strict=True)
+                ]
+                return [x + total.reshape(x.shape) for x, total in zip(xs, sums, strict=True)], None
+
+            wide = [jnp.promote_types(leaves[i].dtype, jnp.float32) for i in group.indices]
+            xs = [leaves[i].astype(dtype) for i, dtype in zip(group.indices, wide, strict=True)]
+            if len(weights_kn) == 1:
+                xs, _ = add_some(xs, (keys_kn2[0], weights_kn[0]))
+            else:
+                xs, _ = lax.scan(add_some, xs, (keys_kn2, weights_kn))
+            for i, x in zip(group.indices, xs, strict=True):
+                leaves[i] = x.astype(leaves[i].dtype)
+        return jax.tree.unflatten(treedef, leaves)
+
+    def _groups(self, params: Any) -> list[_Group]:
+        """The floating leaves in groups, in the order of the stream: first the small ones, all in one."""
+        small, large = [], []
+        for i, (path, leaf) in enumerate(jax.tree.leaves_with_path(params)):
+            if _is_floating(leaf):
+                shape = self._words_shape(path, leaf)
+                (large if math.prod(shape) > _LARGE_WORDS else small).append((i, shape))
+        groups, first = [], 0
+        for members in [small, *([member] for member in large)]:
+            if members:
+                size = sum(math.prod(shape) for _, shape in members)
+                groups.append(_Group(*map(list, zip(*members, strict=True)), first, size))
+                first += size + size % 2
+        return groups
+
+    def _factors(self, params: Any, keys: jax.Array) -> Any:
+        """The factors of many directions: 1, or float32 [q]."""
+        return 1
+
+    def _factor(self, leaves: Sequence[jax.Array], words: list[jax.Array | None]) -> jax.Array:
+        """The factor of a direction."""
         return jnp.ones((), jnp.float32)
 
-    def _perturb_leaf(self, path, leaf, key_2, scale):
+    def _words_shape(self, path, leaf) -> tuple[int, ...]:
+        """Shape of the words of a leaf."""
         raise NotImplementedError
 
-    def _add_leaf(self, path, leaf, keys_q2, weights_q):
+    def _move_leaf(self, path, leaf, words, scale):
+        """The leaf moved by scale · z, `Perturbed`."""
+        raise NotImplementedError
+
+    def _sum_leaf(self, path, leaf, words_n, weights_n):
+        """Σ weights z, float32, of n directions' words [n, ...]."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
-class _DenseFamily(Perturbation):
-    """Independent entries."""
+class _Rademacher(Perturbation):
+    """Independent signs."""
 
-    kind: str
+    def _words_shape(self, path, leaf):
+        return _sign_words_shape(leaf)
 
-    def _perturb_leaf(self, path, leaf, key_2, scale):
-        return _dense(leaf, key_2, scale, self.kind)
+    def _move_leaf(self, path, leaf, words, scale):
+        return _dense(leaf, words, scale, "rademacher")
 
-    def _add_leaf(self, path, leaf, keys_q2, weights_q):
-        return _add_dense(leaf, keys_q2, weights_q, self.kind)
+    def _sum_leaf(self, path, leaf, words_n, weights_n):
+        return _sum_signs(leaf, words_n, weights_n)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sphere(_DenseFamily):
+class _Gaussian(Perturbation):
+    """Independent normal entries."""
+
+    # Each is a long program: written out for several they would take long to compile.
+    _queries_at_once: ClassVar[int] = 1
+
+    def _words_shape(self, path, leaf):
+        return (*leaf.shape[:-1], noise.NORMAL_WORDS_PER_ROW)
+
+    def _move_leaf(self, path, leaf, words, scale):
+        return _dense(leaf, words, scale, "gaussian")
+
+    def _sum_leaf(self, path, leaf, words_n, weights_n):
+        return weights_n[0] * noise.normals(words_n[0], _width(leaf))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sphere(_Gaussian):
     """Uniform on the sphere of radius √d: a Gaussian direction over its norm."""
 
-    def _scale(self, params, key):
-        leaves = [leaf for leaf in jax.tree.leaves(params) if _is_floating(leaf)]
-        squares = _map_leaves(
-            lambda _, leaf, key_2: jnp.sum(noise.normals(key_2, _rows(leaf), _width(leaf)) ** 2),
-            params,
-            key,
-            other=lambda leaf: jnp.zeros((), jnp.float32),
-        )
-        d = sum(leaf.size for leaf in leaves)
-        return jnp.sqrt(d / sum(jax.tree.leaves(squares)))
+    def _factor(self, leaves, words):
+        floating = [(leaf, w) for leaf, w in zip(leaves, words, strict=True) if w is not None]
+        squares = [jnp.sum(noise.normals(w, _width(leaf)) ** 2) for leaf, w in floating]
+        return jnp.sqrt(sum(leaf.size for leaf, _ in floating) / sum(squares))
+
+    def _factors(self, params, keys):
+        return lax.map(lambda key_2: self.draw(params, key_2).factor, key_words(keys))
 
 
 @dataclasses.dataclass(frozen=True)
-class _LowRankFamily(Perturbation):
-    """Matrices get u vᵀ / √r; other leaves Rademacher signs."""
+class _LowRank(Perturbation):
+    """Matrices get u vᵀ / √r; other leaves independent signs."""
 
     rank: int
 
-    def _factors(self, leaf, key_2):
-        """u float32 [..., A, r] and v float32 [..., B, r] of independent signs."""
+    # The sum is one matrix product over the directions.
+    _queries_at_once: ClassVar[int] = 64
+
+    def _words_shape(self, path, leaf):
+        if not self._is_matrix(path, leaf):
+            return _sign_words_shape(leaf)
         *stack, a, b = leaf.shape
-        rows = jnp.arange(math.prod(stack), dtype=jnp.uint32).reshape(stack)
-        draw = lambda key, n: noise.signs(key, rows, n * self.rank).reshape(*stack, n, self.rank)
-        # One stream of signs for both factors, u first: columns of a wider row.
-        both = draw(key_2, a + b)
+        return (*stack, noise.sign_words_per_row((a + b) * self.rank))
+
+    def _factors_of(self, leaf, words):
+        """u float32 [..., A, r] and v float32 [..., B, r] of independent signs, from one row [(A + B) r]."""
+        a, b = leaf.shape[-2:]
+        both = noise.signs(words, (a + b) * self.rank)
+        both = both.reshape(*both.shape[:-1], a + b, self.rank)
         return both[..., :a, :], both[..., a:, :]
 
     def _is_matrix(self, path, leaf) -> bool:
@@ -128,21 +255,20 @@ class _LowRankFamily(Perturbation):
         a, b = leaf.shape[-2:]
         return self.rank * (a + b) < a * b
 
-    def _perturb_leaf(self, path, leaf, key_2, scale):
+    def _move_leaf(self, path, leaf, words, scale):
         if not self._is_matrix(path, leaf):
-            return _dense(leaf, key_2, scale, "rademacher")
-        u, v = self._factors(leaf, key_2)
+            return _dense(leaf, words, scale, "rademacher")
+        u, v = self._factors_of(leaf, words)
         return LowRank(leaf, u, v, scale / math.sqrt(self.rank), leaf.dtype)
 
-    def _add_leaf(self, path, leaf, keys_q2, weights_q):
+    def _sum_leaf(self, path, leaf, words_n, weights_n):
         if not self._is_matrix(path, leaf):
-            return _add_dense(leaf, keys_q2, weights_q, "rademacher")
-        u, v = jax.vmap(lambda key_2: self._factors(leaf, key_2))(keys_q2)
-        u = u * (weights_q / math.sqrt(self.rank)).reshape(-1, *(1,) * leaf.ndim)
-        # All queries side by side: one matrix product [..., A, q r] @ [..., q r, B].
+            return _sum_signs(leaf, words_n, weights_n)
+        u, v = self._factors_of(leaf, words_n)
+        u = u * (weights_n / math.sqrt(self.rank)).reshape(-1, *(1,) * leaf.ndim)
+        # All queries side by side: one matrix product [..., A, n r] @ [..., n r, B].
         side_by_side = lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1)
-        total = side_by_side(u) @ jnp.swapaxes(side_by_side(v), -1, -2)
-        return _round_sum(leaf, total)
+        return side_by_side(u) @ jnp.swapaxes(side_by_side(v), -1, -2)
 
 
 def rademacher() -> Perturbation:
@@ -153,7 +279,7 @@ def rademacher() -> Perturbation:
     >>> z.shape, bool(jnp.all(jnp.abs(z) == 1))
     ((2, 3), True)
     """
-    return _DenseFamily("rademacher")
+    return _Rademacher()
 
 
 def gaussian() -> Perturbation:
@@ -164,7 +290,7 @@ def gaussian() -> Perturbation:
     >>> bool(abs(jnp.std(z) - 1) < 0.1)
     True
     """
-    return _DenseFamily("gaussian")
+    return _Gaussian()
 
 
 def sphere() -> Perturbation:
@@ -175,7 +301,7 @@ def sphere() -> Perturbation:
     >>> round(float(jnp.linalg.norm(z)), 3)
     4.0
     """
-    return _Sphere("gaussian")
+    return _Sphere()
 
 
 def low_rank(rank: int = 1) -> Perturbation:
@@ -195,7 +321,7 @@ def low_rank(rank: int = 1) -> Perturbation:
     """
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a positive integer, got {rank!r}")
-    return _LowRankFamily(rank)
+    return _LowRank(rank)
 
 
 def apply_directions(
@@ -225,11 +351,6 @@ def key_words(key: jax.Array) -> jax.Array:
     return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
 
 
-def _leaf_keys(key: jax.Array, num_leaves: int) -> jax.Array:
-    """The words of `fold_in(key, i)` for every leaf i, uint32 [n, 2], in one call: it compiles faster."""
-    return key_words(jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_leaves)))
-
-
 def _is_floating(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
@@ -241,53 +362,27 @@ def _name(path: tuple[Any, ...]) -> str:
     return names[-1] if names else ""
 
 
-def _rows(leaf: jax.Array) -> jax.Array:
-    """The index of every row of a leaf [..., B]: uint32 [...]."""
-    shape = leaf.shape[:-1]
-    return jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
-
-
 def _width(leaf: jax.Array) -> int:
-    return leaf.shape[-1]
+    """Entries of a row; a scalar is a row of one."""
+    return leaf.shape[-1] if leaf.ndim else 1
 
 
-def _dense(leaf: jax.Array, key_2: jax.Array, scale: jax.Array, kind: str) -> Any:
-    leaf = jnp.asarray(leaf)
-    if leaf.ndim == 0:
-        # A scalar is a row of one; too small for a lazy form.
-        row = Dense(leaf.reshape(1), jnp.zeros((), jnp.uint32), key_2, scale, kind, leaf.dtype)
-        return row.form()[0]
-    return Dense(leaf, _rows(leaf), key_2, scale, kind, leaf.dtype)
+def _sign_words_shape(leaf: jax.Array) -> tuple[int, ...]:
+    return (*leaf.shape[:-1], noise.sign_words_per_row(_width(leaf)))
 
 
-def _add_dense(leaf: jax.Array, keys_q2: jax.Array, weights_q: jax.Array, kind: str) -> jax.Array:
-    leaf = jnp.asarray(leaf)
-    table = leaf.reshape(1) if leaf.ndim == 0 else leaf
-    x = table.astype(jnp.promote_types(table.dtype, jnp.float32))
-
-    def step(total, query):
-        key_2, weight = query
-        return total + Dense(table, _rows(table), key_2, weight, kind, table.dtype).noise(), None
-
-    total, _ = lax.scan(step, x, (keys_q2, weights_q))
-    return total.astype(leaf.dtype).reshape(leaf.shape)
+def _dense(leaf: jax.Array, words: jax.Array, scale: jax.Array, kind: str) -> Any:
+    if leaf.ndim == 0:  # too small for a lazy form
+        return Dense(leaf.reshape(1), words, scale, kind, leaf.dtype).form()[0]
+    return Dense(leaf, words, scale, kind, leaf.dtype)
 
 
-def _round_sum(leaf: jax.Array, total: jax.Array) -> jax.Array:
-    return (leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) + total).astype(leaf.dtype)
-
-
-def _map_leaves(
-    function: Callable[..., Any],
-    params: Any,
-    key: jax.Array,
-    other: Callable[..., Any] = lambda x: x,
-) -> Any:
-    """function(path, leaf, key words) of every floating leaf, `other(leaf)` of the rest."""
-    flat, treedef = jax.tree.flatten_with_path(params)
-    keys_n2 = _leaf_keys(key, len(flat))
-    out = [
-        function(path, jnp.asarray(leaf), keys_n2[i]) if _is_floating(leaf) else other(leaf)
-        for i, (path, leaf) in enumerate(flat)
-    ]
-    return jax.tree.unflatten(treedef, out)
+def _sum_signs(leaf: jax.Array, words_n: jax.Array, weights_n: jax.Array) -> jax.Array:
+    """Σ weights z, float32 [..., B], of sign words [n, ..., W]."""
+    z = lambda words: noise.sign_bits(words, _width(leaf))
+    n = len(weights_n)
+    if n <= _UNROLLED:
+        return sum(noise.with_signs(weights_n[i], z(words_n[i])) for i in range(n))
+    add = lambda total, x: (total + noise.with_signs(x[0], z(x[1])), None)
+    zero = jnp.zeros((*words_n.shape[1:-1], _width(leaf)), jnp.float32)
+    return lax.scan(add, zero, (weights_n, words_n))[0]

@@ -55,16 +55,14 @@ class Dense(Perturbed):
 
     Attributes:
       base: floating [..., B].
-      rows: uint32 [...], the index under which each row of B entries was drawn.
-      key: uint32 [2].
+      words: uint32 [..., W], the words of the noise stream that each row of B entries owns.
       scale: float32 scalar.
       kind: "rademacher" or "gaussian".
       dtype: of the formed array.
     """
 
     base: jax.Array
-    rows: jax.Array
-    key: jax.Array
+    words: jax.Array
     scale: jax.Array
     kind: str = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
@@ -76,18 +74,18 @@ class Dense(Perturbed):
     def noise(self) -> jax.Array:
         """scale · z, float32, of the shape of self."""
         if self.kind == "rademacher":
-            bits = noise.sign_bits(self.key, self.rows, self.shape[-1])
-            return noise.with_signs(self.scale, bits)
-        return self.scale * noise.normals(self.key, self.rows, self.shape[-1])
+            return noise.with_signs(self.scale, noise.sign_bits(self.words, self.shape[-1]))
+        return self.scale * noise.normals(self.words, self.shape[-1])
 
     def layers(self):
         if self.ndim < 2:
             return None
-        rebuild = lambda parts: dataclasses.replace(self, base=parts[0], rows=parts[1])
-        return (self.base, self.rows), rebuild
+        rebuild = lambda parts: dataclasses.replace(self, base=parts[0], words=parts[1])
+        return (self.base, self.words), rebuild
 
-    def _on_rows(self, function: Callable[[jax.Array], jax.Array], base: jax.Array) -> "Dense":
-        return dataclasses.replace(self, base=base, rows=function(self.rows))
+    def _on_rows(self, function: Callable[[jax.Array], jax.Array]) -> "Dense":
+        """`function`, which leaves the last axis alone, on both parts."""
+        return dataclasses.replace(self, base=function(self.base), words=function(self.words))
 
     def _convert(self, params):
         if not jnp.issubdtype(params["new_dtype"], jnp.floating):
@@ -99,40 +97,32 @@ class Dense(Perturbed):
         strides = params["strides"] or (1,) * self.ndim
         if (start[-1], limit[-1], strides[-1]) != (0, self.shape[-1], 1):
             return None
-        return self._on_rows(
-            lambda rows: lax.slice(rows, start[:-1], limit[:-1], strides[:-1]),
-            lax.slice(self.base, start, limit, strides),
-        )
+        return self._on_rows(lambda x: lax.slice(x, start, (*limit[:-1], x.shape[-1]), strides))
 
     def _dynamic_slice(self, params, *starts):
         sizes = params["slice_sizes"]
         if self.ndim < 2 or sizes[-1] != self.shape[-1] or len(starts) != self.ndim:
             return None
-        return self._on_rows(
-            lambda rows: lax.dynamic_slice(rows, starts[:-1], sizes[:-1]),
-            lax.dynamic_slice(self.base, starts, sizes),
-        )
+        return self._on_rows(lambda x: lax.dynamic_slice(x, starts, (*sizes[:-1], x.shape[-1])))
 
     def _squeeze(self, params):
         dimensions = params["dimensions"]
         if self.ndim - 1 in dimensions:
             return None
-        return self._on_rows(
-            lambda rows: lax.squeeze(rows, dimensions), lax.squeeze(self.base, dimensions)
-        )
+        return self._on_rows(lambda x: lax.squeeze(x, dimensions))
 
     def _reshape(self, params, *_):
         shape = params["new_sizes"]
         if params.get("dimensions") is not None or not shape or shape[-1] != self.shape[-1]:
             return None
-        return self._on_rows(lambda rows: rows.reshape(shape[:-1]), self.base.reshape(shape))
+        return self._on_rows(lambda x: x.reshape(*shape[:-1], x.shape[-1]))
 
     def _gather(self, params, indices):
         base = _gather_rows(self.base, params, indices)
         if base is None:
             return None
-        rows = self.rows[jnp.clip(indices[..., 0], 0, self.shape[0] - 1)]
-        return self._on_rows(lambda _: rows, base)
+        words = self.words[jnp.clip(indices[..., 0], 0, self.shape[0] - 1)]
+        return dataclasses.replace(self, base=base, words=words)
 
     def _transpose(self, params):
         return Transposed(self) if params["permutation"] == (1, 0) else None
@@ -154,10 +144,7 @@ class Dense(Perturbed):
         def put_block(i, out):
             # The last block starts early enough to be whole; the rows that it shares are computed twice.
             start = jnp.minimum(i * block_rows, num_rows - block_rows)
-            block = self._on_rows(
-                lambda rows: lax.dynamic_slice_in_dim(rows, start, block_rows),
-                lax.dynamic_slice_in_dim(self.base, start, block_rows),
-            )
+            block = self._on_rows(lambda x: lax.dynamic_slice_in_dim(x, start, block_rows))
             return lax.dynamic_update_slice_in_dim(out, dot(block.form()), start, axis)
 
         out_dtype = jax.eval_shape(dot, jax.ShapeDtypeStruct(self.shape, self.dtype)).dtype
