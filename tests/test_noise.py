@@ -1,6 +1,9 @@
 """Counter-based noise: reference values, independence of layout, distribution."""
 
+import statistics
+
 import jax
+from jax.extend.random import threefry2x32_p
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,40 +13,62 @@ from zo_jax import noise
 KEY = jnp.array([123, 456], jnp.uint32)
 
 
-def test_written_out_threefry_equals_jaxs():
-    x0, x1 = jnp.arange(6, dtype=jnp.uint32), jnp.arange(6, dtype=jnp.uint32) * 7
-    ours = noise._threefry2x32(KEY, x0, x1)
-    k0, k1 = (jnp.broadcast_to(k, (6,)) for k in KEY)
-    theirs = noise.threefry2x32_p.bind(k0, k1, x0, x1)
-    np.testing.assert_array_equal(np.array(ours), np.array(theirs))
+def draw_signs(size, width, key=KEY):
+    num_words = noise.sign_words_per_row(width)
+    return noise.signs(noise.stream(key, size * num_words).reshape(size, num_words), width)
 
 
-@pytest.mark.parametrize("draw", [noise.signs, noise.normals])
+def draw_normals(size, width, key=KEY):
+    return noise.normals(noise.stream(key, size * 2).reshape(size, 2), width)
+
+
+def test_stream_is_threefry_with_a_counter():
+    counter = jnp.arange(5, dtype=jnp.uint32)
+    k0, k1 = (jnp.broadcast_to(k, (5,)) for k in KEY)
+    words = np.stack(threefry2x32_p.bind(k0, k1, jnp.zeros_like(counter), counter), -1).reshape(-1)
+    np.testing.assert_array_equal(noise.stream(KEY, 10), words)
+    np.testing.assert_array_equal(noise.stream(KEY, 9), words[:9])
+    np.testing.assert_array_equal(noise.stream(KEY, 3, first=4), words[4:7])
+    np.testing.assert_array_equal(np.stack(noise._threefry2x32(k0, k1, counter * 0, counter), -1).reshape(-1), words)
+
+
 @pytest.mark.parametrize("width", [1, 31, 64, 65])
-def test_any_rows_alone_have_the_same_entries(draw, width):
-    rows = jnp.arange(12, dtype=jnp.uint32).reshape(3, 4)
-    whole = draw(KEY, rows, width)
+def test_any_rows_alone_have_the_same_entries(width):
+    words = noise.stream(KEY, 12 * 3).reshape(3, 4, 3)
+    some = np.array([7, 2])
+    whole = noise.signs(words, width)
     assert whole.shape == (3, 4, width) and whole.dtype == jnp.float32
-    some = draw(KEY, jnp.array([7, 2], jnp.uint32), width)
-    np.testing.assert_array_equal(some, whole.reshape(12, width)[np.array([7, 2])])
-    np.testing.assert_array_equal(jax.jit(draw, static_argnums=2)(KEY, rows, width), whole)
+    np.testing.assert_array_equal(noise.signs(words.reshape(12, 3)[some], width), whole.reshape(12, -1)[some])
+    whole = noise.normals(words[..., :2], width)
+    assert whole.shape == (3, 4, width) and whole.dtype == jnp.float32
+    rows = noise.normals(words.reshape(12, 3)[some, :2], width)
+    np.testing.assert_allclose(rows, whole.reshape(12, -1)[some], rtol=1e-6)
 
 
-@pytest.mark.parametrize("draw", [noise.signs, noise.normals])
+@pytest.mark.parametrize("draw", [draw_signs, draw_normals])
 def test_moments(draw):
     # 2²⁰ numbers: the mean has standard error 2⁻¹⁰, and so has any correlation; bounds of five of them.
-    z = np.array(draw(KEY, jnp.arange(1024, dtype=jnp.uint32), 1024), np.float64)
+    z = np.array(draw(1024, 1024), np.float64)
     bound = 5 / 1024
     assert abs(z.mean()) < bound
     assert abs((z**2).mean() - 1) < 2 * bound
     for other in (np.roll(z, 1, 0), np.roll(z, 1, 1), np.roll(z, 512, 1), np.roll(z, 32, 1)):
         assert abs((z * other).mean()) < bound
+    other_key = np.array(draw(1024, 1024, jnp.array([123, 457], jnp.uint32)), np.float64)
+    assert abs((z * other_key).mean()) < bound
 
 
 def test_normals_follow_the_normal_distribution():
     # Kolmogorov-Smirnov distance of n numbers: above 1.95 / √n with probability 0.001; the key is fixed.
-    z = np.sort(np.array(noise.normals(KEY, jnp.arange(256, dtype=jnp.uint32), 256)).ravel())
+    z = np.sort(np.array(draw_normals(256, 256)).ravel())
     cdf = np.array(jax.scipy.stats.norm.cdf(z))
     distance = np.abs(cdf - (np.arange(z.size) + 0.5) / z.size).max()
     assert distance < 1.95 / np.sqrt(z.size)
     assert np.isfinite(z).all()
+
+
+def test_normals_invert_the_distribution_function():
+    x = np.linspace(1 - 2**23, 2**23 - 1, 10001).astype(np.int64) * 2.0**-23
+    expected = np.array([statistics.NormalDist().inv_cdf((1 + v) / 2) for v in x])
+    ours = np.sqrt(2) * np.array(noise._erf_inv(jnp.asarray(x, jnp.float32)), np.float64)
+    np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-12)

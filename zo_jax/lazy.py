@@ -8,13 +8,17 @@ that is scanned is sliced before it is perturbed, so that one layer at a time is
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import math
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 from jax.extend import core
 
-from zo_jax.perturbed import LowRank, Perturbed
+from zo_jax.perturbed import MIN_BLOCKED, LowRank, Perturbed
+
+# A product with so many vectors costs at least twenty times what the perturbation of its matrix does.
+_MANY_VECTORS = 64
 
 
 class Formed(NamedTuple):
@@ -146,9 +150,14 @@ def _bind(eqn: core.JaxprEqn, args: Sequence[Any]) -> Sequence[Any]:
 def _call(params: dict[str, Any], args: list[Any]) -> Sequence[Any]:
     """jit, checkpoint and other calls: their body is entered."""
     jaxpr = params.get("jaxpr", params.get("call_jaxpr"))
-    if isinstance(jaxpr, core.ClosedJaxpr):
-        return _evaluate(jaxpr.jaxpr, jaxpr.consts, args)
-    return _evaluate(jaxpr, (), args)
+    consts = jaxpr.consts if isinstance(jaxpr, core.ClosedJaxpr) else ()
+    return _evaluate(_body(params), consts, args)
+
+
+def _body(params: dict[str, Any]) -> core.Jaxpr:
+    """What a call calls."""
+    jaxpr = params.get("jaxpr", params.get("call_jaxpr"))
+    return jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
 
 
 def _cond(params: dict[str, Any], args: list[Any]) -> Sequence[Any]:
@@ -210,11 +219,40 @@ def _scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def _stays_lazy(x: Perturbed, jaxpr: core.Jaxpr, var: core.Var) -> bool:
-    """Whether a constant of a loop is cheap to perturb in every iteration: low rank, or only sliced there."""
+    """Whether a constant of a loop is cheap to perturb in every iteration.
+
+    It is if it is low rank, or if it is only sliced there, or multiplied with so many vectors that the product
+    costs far more than the perturbation.
+    """
     if isinstance(x, LowRank):
         return True
-    users = [eqn for eqn in jaxpr.eqns if any(atom is var for atom in eqn.invars)]
-    return all(eqn.primitive.name in ("gather", "dynamic_slice") for eqn in users)
+    return all(_is_cheap_use(eqn, use) for eqn, use in _uses(jaxpr, var))
+
+
+def _is_cheap_use(eqn: core.JaxprEqn, var: core.Var) -> bool:
+    if eqn.primitive.name == "dot_general":
+        table_size = math.prod(var.aval.shape)
+        other_size = sum(math.prod(atom.aval.shape) for atom in eqn.invars if atom is not var)
+        contracted = math.prod(
+            eqn.invars[0].aval.shape[i] for i in eqn.params["dimension_numbers"][0][0]
+        )
+        num_vectors = other_size // max(contracted, 1)
+        return var.aval.ndim == 2 and table_size >= MIN_BLOCKED and num_vectors >= _MANY_VECTORS
+    return eqn.primitive.name in ("gather", "dynamic_slice")
+
+
+def _uses(jaxpr: core.Jaxpr, var: core.Var) -> Iterator[tuple[core.JaxprEqn, core.Var]]:
+    """The equations that use a variable, in the bodies of calls too; casts and transposes are seen through."""
+    for eqn in jaxpr.eqns:
+        for i, atom in enumerate(eqn.invars):
+            if atom is var:
+                if _CONTROL_FLOW.get(eqn.primitive.name) is _call:
+                    body = _body(eqn.params)
+                    yield from _uses(body, body.invars[i])
+                elif eqn.primitive.name in ("convert_element_type", "transpose"):
+                    yield from _uses(jaxpr, eqn.outvars[0])
+                else:
+                    yield eqn, var
 
 
 _CONTROL_FLOW = {

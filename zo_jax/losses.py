@@ -28,7 +28,8 @@ def next_token_loss(model: GPT, params: Any, tokens_BT: jax.Array) -> jax.Array:
     hidden_BTC = model.apply({"params": params}, tokens_BT[:, :-1])
     head_VC = params["wte"]["embedding"].astype(model.dtype)
     num_tokens = B * (T - 1)
-    chunk = min(num_tokens, max(1, _LOGITS_PER_CHUNK // model.vocab_size))
+    num_chunks = -(-num_tokens * model.vocab_size // _LOGITS_PER_CHUNK)
+    chunk = -(-num_tokens // num_chunks)
     pad = -num_tokens % chunk
     hidden_NC = jnp.pad(hidden_BTC.reshape(num_tokens, -1), ((0, pad), (0, 0)))
     targets_N = jnp.pad(tokens_BT[:, 1:].reshape(num_tokens), (0, pad))

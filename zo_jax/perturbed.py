@@ -18,6 +18,7 @@ from zo_jax import noise
 # A product with a larger table of rows goes block by block: the perturbed rows stay in cache and no perturbed
 # copy of the table exists. Entries of a block: 4 MB in float32.
 _BLOCK_ENTRIES = 2**20
+MIN_BLOCKED = 4 * _BLOCK_ENTRIES
 
 
 class Perturbed:
@@ -131,7 +132,7 @@ class Dense(Perturbed):
         """Block by block over the rows of a large table, contracted along its last axis (an output head)."""
         (contract_other, contract_self), batch = _dot_dimensions(params, other_is_lhs)
         size = self.base.size
-        if any(batch) or contract_self != (1,) or self.ndim != 2 or size < 4 * _BLOCK_ENTRIES:
+        if any(batch) or contract_self != (1,) or self.ndim != 2 or size < MIN_BLOCKED:
             return None
         num_rows = self.shape[0]
         num_blocks = -(-size // _BLOCK_ENTRIES)
