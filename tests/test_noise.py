@@ -29,7 +29,9 @@ def test_stream_is_threefry_with_a_counter():
     np.testing.assert_array_equal(noise.stream(KEY, 10), words)
     np.testing.assert_array_equal(noise.stream(KEY, 9), words[:9])
     np.testing.assert_array_equal(noise.stream(KEY, 3, first=4), words[4:7])
-    np.testing.assert_array_equal(np.stack(noise._threefry2x32(k0, k1, counter * 0, counter), -1).reshape(-1), words)
+    np.testing.assert_array_equal(
+        np.stack(noise._threefry2x32(k0, k1, counter * 0, counter), -1).reshape(-1), words
+    )
 
 
 @pytest.mark.parametrize("width", [1, 31, 64, 65])
@@ -38,7 +40,9 @@ def test_any_rows_alone_have_the_same_entries(width):
     some = np.array([7, 2])
     whole = noise.signs(words, width)
     assert whole.shape == (3, 4, width) and whole.dtype == jnp.float32
-    np.testing.assert_array_equal(noise.signs(words.reshape(12, 3)[some], width), whole.reshape(12, -1)[some])
+    np.testing.assert_array_equal(
+        noise.signs(words.reshape(12, 3)[some], width), whole.reshape(12, -1)[some]
+    )
     whole = noise.normals(words[..., :2], width)
     assert whole.shape == (3, 4, width) and whole.dtype == jnp.float32
     rows = noise.normals(words.reshape(12, 3)[some, :2], width)

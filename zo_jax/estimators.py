@@ -139,9 +139,7 @@ def project(
         return lambda scale: lazy_loss(perturbation.move(params, direction, scale), b)
 
     if difference == "jvp":
-        slope = lambda query: jax.jvp(
-            evaluator(query), (jnp.float32(0),), (jnp.float32(1),)
-        )
+        slope = lambda query: jax.jvp(evaluator(query), (jnp.float32(0),), (jnp.float32(1),))
         losses, projections = _map(slope, (jnp.arange(num_queries),), parallel_batch_size)
         return _masked(losses, projections)
 
