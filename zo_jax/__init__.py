@@ -10,14 +10,17 @@ from zo_jax.perturbations import (
     rademacher,
     sphere,
 )
+from zo_jax.transforms import ZerothOrderState, fill_frozen, zeroth_order
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Estimate",
     "Perturbation",
+    "ZerothOrderState",
     "apply_directions",
     "estimate_gradient",
+    "fill_frozen",
     "gaussian",
     "lazily",
     "low_rank",
@@ -26,4 +29,5 @@ __all__ = [
     "rademacher",
     "record_formed",
     "sphere",
+    "zeroth_order",
 ]

@@ -100,7 +100,7 @@ def estimate_gradient(
         parallel_batch_size=parallel_batch_size,
         batch_per_query=batch_per_query,
     )
-    keys = jax.random.split(_typed(key), num_queries)
+    keys = jax.random.split(typed_key(key), num_queries)
     gradient = perturbation.combine(params, keys, mean_weights(projections))
     num_failed = jnp.sum(~jnp.isfinite(projections), dtype=jnp.int32)
     return Estimate(gradient, loss, projections, num_failed)
@@ -127,7 +127,7 @@ def project(
     (3.0, (2,))
     """
     perturbation = perturbation or rademacher()
-    key = _typed(key)
+    key = typed_key(key)
     _check(params, batch, num_queries, epsilon, difference, parallel_batch_size, batch_per_query)
     keys = jax.random.split(key, num_queries)
     lazy_loss = lazily(lambda p, b: _float32_scalar(loss_fn(p, *b)))
@@ -210,7 +210,7 @@ def _float32_scalar(loss: Any) -> jax.Array:
     return jnp.asarray(loss, jnp.float32)
 
 
-def _typed(key: jax.Array) -> jax.Array:
+def typed_key(key: jax.Array) -> jax.Array:
     """A typed threefry key, from one or from the raw words of one."""
     is_typed = jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key)
     if not is_typed and jnp.shape(key) == (2,) and jnp.result_type(key) == jnp.uint32:
