@@ -17,11 +17,11 @@ from zo_jax.config import (
 def get_config() -> Config:
     return Config(
         mode="zo",
-        model=ModelConfig(num_layers=2, num_heads=2, width=64, context_length=64),
+        model=ModelConfig(num_layers=2, num_heads=2, width=32, context_length=64),
         data=DataConfig(source="shakespeare", tokenizer="char", block_size=64),
-        zo=ZOConfig(num_queries=16, perturbation="rademacher"),
+        zo=ZOConfig(num_queries=64, epsilon=1e-2, perturbation="rademacher"),
         optimizer=OptimizerConfig(
-            name="adam", learning_rate=2e-3, schedule="cosine", warmup_steps=50
+            name="adam", learning_rate=1e-2, schedule="cosine", warmup_steps=50
         ),
-        train=TrainConfig(num_steps=2000, batch_size=8),
+        train=TrainConfig(num_steps=2000, batch_size=4),
     )
