@@ -21,7 +21,7 @@ def get_config() -> Config:
         data=DataConfig(source="shakespeare", tokenizer="char", block_size=64),
         zo=ZOConfig(num_queries=64, epsilon=1e-2, perturbation="rademacher"),
         optimizer=OptimizerConfig(
-            name="adam", learning_rate=1e-2, schedule="cosine", warmup_steps=50
+            name="adam", learning_rate=1e-2, schedule="cosine", warmup_steps=0
         ),
         train=TrainConfig(num_steps=2000, batch_size=4),
     )

@@ -13,7 +13,7 @@ def get_config() -> Config:
         model=ModelConfig(num_layers=2, num_heads=2, width=32, context_length=64),
         data=DataConfig(source="shakespeare", tokenizer="char", block_size=64),
         optimizer=OptimizerConfig(
-            name="adam", learning_rate=1e-2, schedule="cosine", warmup_steps=50
+            name="adam", learning_rate=1e-2, schedule="cosine", warmup_steps=0
         ),
         train=TrainConfig(num_steps=2000, batch_size=4),
     )

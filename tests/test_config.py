@@ -1,17 +1,13 @@
 import math
+from pathlib import Path
 
 import pytest
 
-from zo_jax.config import (
-    Config,
-    ConfigError,
-    blocks_per_step,
-    check_arguments,
-    help_text,
-    resolve,
-    validate,
-    walk,
-)
+from zo_jax.arguments import help_text, prepare_arguments
+from zo_jax.config import Config, ConfigError, blocks_per_step, walk
+from zo_jax.validation import resolve, validate
+
+DEFAULT = Path(__file__).parent.parent / "configs" / "default.py"
 
 
 def change(config, **fields):
@@ -93,11 +89,14 @@ def test_not_a_config():
 )
 def test_arguments(args, message):
     with pytest.raises(ConfigError, match=message):
-        check_arguments(args)
+        prepare_arguments(args, DEFAULT)
 
 
 def test_good_arguments():
-    check_arguments([f"--config={__file__}", "--config.zo.epsilon=1", "--workdir=x.config.y"])
+    fields = ["--config.zo.epsilon=1", "--workdir", "x.config.y"]
+    for args in ([*fields, f"--config={__file__}"], ["--config", __file__, *fields]):
+        assert prepare_arguments(args, DEFAULT) == [f"--config={__file__}", *fields]
+    assert prepare_arguments(fields, DEFAULT) == [f"--config={DEFAULT}", *fields]
 
 
 def test_help_explains_every_field():

@@ -1,20 +1,8 @@
-"""Experiment configuration: typed fields with help texts, and the checks made before compiling."""
+"""Experiment configuration: typed fields with help texts."""
 
-from collections.abc import Iterator, Sequence
-import copy
+from collections.abc import Iterator
 import dataclasses
-import difflib
-import math
-import os
 from typing import Any
-
-MODES = ("zo", "fo")
-DTYPES = ("float32", "bfloat16", "float16")
-PERTURBATIONS = ("rademacher", "gaussian", "sphere", "low_rank")
-DIFFERENCES = ("central", "forward", "jvp")
-OPTIMIZERS = ("sgd", "adam")
-SCHEDULES = ("constant", "cosine")
-TOKENIZERS = ("char", "bpe", "gpt2")
 
 
 class ConfigError(ValueError):
@@ -54,7 +42,9 @@ class DataConfig:
         "fineweb-edu-10bt",
     )
     path: str = _field("", "file or glob (source text), or folder (source disk)")
-    text_column: str = _field("", "column that holds the text (source disk; empty: text)")
+    text_column: str = _field(
+        "", "column that holds the text (source disk or a Hub data set; empty: its usual one)"
+    )
     max_samples: int = _field(0, "read only this many documents of the data set (0: all)")
     tokenizer: str = _field(
         "char",
@@ -180,43 +170,6 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field
             yield prefix + field.name, field, value
 
 
-def help_text() -> str:
-    """Every field with its type, default and meaning, one paragraph a section."""
-    lines, section = [], None
-    sections = {f.name: f.metadata["help"] for f in dataclasses.fields(Config)}
-    for name, field, _ in walk(Config()):
-        head = name.rpartition(".")[0]
-        if head != section:
-            lines.append(f"\n{head}: {sections[head]}" if head else "")
-            section = head
-        default = repr(field.default) if field.type is str else str(field.default)
-        lines.append(f"  --config.{name} ({field.type.__name__}, default {default})")
-        lines.append(f"      {field.metadata['help']}")
-    return "\n".join(lines)
-
-
-def check_arguments(args: Sequence[str]) -> None:
-    """Sees that --config names a file and --config.NAME a field, which a parser says less clearly.
-
-    Raises:
-      ConfigError: it does not.
-    """
-    names = [name for name, _, _ in walk(Config())]
-    sections = {name.rpartition(".")[0] for name in names}
-    for i, arg in enumerate(args):
-        flag, equals, value = arg.lstrip("-").partition("=")
-        if flag == "config":
-            path = (value if equals else "".join(args[i + 1 : i + 2])).partition(":")[0]
-            if not os.path.isfile(path):
-                raise ConfigError(f"--config must name a Python file; there is no file {path!r}")
-        head, dot, name = flag.partition(".")
-        if arg.startswith("-") and dot and head in ("config", "noconfig") and name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {close[0]}?" if close else "; --help lists them all"
-            what = "is a section, not a field" if name in sections else "is no field"
-            raise ConfigError(f"--config.{name}: {name} {what} of the configuration{hint}")
-
-
 def default_run_name(config: Config) -> str:
     """Folder name of a run that is given none."""
     queries = f"_q{config.zo.num_queries}" if config.mode == "zo" else ""
@@ -230,184 +183,3 @@ def blocks_per_step(config: Config) -> int:
     """Training blocks that one step reads."""
     per_query = config.mode == "zo" and config.zo.batch_per_query
     return config.train.batch_size * (config.zo.num_queries if per_query else 1)
-
-
-def resolve(config: Config, num_train_blocks: int) -> Config:
-    """A copy of a valid configuration with everything that it leaves open filled in.
-
-    Args:
-      config: passed `validate`.
-      num_train_blocks: training blocks of the corpus, from which epochs become steps.
-
-    Raises:
-      ConfigError: the warm-up is as long as the run.
-    """
-    from zo_jax.model import SIZES  # model.py imports this module
-
-    config = copy.deepcopy(config)
-    for name, field, value in walk(config):
-        if field.type is float:  # an integer is a number too, but saved configs compare as text
-            section, _, leaf = name.rpartition(".")
-            setattr(getattr(config, section) if section else config, leaf, float(value))
-    if config.model.size in SIZES:
-        for name, value in SIZES[config.model.size]._asdict().items():
-            setattr(config.model, name, value)
-    if not config.train.num_steps:
-        blocks = config.train.num_epochs * num_train_blocks
-        config.train.num_steps = max(1, blocks // blocks_per_step(config))
-    config.zo.parallel_batch_size = min(config.zo.parallel_batch_size, config.zo.num_queries)
-    _check_warmup(config)
-    return config
-
-
-def validate(config: Any) -> None:
-    """Checks everything that can be checked without reading the data.
-
-    Raises:
-      ConfigError: the first problem found, with the field, what it must be, and what it is.
-    """
-    if not isinstance(config, Config):
-        raise ConfigError(
-            "get_config() must return a zo_jax.config.Config; got " + type(config).__name__
-        )
-    for name, field, value in walk(config):
-        _check_type(name, field.type, value)
-    _check_choices(config)
-    _check_ranges(config)
-    _check_combinations(config)
-
-
-def _check_type(name: str, kind: type, value: Any) -> None:
-    accepted = (int, float) if kind is float else kind
-    # A bool is an int to Python, but never meant as one here.
-    if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
-        raise ConfigError(f"{name} must be of type {kind.__name__}; got {value!r}")
-
-
-def _check_choices(config: Config) -> None:
-    from zo_jax.data import HUB_DATASETS
-    from zo_jax.model import SIZES
-
-    for name, value, choices in (
-        ("mode", config.mode, MODES),
-        ("model.size", config.model.size, ("custom", *SIZES)),
-        ("model.param_dtype", config.model.param_dtype, DTYPES),
-        ("model.compute_dtype", config.model.compute_dtype, DTYPES),
-        ("data.source", config.data.source, ("shakespeare", "text", "disk", *HUB_DATASETS)),
-        ("data.tokenizer", config.data.tokenizer, TOKENIZERS),
-        ("zo.perturbation", config.zo.perturbation, PERTURBATIONS),
-        ("zo.difference", config.zo.difference, DIFFERENCES),
-        ("optimizer.name", config.optimizer.name, OPTIMIZERS),
-        ("optimizer.schedule", config.optimizer.schedule, SCHEDULES),
-    ):
-        if value not in choices:
-            raise ConfigError(f"{name} must be one of {_choices(value, choices)}")
-
-
-def _choices(value: str, choices: Sequence[str]) -> str:
-    close = difflib.get_close_matches(value, choices, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    return f"{', '.join(choices)}; got {value!r}{hint}"
-
-
-def _check_ranges(config: Config) -> None:
-    values = {name: value for name, _, value in walk(config)}
-    positive = "an integer of at least 1", lambda x: x >= 1
-    natural = "an integer of at least 0", lambda x: x >= 0
-    above_zero = "finite and above 0", lambda x: 0 < x < math.inf
-    decay = "at least 0 and below 1", lambda x: 0 <= x < 1
-    for (what, holds), names in (
-        (("at least 0 and below 2**32", lambda x: 0 <= x < 2**32), ["seed"]),
-        (natural, ["model.num_layers", "model.num_heads", "model.width", "data.max_samples"]),
-        (natural, ["optimizer.warmup_steps", "train.num_steps", "train.sample_tokens"]),
-        (positive, ["model.context_length", "zo.num_queries", "zo.rank"]),
-        (positive, ["zo.parallel_batch_size", "fo.gradient_accumulation_steps"]),
-        (positive, ["train.num_epochs", "train.batch_size", "train.log_interval"]),
-        (positive, ["train.eval_interval", "train.eval_blocks", "train.checkpoint_interval"]),
-        (("at least 2", lambda x: x >= 2), ["data.block_size"]),
-        (("at least 257", lambda x: x >= 257), ["data.bpe_vocab_size"]),
-        (("above 0 and below 1", lambda x: 0 < x < 1), ["data.validation_fraction"]),
-        # What float32 rounds to zero or infinity is no perturbation.
-        (("above 1e-37 and below 1e37", lambda x: 1e-37 < x < 1e37), ["zo.epsilon"]),
-        (above_zero, ["optimizer.learning_rate", "optimizer.eps", "train.sample_temperature"]),
-        (("finite and at least 0", lambda x: 0 <= x < math.inf), ["optimizer.min_learning_rate"]),
-        (decay, ["optimizer.b1", "optimizer.b2"]),
-    ):
-        for name in names:
-            if not holds(values[name]):
-                raise ConfigError(f"{name} must be {what}; got {values[name]}")
-
-
-def _check_combinations(config: Config) -> None:
-    from zo_jax.model import SIZES
-
-    model, data, zo, optimizer, train = (
-        config.model, config.data, config.zo, config.optimizer, config.train,
-    )  # fmt: skip
-    shape = {name: getattr(model, name) for name in ("num_layers", "num_heads", "width")}
-    if model.size == "custom":
-        if missing := [f"model.{name}" for name, value in shape.items() if not value]:
-            raise ConfigError(
-                f"model.size=custom needs {', '.join(missing)} of at least 1; or set model.size "
-                f"to one of {', '.join(SIZES)}"
-            )
-        if model.width % model.num_heads:
-            raise ConfigError(
-                "model.width must be divisible by model.num_heads; got "
-                f"{model.width} and {model.num_heads}"
-            )
-    else:
-        for name, value in SIZES[model.size]._asdict().items():
-            if shape[name] not in (0, value):
-                raise ConfigError(
-                    f"model.size={model.size} has {name} {value}, but model.{name}={shape[name]}; "
-                    "leave it 0, or set model.size=custom"
-                )
-    if data.block_size > model.context_length:
-        raise ConfigError(
-            f"data.block_size={data.block_size} is longer than the model can read "
-            f"(model.context_length={model.context_length}); make it at most that"
-        )
-    if data.tokenizer_path and data.tokenizer != "gpt2":
-        raise ConfigError(
-            f"data.tokenizer_path is read by data.tokenizer=gpt2 alone, but data.tokenizer="
-            f"{data.tokenizer}; set one or the other"
-        )
-    local = data.source in ("text", "disk")
-    if local != bool(data.path):
-        raise ConfigError(
-            f"data.source={data.source} "
-            + ("needs data.path" if local else f"does not read data.path={data.path}")
-            + "; set data.path for source text or disk, and leave it empty for any other"
-        )
-    if config.mode == "zo" and zo.rank != 1 and zo.perturbation != "low_rank":
-        raise ConfigError(
-            f"zo.rank={zo.rank} is read by zo.perturbation=low_rank alone, but zo.perturbation="
-            f"{zo.perturbation}; set one or the other"
-        )
-    accumulation = config.fo.gradient_accumulation_steps
-    if config.mode == "zo" and accumulation != 1:
-        raise ConfigError(
-            f"fo.gradient_accumulation_steps={accumulation} has no effect in mode zo; leave it at 1"
-        )
-    if config.mode == "fo" and train.batch_size % accumulation:
-        raise ConfigError(
-            "train.batch_size must be divisible by fo.gradient_accumulation_steps; got "
-            f"{train.batch_size} and {accumulation}"
-        )
-    if optimizer.schedule == "cosine" and optimizer.min_learning_rate > optimizer.learning_rate:
-        raise ConfigError(
-            "optimizer.min_learning_rate must be at most optimizer.learning_rate; got "
-            f"{optimizer.min_learning_rate} and {optimizer.learning_rate}"
-        )
-    if train.num_steps:
-        _check_warmup(config)
-
-
-def _check_warmup(config: Config) -> None:
-    optimizer, num_steps = config.optimizer, config.train.num_steps
-    if optimizer.schedule == "cosine" and optimizer.warmup_steps >= num_steps:
-        raise ConfigError(
-            f"optimizer.warmup_steps={optimizer.warmup_steps} must be less than the run's "
-            f"{num_steps} steps; shorten it, or set a larger train.num_steps"
-        )

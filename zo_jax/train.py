@@ -15,11 +15,12 @@ import optax
 import tqdm
 
 from zo_jax import checkpoint, estimators, evaluate, metrics, perturbations, plots
-from zo_jax.config import Config, ConfigError, blocks_per_step, resolve, validate
+from zo_jax.config import Config, ConfigError, blocks_per_step
 from zo_jax.data import Corpus, batch_indices, load_corpus
 from zo_jax.losses import next_token_loss
 from zo_jax.model import GPT, init_params, make_model
 from zo_jax.optimizers import make_optimizer, make_schedule
+from zo_jax.validation import resolve, validate
 from zo_jax.workdir import claim_workdir
 
 
