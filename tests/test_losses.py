@@ -26,25 +26,27 @@ def numpy_loss(model, params, tokens):
     return -np.mean(np.log(picked))
 
 
-# Chunks that hold everything, that divide the 21 tokens, that leave a remainder, and of one token.
-@pytest.mark.parametrize("chunk", [1000, 7, 5, 1])
-def test_chunks_equal_numpy(monkeypatch, case, chunk):
-    monkeypatch.setattr(losses, "_LOGITS_PER_CHUNK", chunk * 11)
-    np.testing.assert_allclose(next_token_loss(*case), numpy_loss(*case), rtol=1e-5)
-
-
-@pytest.mark.parametrize("chunk", [7, 5])
-def test_chunked_gradient_equals_the_whole(monkeypatch, case, chunk):
-    model, params, tokens = case
+# Blocks of the 11 words and chunks of the 21 tokens: that hold everything, divide them, leave a remainder, and of one.
+@pytest.mark.parametrize("words, tokens", [(1000, 1000), (11, 7), (4, 5), (1, 1)])
+def test_loss_and_gradient_equal_the_whole(monkeypatch, case, words, tokens):
+    monkeypatch.setattr(losses, "_BLOCK_WORDS", words)
+    monkeypatch.setattr(losses, "_CHUNK_TOKENS", tokens)
+    model, params, tokens_BT = case
 
     def whole(params):
-        hidden = model.apply({"params": params}, tokens[:, :-1])
+        hidden = model.apply({"params": params}, tokens_BT[:, :-1])
         log_probs = jax.nn.log_softmax(hidden @ params["wte"]["embedding"].T)
-        return -jnp.mean(jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1))
+        return -jnp.mean(jnp.take_along_axis(log_probs, tokens_BT[:, 1:, None], axis=-1))
 
-    monkeypatch.setattr(losses, "_LOGITS_PER_CHUNK", chunk * 11)
-    chunked = jax.grad(lambda params: next_token_loss(model, params, tokens))(params)
-    for got, expected in zip(
-        jax.tree.leaves(chunked), jax.tree.leaves(jax.grad(whole)(params)), strict=True
-    ):
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+    loss, gradient = jax.jit(jax.value_and_grad(lambda p: next_token_loss(model, p, tokens_BT)))(params)
+    np.testing.assert_allclose(loss, numpy_loss(*case), rtol=1e-5)
+    expected = jax.jit(jax.grad(whole))(params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, expected
+    )
+
+
+def test_large_logits_do_not_overflow(case):
+    model, params, tokens_BT = case
+    params = jax.tree.map(lambda x: 1e3 * x, params)
+    assert np.isfinite(next_token_loss(model, params, tokens_BT))

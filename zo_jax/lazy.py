@@ -106,9 +106,12 @@ def _evaluate_plain(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any
 
 def _apply(eqn: core.JaxprEqn, args: list[Any]) -> Sequence[Any]:
     """The outputs of one equation."""
+    name = eqn.primitive.name
+    if name in _CUSTOM_VJP:
+        # Its rule is for backpropagation, and would forbid forward-mode differentiation.
+        return _call(eqn.params, args)
     if not any(is_perturbed(arg) for arg in args):
         return _bind(eqn, args)
-    name = eqn.primitive.name
     if name in _CONTROL_FLOW:
         return _CONTROL_FLOW[name](eqn.params, args)
     out = _rule(name, eqn.params, args)
@@ -242,18 +245,29 @@ def _is_cheap_use(eqn: core.JaxprEqn, var: core.Var) -> bool:
 
 
 def _uses(jaxpr: core.Jaxpr, var: core.Var) -> Iterator[tuple[core.JaxprEqn, core.Var]]:
-    """The equations that use a variable, in the bodies of calls too; casts and transposes are seen through."""
+    """The equations that use a variable, also in the bodies of calls and loops; casts and transposes are seen through."""
     for eqn in jaxpr.eqns:
         for i, atom in enumerate(eqn.invars):
             if atom is var:
-                if _CONTROL_FLOW.get(eqn.primitive.name) is _call:
-                    body = _body(eqn.params)
-                    yield from _uses(body, body.invars[i])
-                elif eqn.primitive.name in ("convert_element_type", "transpose"):
+                if eqn.primitive.name in ("convert_element_type", "transpose"):
                     yield from _uses(jaxpr, eqn.outvars[0])
+                elif (body := _body_for(eqn, i)) is not None:
+                    yield from _uses(body, body.invars[i])
                 else:
                     yield eqn, var
 
+
+def _body_for(eqn: core.JaxprEqn, i: int) -> core.Jaxpr | None:
+    """The body of a call or a scan that has operand i whole, as its input i."""
+    name = eqn.primitive.name
+    if _CONTROL_FLOW.get(name) is _call or name in _CUSTOM_VJP:
+        return _body(eqn.params)
+    if name == "scan" and i < _scan_sizes(eqn.params)[0]:
+        return eqn.params["jaxpr"].jaxpr
+    return None
+
+
+_CUSTOM_VJP = ("custom_vjp_call", "custom_vjp_call_jaxpr")
 
 _CONTROL_FLOW = {
     "jit": _call,

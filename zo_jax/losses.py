@@ -1,47 +1,110 @@
-"""Next-token cross-entropy, computed in chunks so that the logits of a whole batch never exist at once."""
+"""Next-token cross-entropy, block by block over the vocabulary: the logits of a batch never exist at once.
 
+Axes: N tokens, C width of the residual stream, V vocabulary, W words of a block.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from zo_jax.model import GPT
 
-# Logits of a chunk: about 8 million float32 numbers, 34 MB.
-_LOGITS_PER_CHUNK = 2**23
+# Words of a block: in cache with the logits of some hundred tokens, and long enough for a fast product.
+_BLOCK_WORDS = 1024
+# Tokens whose logits of a block exist at once: 32 MB in float32.
+_CHUNK_TOKENS = 8192
 
 
-def cross_entropy_sum(
-    hidden_NC: jax.Array, head_VC: jax.Array, targets_N: jax.Array, weights_N: jax.Array
-) -> jax.Array:
-    """Sum of weighted cross-entropies of N tokens, float32."""
-    logits_NV = jax.lax.dot_general(
-        hidden_NC, head_VC, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+@jax.custom_vjp
+def cross_entropy(hidden_NC: jax.Array, head_VC: jax.Array, targets_N: jax.Array) -> jax.Array:
+    """Cross-entropy of each token, log Σ exp(h W) - h w_target, float32 [N], in nats.
+
+    One pass over the blocks of the vocabulary with a running maximum and sum (Milakov and Gimelshein, "Online normalizer
+    calculation for softmax", 2018); the gradient is a second pass, with the logits computed again.
+
+    Args:
+      hidden_NC: floating; its dtype is that of the products, summed in float32.
+      head_VC: floating, the rows of the output head.
+      targets_N: int32 in [0, V).
+    """
+    return _forward(hidden_NC, head_VC, targets_N)[0]
+
+
+def _forward(hidden_NC, head_VC, targets_N):
+    def add_block(i, carry):
+        top_N, total_N = carry
+        logits_NW, _ = _block_logits(hidden_NC, head_VC, i)
+        new_N = jnp.maximum(top_N, jnp.max(logits_NW, axis=1))
+        sum_N = jnp.sum(jnp.exp(logits_NW - new_N[:, None]), axis=1)
+        return new_N, total_N * jnp.exp(top_N - new_N) + sum_N
+
+    N = len(targets_N)
+    start = jnp.full(N, -jnp.inf, jnp.float32), jnp.zeros(N, jnp.float32)
+    top_N, total_N = _for_blocks(head_VC, add_block, start)
+    rows_NC = head_VC[targets_N].astype(hidden_NC.dtype)
+    picked_N = jnp.einsum("nc,nc->n", hidden_NC, rows_NC, preferred_element_type=jnp.float32)
+    log_sum_N = top_N + jnp.log(total_N)
+    return log_sum_N - picked_N, (hidden_NC, head_VC, targets_N, log_sum_N)
+
+
+def _backward(residuals, cotangent_N):
+    hidden_NC, head_VC, targets_N, log_sum_N = residuals
+    product = lambda equation, x, y: jnp.einsum(
+        equation, x.astype(hidden_NC.dtype), y, preferred_element_type=jnp.float32
     )
-    picked_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=1)[:, 0]
-    return jnp.sum(weights_N * (jax.nn.logsumexp(logits_NV, axis=1) - picked_N))
+
+    def add_block(i, carry):
+        d_hidden_NC, d_head_VC = carry
+        logits_NW, (start, block_WC, words_1W) = _block_logits(hidden_NC, head_VC, i)
+        # What the block before has too counts for it alone: the logits there are -inf.
+        is_target_NW = (words_1W == targets_N[:, None]) & jnp.isfinite(logits_NW)
+        d_logits_NW = cotangent_N[:, None] * (
+            jnp.exp(logits_NW - log_sum_N[:, None]) - is_target_NW.astype(jnp.float32)
+        )
+        d_hidden_NC += product("nw,wc->nc", d_logits_NW, block_WC)
+        d_block_WC = product("nw,nc->wc", d_logits_NW, hidden_NC)
+        d_block_WC += lax.dynamic_slice_in_dim(d_head_VC, start, len(block_WC))
+        return d_hidden_NC, lax.dynamic_update_slice_in_dim(d_head_VC, d_block_WC, start, 0)
+
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (hidden_NC, head_VC))
+    d_hidden_NC, d_head_VC = _for_blocks(head_VC, add_block, start)
+    return d_hidden_NC.astype(hidden_NC.dtype), d_head_VC.astype(head_VC.dtype), None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _for_blocks(head_VC: jax.Array, body: Callable[..., Any], start: Any) -> Any:
+    return lax.fori_loop(0, -(-len(head_VC) // _BLOCK_WORDS), body, start)
+
+
+def _block_logits(hidden_NC: jax.Array, head_VC: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
+    """Logits of block i, float32 [N, W], and (first word, rows [W, C], words [1, W]) of the block."""
+    V = head_VC.shape[0]
+    W = min(V, _BLOCK_WORDS)
+    # The last block starts early enough to be whole.
+    start = jnp.minimum(i * W, V - W)
+    block_WC = lax.dynamic_slice_in_dim(head_VC, start, W).astype(hidden_NC.dtype)
+    logits_NW = lax.dot_general(
+        hidden_NC, block_WC, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    words_1W = (start + jnp.arange(W))[None]
+    return jnp.where(words_1W >= i * W, logits_NW, -jnp.inf), (start, block_WC, words_1W)
 
 
 def next_token_loss(model: GPT, params: Any, tokens_BT: jax.Array) -> jax.Array:
     """Mean cross-entropy of predicting token t + 1 from tokens 1..t, in nats, float32."""
     B, T = tokens_BT.shape
     hidden_BTC = model.apply({"params": params}, tokens_BT[:, :-1])
-    head_VC = params["wte"]["embedding"].astype(model.dtype)
-    num_tokens = B * (T - 1)
-    num_chunks = -(-num_tokens * model.vocab_size // _LOGITS_PER_CHUNK)
-    chunk = -(-num_tokens // num_chunks)
-    pad = -num_tokens % chunk
-    hidden_NC = jnp.pad(hidden_BTC.reshape(num_tokens, -1), ((0, pad), (0, 0)))
-    targets_N = jnp.pad(tokens_BT[:, 1:].reshape(num_tokens), (0, pad))
-    weights_N = (jnp.arange(num_tokens + pad) < num_tokens).astype(jnp.float32)
-
-    @jax.checkpoint
-    def add_chunk(total, chunk_xs):
-        hidden, targets, weights = chunk_xs
-        return total + cross_entropy_sum(hidden, head_VC, targets, weights), None
-
-    chunks = jax.tree.map(
-        lambda x: x.reshape(-1, chunk, *x.shape[1:]), (hidden_NC, targets_N, weights_N)
-    )
-    total, _ = jax.lax.scan(add_chunk, jnp.zeros((), jnp.float32), chunks)
-    return total / num_tokens
+    head_VC = params["wte"]["embedding"]
+    N = B * (T - 1)
+    num_chunks = -(-N // _CHUNK_TOKENS)
+    chunk = -(-N // num_chunks)
+    pad = num_chunks * chunk - N
+    hidden_KNC = jnp.pad(hidden_BTC.reshape(N, -1), ((0, pad), (0, 0))).reshape(num_chunks, chunk, -1)
+    targets_KN = jnp.pad(tokens_BT[:, 1:].reshape(N), (0, pad)).reshape(num_chunks, chunk)
+    losses_KN = lax.map(lambda xs: cross_entropy(xs[0], head_VC, xs[1]), (hidden_KNC, targets_KN))
+    return jnp.sum(losses_KN.reshape(-1)[:N]) / N

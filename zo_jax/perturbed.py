@@ -214,7 +214,12 @@ class LowRank(Perturbed):
 
     def _dynamic_slice(self, params, *starts):
         sizes, n = params["slice_sizes"], self.ndim - 2
-        if not n or sizes[n:] != self.shape[n:] or len(starts) != self.ndim:
+        if len(starts) != self.ndim or sizes[-1] != self.shape[-1]:
+            return None
+        if not n:  # rows of a matrix
+            rows = lambda x: lax.dynamic_slice(x, starts, (sizes[0], x.shape[1]))
+            return dataclasses.replace(self, base=rows(self.base), u=rows(self.u))
+        if sizes[n] != self.shape[n]:
             return None
         return self._on_layers(lambda x: lax.dynamic_slice(x, starts, (*sizes[:n], *x.shape[n:])))
 
