@@ -16,7 +16,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from zo_jax import noise
-from zo_jax.perturbed import Dense, LowRank
+from zo_jax.perturbed import Dense, LowRank, outer
 
 # Leaves whose name says that they are vectors, though a stack of layers [L, A] of them has the shape of a matrix.
 _VECTOR_NAMES = ("bias", "scale", "b")
@@ -220,7 +220,7 @@ class _Sphere(_Gaussian):
 
     def _factor(self, leaves, words):
         floating = [(leaf, w) for leaf, w in zip(leaves, words, strict=True) if w is not None]
-        squares = [jnp.sum(noise.normals(w, _width(leaf)) ** 2) for leaf, w in floating]
+        squares = [_sum_of_squares(w, _width(leaf)) for leaf, w in floating]
         return jnp.sqrt(sum(leaf.size for leaf, _ in floating) / sum(squares))
 
     def _factors(self, params, keys):
@@ -268,7 +268,7 @@ class _LowRank(Perturbation):
         u = u * (weights_n / math.sqrt(self.rank)).reshape(-1, *(1,) * leaf.ndim)
         # All queries side by side: one matrix product [..., A, n r] @ [..., n r, B].
         side_by_side = lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1)
-        return side_by_side(u) @ jnp.swapaxes(side_by_side(v), -1, -2)
+        return outer(side_by_side(u), side_by_side(v))
 
 
 def rademacher() -> Perturbation:
@@ -386,3 +386,10 @@ def _sum_signs(leaf: jax.Array, words_n: jax.Array, weights_n: jax.Array) -> jax
     add = lambda total, x: (total + noise.with_signs(x[0], z(x[1])), None)
     zero = jnp.zeros((*words_n.shape[1:-1], _width(leaf)), jnp.float32)
     return lax.scan(add, zero, (weights_n, words_n))[0]
+
+
+def _sum_of_squares(words: jax.Array, width: int) -> jax.Array:
+    """Of the normal numbers of a leaf, so many rows at a time that they stay in cache."""
+    rows = words.reshape(-1, words.shape[-1])
+    of_row = lambda words: jnp.sum(noise.normals(words, width) ** 2)
+    return jnp.sum(lax.map(of_row, rows, batch_size=min(len(rows), max(1, 2**18 // width))))

@@ -18,6 +18,8 @@ from zo_jax import noise
 # A product with a larger table of rows goes block by block: the perturbed rows stay in cache and no perturbed
 # copy of the table exists. Entries of a block: 4 MB in float32.
 _BLOCK_ENTRIES = 2**20
+# Products of two factors of at most this rank are sums of broadcast products.
+_FUSED_RANK = 8
 MIN_BLOCKED = 4 * _BLOCK_ENTRIES
 
 
@@ -184,7 +186,7 @@ class LowRank(Perturbed):
 
     def form(self) -> jax.Array:
         x = self.base.astype(_accumulator_dtype(self.base.dtype))
-        return (x + self.scale * _outer(self.u, self.v)).astype(self.dtype)
+        return (x + self.scale * outer(self.u, self.v)).astype(self.dtype)
 
     def layers(self):
         if self.ndim < 3:
@@ -355,10 +357,15 @@ def _gather_rows(table: jax.Array, params, indices: jax.Array) -> jax.Array | No
     return lax.gather_p.bind(table, indices, **params) if is_look_up else None
 
 
-def _outer(u: jax.Array, v: jax.Array) -> jax.Array:
-    """u vᵀ of [..., A, r] and [..., B, r]; rank 1 as a broadcast product, faster than a matrix product."""
-    if u.shape[-1] == 1:
-        return u * jnp.swapaxes(v, -1, -2)
+def outer(u: jax.Array, v: jax.Array) -> jax.Array:
+    """u vᵀ of [..., A, r] and [..., B, r], [..., A, B].
+
+    A small rank as a sum of broadcast products: XLA fuses it with what comes after, so that it needs no memory, and it is
+    faster than a matrix product.
+    """
+    rank = u.shape[-1]
+    if rank <= _FUSED_RANK:
+        return sum(u[..., :, None, k] * v[..., None, :, k] for k in range(rank))
     return u @ jnp.swapaxes(v, -1, -2)
 
 
