@@ -90,7 +90,8 @@ def test_projections_equal_an_eager_recomputation(family, difference, gpt):
 
 
 @families
-def test_unbiased(family):
+@differences
+def test_unbiased(family, difference):
     """The mean over many queries is the gradient, within five standard errors."""
     params = {"w": jax.random.normal(jax.random.key(2), (5, 4)), "bias": jnp.ones(4)}
     x = jax.random.normal(jax.random.key(3), (5,))
@@ -103,7 +104,7 @@ def test_unbiased(family):
             jax.random.key(11),
             num_queries=q,
             perturbation=family,
-            difference="jvp",
+            difference=difference,
             parallel_batch_size=q,
         )
     )(params)

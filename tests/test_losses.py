@@ -38,7 +38,9 @@ def test_loss_and_gradient_equal_the_whole(monkeypatch, case, words, tokens):
         log_probs = jax.nn.log_softmax(hidden @ params["wte"]["embedding"].T)
         return -jnp.mean(jnp.take_along_axis(log_probs, tokens_BT[:, 1:, None], axis=-1))
 
-    loss, gradient = jax.jit(jax.value_and_grad(lambda p: next_token_loss(model, p, tokens_BT)))(params)
+    loss, gradient = jax.jit(jax.value_and_grad(lambda p: next_token_loss(model, p, tokens_BT)))(
+        params
+    )
     np.testing.assert_allclose(loss, numpy_loss(*case), rtol=1e-5)
     expected = jax.jit(jax.grad(whole))(params)
     jax.tree.map(

@@ -3,7 +3,6 @@
 Axes: N tokens, C width of the residual stream, V vocabulary, W words of a block.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,7 +42,7 @@ def _forward(hidden_NC, head_VC, targets_N):
 
     N = len(targets_N)
     start = jnp.full(N, -jnp.inf, jnp.float32), jnp.zeros(N, jnp.float32)
-    top_N, total_N = _for_blocks(head_VC, add_block, start)
+    top_N, total_N = lax.fori_loop(0, _num_blocks(head_VC), add_block, start)
     rows_NC = head_VC[targets_N].astype(hidden_NC.dtype)
     picked_N = jnp.einsum("nc,nc->n", hidden_NC, rows_NC, preferred_element_type=jnp.float32)
     log_sum_N = top_N + jnp.log(total_N)
@@ -52,12 +51,15 @@ def _forward(hidden_NC, head_VC, targets_N):
 
 def _backward(residuals, cotangent_N):
     hidden_NC, head_VC, targets_N, log_sum_N = residuals
+    num_blocks = _num_blocks(head_VC)
     product = lambda equation, x, y: jnp.einsum(
         equation, x.astype(hidden_NC.dtype), y, preferred_element_type=jnp.float32
     )
 
-    def add_block(i, carry):
+    def add_block(j, carry):
         d_hidden_NC, d_head_VC = carry
+        # From the last block to the first: the one before overwrites the rows that the last has of it.
+        i = num_blocks - 1 - j
         logits_NW, (start, block_WC, words_1W) = _block_logits(hidden_NC, head_VC, i)
         # What the block before has too counts for it alone: the logits there are -inf.
         is_target_NW = (words_1W == targets_N[:, None]) & jnp.isfinite(logits_NW)
@@ -66,19 +68,19 @@ def _backward(residuals, cotangent_N):
         )
         d_hidden_NC += product("nw,wc->nc", d_logits_NW, block_WC)
         d_block_WC = product("nw,nc->wc", d_logits_NW, hidden_NC)
-        d_block_WC += lax.dynamic_slice_in_dim(d_head_VC, start, len(block_WC))
+        d_block_WC = d_block_WC.astype(d_head_VC.dtype)
         return d_hidden_NC, lax.dynamic_update_slice_in_dim(d_head_VC, d_block_WC, start, 0)
 
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (hidden_NC, head_VC))
-    d_hidden_NC, d_head_VC = _for_blocks(head_VC, add_block, start)
-    return d_hidden_NC.astype(hidden_NC.dtype), d_head_VC.astype(head_VC.dtype), None
+    start = jnp.zeros(hidden_NC.shape, jnp.float32), jnp.zeros_like(head_VC)
+    d_hidden_NC, d_head_VC = lax.fori_loop(0, num_blocks, add_block, start)
+    return d_hidden_NC.astype(hidden_NC.dtype), d_head_VC, None
 
 
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _for_blocks(head_VC: jax.Array, body: Callable[..., Any], start: Any) -> Any:
-    return lax.fori_loop(0, -(-len(head_VC) // _BLOCK_WORDS), body, start)
+def _num_blocks(head_VC: jax.Array) -> int:
+    return -(-len(head_VC) // _BLOCK_WORDS)
 
 
 def _block_logits(hidden_NC: jax.Array, head_VC: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
@@ -101,10 +103,16 @@ def next_token_loss(model: GPT, params: Any, tokens_BT: jax.Array) -> jax.Array:
     hidden_BTC = model.apply({"params": params}, tokens_BT[:, :-1])
     head_VC = params["wte"]["embedding"]
     N = B * (T - 1)
+    hidden_NC, targets_N = hidden_BTC.reshape(N, -1), tokens_BT[:, 1:].reshape(N)
     num_chunks = -(-N // _CHUNK_TOKENS)
-    chunk = -(-N // num_chunks)
-    pad = num_chunks * chunk - N
-    hidden_KNC = jnp.pad(hidden_BTC.reshape(N, -1), ((0, pad), (0, 0))).reshape(num_chunks, chunk, -1)
-    targets_KN = jnp.pad(tokens_BT[:, 1:].reshape(N), (0, pad)).reshape(num_chunks, chunk)
-    losses_KN = lax.map(lambda xs: cross_entropy(xs[0], head_VC, xs[1]), (hidden_KNC, targets_KN))
+    if num_chunks == 1:  # not a loop of one: its backward pass would hold the head's gradient twice
+        return jnp.sum(cross_entropy(hidden_NC, head_VC, targets_N)) / N
+    pad = -N % num_chunks
+    chunks = jax.tree.map(
+        lambda x: jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))).reshape(
+            num_chunks, -1, *x.shape[1:]
+        ),
+        (hidden_NC, targets_N),
+    )
+    losses_KN = lax.map(lambda chunk: cross_entropy(chunk[0], head_VC, chunk[1]), chunks)
     return jnp.sum(losses_KN.reshape(-1)[:N]) / N

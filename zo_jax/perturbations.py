@@ -24,6 +24,8 @@ _VECTOR_NAMES = ("bias", "scale", "b")
 _UNROLLED = 8
 # Leaves with more words than this are summed one after the other, the smaller ones together.
 _LARGE_WORDS = 2**15
+# Normal numbers that stay in cache while their norm is taken.
+_IN_CACHE = 2**18
 
 
 class Direction(NamedTuple):
@@ -389,7 +391,10 @@ def _sum_signs(leaf: jax.Array, words_n: jax.Array, weights_n: jax.Array) -> jax
 
 
 def _sum_of_squares(words: jax.Array, width: int) -> jax.Array:
-    """Of the normal numbers of a leaf, so many rows at a time that they stay in cache."""
+    """Of the normal numbers of a leaf; of a large one so many rows at a time that they stay in cache."""
     rows = words.reshape(-1, words.shape[-1])
-    of_row = lambda words: jnp.sum(noise.normals(words, width) ** 2)
-    return jnp.sum(lax.map(of_row, rows, batch_size=min(len(rows), max(1, 2**18 // width))))
+    at_once = max(1, _IN_CACHE // width)
+    of_rows = lambda words: jnp.sum(noise.normals(words, width) ** 2)
+    if len(rows) <= 4 * at_once:
+        return of_rows(rows)
+    return jnp.sum(lax.map(of_rows, rows, batch_size=at_once))
