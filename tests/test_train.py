@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from zo_jax import metrics, train
+from zo_jax import metrics, steps, train
 from zo_jax.config import ConfigError
 from zo_jax.data import load_corpus
 from zo_jax.losses import next_token_loss
@@ -29,8 +29,10 @@ def losses_of(workdir):
 def setup(config):
     corpus = load_corpus(config.data)
     model = make_model(config.model, corpus.tokenizer.vocab_size)
-    state = train.init_state(config, model)
-    batch = lambda step: train.read_batch(config, corpus.train_NT, step)
+    state = steps.init_state(config, model)
+    batch = lambda step: next(
+        b for b in train.read_batches(config, corpus.train_NT, step) if b is not None
+    )
     return model, state, batch
 
 
@@ -52,10 +54,10 @@ def test_zo_step_equals_numpy(tiny_config, perturbation, difference):
     tiny_config.optimizer.name = "sgd"
     model, state, batch = setup(tiny_config)
     tokens, start = batch(0), copy(state.params)
-    key = jax.random.fold_in(train.base_key(tiny_config), 0)
-    new, info = train.make_train_step(tiny_config, model)(state, key, tokens)
+    key = jax.random.fold_in(steps.base_key(tiny_config), 0)
+    new, info = steps.make_train_step(tiny_config, model)(state, 0, tokens, None)
 
-    family = train.make_perturbation(tiny_config)
+    family = steps.make_perturbation(tiny_config)
     loss = jax.jit(lambda params: next_token_loss(model, params, tokens))
     gradient = jax.tree.map(np.zeros_like, start)
     for query_key in jax.random.split(key, 3):
@@ -82,7 +84,7 @@ def test_fo_accumulation_equals_none(tiny_config, optimizer):
     for parts in (1, 4):
         tiny_config.fo.gradient_accumulation_steps = parts
         model, state, batch = setup(tiny_config)
-        results.append(copy(train.make_fo_step(tiny_config, model)(state, batch(0))))
+        results.append(copy(steps.make_fo_step(tiny_config, model)(state, batch(0))))
     assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
@@ -90,9 +92,9 @@ def test_fo_accumulation_equals_none(tiny_config, optimizer):
 def test_compiled_once(tiny_config, per_query):
     tiny_config.zo.batch_per_query = per_query
     model, state, batch = setup(tiny_config)
-    project, update = train.make_project(tiny_config, model), train.make_update(tiny_config)
+    project, update = steps.make_project(tiny_config, model), steps.make_update(tiny_config, model)
     for step in range(3):
-        key = jax.random.fold_in(train.base_key(tiny_config), step)
+        key = jax.random.fold_in(steps.base_key(tiny_config), step)
         donated = state.params
         state, _ = update(state, key, *project(state.params, key, batch(step)))
     assert project._cache_size() == update._cache_size() == 1
@@ -102,16 +104,16 @@ def test_compiled_once(tiny_config, per_query):
 def test_fo_compiled_once(tiny_config):
     tiny_config.mode = "fo"
     model, state, batch = setup(tiny_config)
-    step = train.make_fo_step(tiny_config, model)
+    step = steps.make_fo_step(tiny_config, model)
     for i in range(3):
         state, _ = step(state, batch(i))
     assert step._cache_size() == 1
 
 
 def test_step_without_a_finite_loss_changes_nothing_but_is_counted(tiny_config):
-    _, state, _ = setup(tiny_config)
-    update = train.make_update(tiny_config)
-    key = train.base_key(tiny_config)
+    model, state, _ = setup(tiny_config)
+    update = steps.make_update(tiny_config, model)
+    key = steps.base_key(tiny_config)
     state, _ = update(state, key, jnp.float32(1), jnp.ones(3))  # so that Adam has momentum
     before = copy((state.params, state.opt_state))
     state, info = update(state, key, jnp.float32(jnp.nan), jnp.full(3, jnp.nan))
@@ -125,11 +127,10 @@ def test_step_without_a_finite_loss_changes_nothing_but_is_counted(tiny_config):
 def test_cosine_schedule_is_logged_as_used(tiny_config):
     tiny_config.optimizer.schedule, tiny_config.optimizer.warmup_steps = "cosine", 2
     model, state, batch = setup(tiny_config)
-    step = train.make_train_step(tiny_config, model)
+    step = steps.make_train_step(tiny_config, model)
     rates = []
     for i in range(6):
-        key = jax.random.fold_in(train.base_key(tiny_config), i)
-        state, info = step(state, key, batch(i))
+        state, info = step(state, i, batch(i), None)
         rates.append(float(info.learning_rate))
     t = np.arange(3, 7) - 2
     cosine = 1e-6 + (1e-2 - 1e-6) * (1 + np.cos(np.pi * t / 4)) / 2

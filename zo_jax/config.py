@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import dataclasses
+import re
 from typing import Any
 
 
@@ -83,23 +84,57 @@ class ZOConfig:
 
 @dataclasses.dataclass
 class FOConfig:
-    """The backprop gradient (mode fo)."""
+    """The backprop gradient (modes fo, calibrate, instruct)."""
 
     gradient_accumulation_steps: int = _field(1, "micro-batches that a batch is split into")
+    bp_interval: int = _field(
+        0, "steps from one backprop gradient to the next (calibrate, instruct)"
+    )
+    batch_size: int = _field(0, "blocks of a backprop batch (0: as train.batch_size)")
+    corpus_fraction: float = _field(
+        0.0, "part of the training blocks kept for backprop, the rest for queries (0: all for both)"
+    )
+
+
+@dataclasses.dataclass
+class InstructConfig:
+    """Directions guided by a backprop gradient (mode instruct)."""
+
+    method: str = _field(
+        "hybrid", "hybrid (its largest coordinates, noise elsewhere) or gram_schmidt"
+    )
+    cosine_target: float = _field(0.9, "cosine of a guided direction to the gradient")
+    noise_scale: float = _field(0.5, "noise of hybrid directions, relative to the gradient")
+    num_guided: int = _field(0, "guided directions of a step, random ones besides (0: all guided)")
+    blend_ratio: float = _field(0.0, "part of the backprop gradient in the update, from 0 to 1")
+    grad_clip_norm: float = _field(0.0, "largest global norm of the estimate (0: any)")
+    adaptive: bool = _field(False, "raise the cosine and lower the noise as the loss falls")
+    adaptive_start: float = _field(7.0, "ten-step mean loss below which that begins (adaptive)")
+    adaptive_interval: float = _field(0.2, "fall of the loss from one level to the next (adaptive)")
+    cosine_step: float = _field(0.1, "rise of the cosine target a level (adaptive)")
+    cosine_max: float = _field(0.99, "highest cosine target (adaptive)")
+    noise_step: float = _field(1.0, "fall of the noise scale a level (adaptive)")
+    noise_min: float = _field(0.1, "lowest noise scale (adaptive)")
 
 
 @dataclasses.dataclass
 class OptimizerConfig:
     """The optimiser and its learning rate."""
 
-    name: str = _field("adam", "sgd or adam")
+    name: str = _field("adam", "sgd, adam, adamw, muon or mudamw")
     learning_rate: float = _field(1e-3, "peak learning rate")
     schedule: str = _field("constant", "constant, or cosine (linear warm-up, then cosine decay)")
     warmup_steps: int = _field(300, "steps of linear warm-up (schedule cosine)")
     min_learning_rate: float = _field(1e-6, "learning rate at the last step (schedule cosine)")
-    b1: float = _field(0.9, "decay of the first moment (adam)")
-    b2: float = _field(0.999, "decay of the second moment (adam)")
-    eps: float = _field(1e-8, "term added to the denominator (adam)")
+    momentum: float = _field(0.0, "decay of the momentum (sgd; 0: none)")
+    b1: float = _field(0.9, "decay of the first moment (all but sgd)")
+    b2: float = _field(0.999, "decay of the second moment (all but sgd)")
+    eps: float = _field(1e-8, "term added to the denominator (all but sgd)")
+    weight_decay: float = _field(0.0, "decoupled decay of matrices (adamw, muon, mudamw)")
+    cautious: bool = _field(False, "move only where momentum and gradient agree (mudamw)")
+    orthogonalize_embedding: bool = _field(
+        True, "whether the embeddings count as matrices to orthogonalise (muon, mudamw)"
+    )
 
 
 @dataclasses.dataclass
@@ -121,7 +156,16 @@ class TrainConfig:
 class Config:
     """One experiment, whole."""
 
-    mode: str = _field("zo", "zo (forward passes only) or fo (backprop)")
+    mode: str = _field(
+        "zo",
+        "zo (forward passes only), fo (backprop), calibrate (zo, and every fo.bp_interval steps fo "
+        "instead) or instruct (zo, and every fo.bp_interval steps along guided directions)",
+    )
+    scope: str = _field(
+        "full",
+        "what is trained: full, reduced (the last block's MLP and its LayerNorm, and the output "
+        "head), or a regular expression over paths like blocks/3/fc/kernel",
+    )
     seed: int = _field(0, "seed of the initial parameters, the directions and the batches")
     model: ModelConfig = dataclasses.field(
         default_factory=ModelConfig, metadata={"help": "the GPT-2 decoder"}
@@ -134,6 +178,9 @@ class Config:
     )
     fo: FOConfig = dataclasses.field(
         default_factory=FOConfig, metadata={"help": "the backprop gradient"}
+    )
+    instruct: InstructConfig = dataclasses.field(
+        default_factory=InstructConfig, metadata={"help": "directions guided by backprop"}
     )
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=OptimizerConfig, metadata={"help": "optimiser and learning rate"}
@@ -171,15 +218,20 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field
 
 
 def default_run_name(config: Config) -> str:
-    """Folder name of a run that is given none."""
-    queries = f"_q{config.zo.num_queries}" if config.mode == "zo" else ""
-    return (
-        f"{config.mode}_full{queries}_opt{config.optimizer.name}"
-        f"_lr{config.optimizer.learning_rate:g}_bs{config.train.batch_size}"
-    )
+    """Folder name of a run that is given none: the settings of the reference script that its mode reads."""
+    mode, parts = config.mode, [config.mode, re.sub(r"[^A-Za-z0-9_.-]+", "-", config.scope)]
+    if mode != "fo":
+        parts.append(f"q{config.zo.num_queries}")
+    if mode in ("calibrate", "instruct"):
+        parts.append(f"bp{config.fo.bp_interval}")
+    parts.append(f"opt{config.optimizer.name}_lr{config.optimizer.learning_rate:g}")
+    parts.append(f"bs{config.train.batch_size}")
+    if mode == "instruct":
+        parts.append(f"ct{config.instruct.cosine_target:g}_ns{config.instruct.noise_scale:g}")
+    return "_".join(parts)
 
 
 def blocks_per_step(config: Config) -> int:
-    """Training blocks that one step reads."""
-    per_query = config.mode == "zo" and config.zo.batch_per_query
+    """Training blocks that one step reads (in hybrid modes, for its queries)."""
+    per_query = config.mode != "fo" and config.zo.batch_per_query
     return config.train.batch_size * (config.zo.num_queries if per_query else 1)

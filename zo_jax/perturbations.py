@@ -252,10 +252,9 @@ class _LowRank(Perturbation):
         return both[..., :a, :], both[..., a:, :]
 
     def _is_matrix(self, path, leaf) -> bool:
-        if leaf.ndim < 2 or _name(path) in _VECTOR_NAMES:
-            return False
-        a, b = leaf.shape[-2:]
-        return self.rank * (a + b) < a * b
+        return is_matrix(path, leaf) and self.rank * sum(leaf.shape[-2:]) < math.prod(
+            leaf.shape[-2:]
+        )
 
     def _move_leaf(self, path, leaf, words, scale):
         if not self._is_matrix(path, leaf):
@@ -346,6 +345,11 @@ def apply_directions(
     [0.0, 0.0, 0.0]
     """
     return (perturbation or rademacher()).add(params, keys, weights)
+
+
+def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
+    """Whether a leaf is a matrix or a stack of them, by its shape and the last name of its path."""
+    return leaf.ndim >= 2 and _name(path) not in _VECTOR_NAMES
 
 
 def key_words(key: jax.Array) -> jax.Array:

@@ -6,15 +6,23 @@ import difflib
 import math
 from typing import Any
 
-from zo_jax.config import Config, ConfigError, blocks_per_step, walk
+from zo_jax.config import (
+    Config,
+    ConfigError,
+    InstructConfig,
+    OptimizerConfig,
+    blocks_per_step,
+    walk,
+)
+from zo_jax.instruct import METHODS
 from zo_jax.model import SIZES
 from zo_jax.sources import HUB_DATASETS
 
-MODES = ("zo", "fo")
+MODES = ("zo", "fo", "calibrate", "instruct")
 DTYPES = ("float32", "bfloat16", "float16")
 PERTURBATIONS = ("rademacher", "gaussian", "sphere", "low_rank")
 DIFFERENCES = ("central", "forward", "jvp")
-OPTIMIZERS = ("sgd", "adam")
+OPTIMIZERS = ("sgd", "adam", "adamw", "muon", "mudamw")
 SCHEDULES = ("constant", "cosine")
 TOKENIZERS = ("char", "bpe", "gpt2")
 
@@ -79,6 +87,7 @@ def _check_choices(config: Config) -> None:
         ("data.tokenizer", config.data.tokenizer, TOKENIZERS),
         ("zo.perturbation", config.zo.perturbation, PERTURBATIONS),
         ("zo.difference", config.zo.difference, DIFFERENCES),
+        ("instruct.method", config.instruct.method, METHODS),
         ("optimizer.name", config.optimizer.name, OPTIMIZERS),
         ("optimizer.schedule", config.optimizer.schedule, SCHEDULES),
     ):
@@ -97,6 +106,7 @@ def _check_ranges(config: Config) -> None:
     positive = "an integer of at least 1", lambda x: x >= 1
     natural = "an integer of at least 0", lambda x: x >= 0
     above_zero = "finite and above 0", lambda x: 0 < x < math.inf
+    not_negative = "finite and at least 0", lambda x: 0 <= x < math.inf
     decay = "at least 0 and below 1", lambda x: 0 <= x < 1
     for (what, holds), names in (
         (("at least 0 and below 2**32", lambda x: 0 <= x < 2**32), ["seed"]),
@@ -112,8 +122,18 @@ def _check_ranges(config: Config) -> None:
         # What float32 rounds to zero or infinity is no perturbation.
         (("above 1e-37 and below 1e37", lambda x: 1e-37 < x < 1e37), ["zo.epsilon"]),
         (above_zero, ["optimizer.learning_rate", "optimizer.eps", "train.sample_temperature"]),
-        (("finite and at least 0", lambda x: 0 <= x < math.inf), ["optimizer.min_learning_rate"]),
-        (decay, ["optimizer.b1", "optimizer.b2"]),
+        (not_negative, ["optimizer.min_learning_rate"]),
+        (natural, ["fo.bp_interval", "fo.batch_size", "instruct.num_guided"]),
+        (("at least 0 and below 1", lambda x: 0 <= x < 1), ["fo.corpus_fraction"]),
+        (("from 0 to 1", lambda x: 0 <= x <= 1), ["instruct.blend_ratio"]),
+        (
+            ("from -1 to 1", lambda x: -1 <= x <= 1),
+            ["instruct.cosine_target", "instruct.cosine_max"],
+        ),
+        (not_negative, ["instruct.noise_scale", "instruct.grad_clip_norm", "instruct.noise_min"]),
+        (not_negative, ["instruct.cosine_step", "instruct.noise_step"]),
+        (above_zero, ["instruct.adaptive_start", "instruct.adaptive_interval"]),
+        (decay, ["optimizer.b1", "optimizer.b2", "optimizer.momentum", "optimizer.weight_decay"]),
     ):
         for name in names:
             if not holds(values[name]):
@@ -160,28 +180,68 @@ def _check_combinations(config: Config) -> None:
             + ("needs data.path" if local else f"does not read data.path={data.path}")
             + "; set data.path for source text or disk, and leave it empty for any other"
         )
-    if config.mode == "zo" and zo.rank != 1 and zo.perturbation != "low_rank":
+    if zo.rank != 1 and zo.perturbation != "low_rank":
         raise ConfigError(
             f"zo.rank={zo.rank} is read by zo.perturbation=low_rank alone, but zo.perturbation="
             f"{zo.perturbation}; set one or the other"
         )
-    accumulation = config.fo.gradient_accumulation_steps
-    if config.mode == "zo" and accumulation != 1:
-        raise ConfigError(
-            f"fo.gradient_accumulation_steps={accumulation} has no effect in mode zo; leave it at 1"
-        )
-    if config.mode == "fo" and train.batch_size % accumulation:
-        raise ConfigError(
-            "train.batch_size must be divisible by fo.gradient_accumulation_steps; got "
-            f"{train.batch_size} and {accumulation}"
-        )
+    _check_modes(config)
     if optimizer.schedule == "cosine" and optimizer.min_learning_rate > optimizer.learning_rate:
         raise ConfigError(
             "optimizer.min_learning_rate must be at most optimizer.learning_rate; got "
             f"{optimizer.min_learning_rate} and {optimizer.learning_rate}"
         )
+    for field, names in (
+        ("momentum", ("sgd",)),
+        ("weight_decay", ("adamw", "muon", "mudamw")),
+        ("cautious", ("mudamw",)),
+        ("orthogonalize_embedding", ("muon", "mudamw")),
+    ):
+        value = getattr(optimizer, field)
+        if optimizer.name not in names and value != getattr(OptimizerConfig(), field):
+            raise ConfigError(
+                f"optimizer.{field}={value} is read by {' and '.join(names)} alone, but "
+                f"optimizer.name={optimizer.name}; set one or the other"
+            )
     if train.num_steps:
         _check_warmup(config)
+
+
+def _check_modes(config: Config) -> None:
+    """Fields that a mode needs, and fields that it would ignore."""
+    fo, hybrid = config.fo, config.mode in ("calibrate", "instruct")
+    if hybrid and not fo.bp_interval:
+        raise ConfigError(
+            f"mode {config.mode} needs fo.bp_interval, the steps from one backprop gradient to the "
+            "next; set it to 1 or more"
+        )
+    if not hybrid and (fo.bp_interval or fo.corpus_fraction):
+        raise ConfigError(
+            f"fo.bp_interval={fo.bp_interval} and fo.corpus_fraction={fo.corpus_fraction} are read "
+            f"by modes calibrate and instruct alone, but mode={config.mode}; leave them at 0"
+        )
+    if config.mode == "zo" and (fo.gradient_accumulation_steps != 1 or fo.batch_size):
+        raise ConfigError(
+            f"fo.gradient_accumulation_steps={fo.gradient_accumulation_steps} and fo.batch_size="
+            f"{fo.batch_size} have no effect in mode zo; leave them at 1 and 0"
+        )
+    if config.mode != "zo":
+        size = fo.batch_size or config.train.batch_size
+        if size % fo.gradient_accumulation_steps:
+            raise ConfigError(
+                "the backprop batch must be divisible by fo.gradient_accumulation_steps; got "
+                f"{size} and {fo.gradient_accumulation_steps}"
+            )
+    if config.mode != "instruct" and config.instruct != InstructConfig():
+        raise ConfigError(
+            f"the fields of instruct are read by mode instruct alone, but mode={config.mode}; leave "
+            "them as they are, or set mode=instruct"
+        )
+    if config.instruct.num_guided > config.zo.num_queries:
+        raise ConfigError(
+            f"instruct.num_guided={config.instruct.num_guided} is more than zo.num_queries="
+            f"{config.zo.num_queries}; make it at most that"
+        )
 
 
 def _check_warmup(config: Config) -> None:
