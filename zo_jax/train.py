@@ -5,6 +5,7 @@ Axes: N blocks of a corpus, B blocks of a batch, T tokens of a block, q queries.
 
 from collections.abc import Callable
 from pathlib import Path
+import sys
 import time
 from typing import IO, Any
 
@@ -157,7 +158,11 @@ def _train(
         metrics.write_row(log, row_of(0) | {"eval_loss": eval_loss})
         print(f"validation loss before training: {eval_loss:.6f} nats per token", flush=True)
 
-    bar = tqdm.tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True)
+    # In a log file every refresh is a line.
+    refresh = 0.1 if sys.stderr.isatty() else 10.0
+    bar = tqdm.tqdm(
+        total=num_steps, initial=start, unit="step", dynamic_ncols=True, mininterval=refresh
+    )
 
     def report(step: int, pending: StepMetrics, eval_loss: float | None = None) -> None:
         last = jax.device_get(pending)
