@@ -223,3 +223,28 @@ def test_files_without_a_config_are_no_run(tiny_config, tmp_path):
     with pytest.raises(ConfigError, match=r"no config\.json"):
         train.train_and_evaluate(tiny_config, tmp_path)
     assert (tmp_path / "metrics.csv").read_text() == "mine\n"
+
+
+def test_outputs_beside_the_table(tiny_config, tmp_path):
+    tiny_config.train.snapshot_delta = 1e-3
+    tiny_config.train.eval_interval, tiny_config.train.num_steps = 1, 3
+    train.train_and_evaluate(tiny_config, tmp_path / "run")
+    log = tmp_path / "run/evaluations.jsonl"
+    with log.open("a") as file:
+        file.write('{"step": 9')  # what a killed run leaves
+    tiny_config.train.num_steps = 6
+    train.train_and_evaluate(tiny_config, tmp_path / "run")
+    evaluations = metrics.read_evaluations(log)
+    assert [line["step"] for line in evaluations] == list(range(7))
+    losses = [line["eval_loss"] for line in evaluations]
+    rows = metrics.read(tmp_path / "run/metrics.csv")
+    np.testing.assert_allclose([float(row["eval_loss"]) for row in rows], losses, rtol=1e-6)
+    levels = [int((losses[0] - min(losses[: i + 1])) / 1e-3) for i in range(7)]
+    expected = [i for i in range(1, 7) if levels[i] > levels[i - 1]]
+    kept = sorted(
+        int(folder.name)
+        for folder in (tmp_path / "run/snapshots").iterdir()
+        if folder.name.isdigit()
+    )
+    assert kept == expected and expected
+    assert list((tmp_path / "run/tensorboard").glob("events.out.tfevents.*"))

@@ -15,14 +15,15 @@ class CheckpointError(ValueError):
 
 
 @contextlib.contextmanager
-def open_checkpoints(folder: Path, keep: int = 2) -> Iterator[ocp.training.Checkpointer]:
-    """The checkpoints of a run, of which the latest `keep` are kept.
+def open_checkpoints(folder: Path, keep: int | None = 2) -> Iterator[ocp.training.Checkpointer]:
+    """The checkpoints of a run, of which the latest `keep` are kept, or all of them.
 
     A checkpoint appears as a whole, when it is complete; what killed runs left behind is removed.
     """
+    policies = ocp.training.preservation_policies
     with ocp.training.Checkpointer(
         folder.absolute(),
-        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        preservation_policy=policies.LatestN(keep) if keep else policies.PreserveAll(),
         cleanup_tmp_directories=True,
     ) as checkpoints:
         yield checkpoints

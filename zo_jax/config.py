@@ -148,6 +148,9 @@ class TrainConfig:
     eval_interval: int = _field(100, "steps between evaluations on held-out blocks")
     eval_blocks: int = _field(128, "held-out blocks of an evaluation, at most")
     checkpoint_interval: int = _field(200, "steps between checkpoints; the latest two are kept")
+    snapshot_delta: float = _field(
+        0.0, "keep a snapshot each time the validation loss has fallen by as much more (0: none)"
+    )
     sample_tokens: int = _field(200, "tokens of the text sampled at the end (0: none)")
     sample_temperature: float = _field(0.8, "temperature of that sampling; lower is more certain")
 
@@ -199,6 +202,7 @@ EXTENDABLE = (
     "train.eval_interval",
     "train.checkpoint_interval",
     "train.sample_tokens",
+    "train.snapshot_delta",
     "train.sample_temperature",
 )
 

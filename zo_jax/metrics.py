@@ -1,13 +1,16 @@
 """What a run says of itself: metrics.csv, and its plan in plain words."""
 
+import contextlib
 import csv
 import datetime
 import io
+import json
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
+import tensorboardX
 
 from zo_jax import estimators
 from zo_jax.config import Config, blocks_per_step
@@ -62,31 +65,64 @@ def read(path: Path) -> list[dict[str, str]]:
     return [row for row in full if row["step"].isdigit()]
 
 
-def open_log(path: Path, last_step: int) -> IO[str]:
-    """Opens metrics.csv to append to, after dropping the rows past `last_step`.
+class Log:
+    """What a run writes while it trains: metrics.csv, evaluations.jsonl and TensorBoard events.
 
-    Those rows are of steps that a killed run took after its last checkpoint, and that will be
-    taken again.
+    Opening it drops the rows past `last_step`: those of steps that a killed run took after its last checkpoint, and that
+    will be taken again.
     """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row for row in read(path) if int(row["step"]) <= last_step)
-    write_atomic(path, text.getvalue())
-    return path.open("a")
+
+    def __init__(self, workdir: Path, last_step: int):
+        table, evaluations = workdir / "metrics.csv", workdir / "evaluations.jsonl"
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for row in read(table) if int(row["step"]) <= last_step)
+        write_atomic(table, text.getvalue())
+        kept = [line for line in read_evaluations(evaluations) if line["step"] <= last_step]
+        write_atomic(evaluations, "".join(json.dumps(line) + "\n" for line in kept))
+        self._table, self._evaluations = table.open("a"), evaluations.open("a")
+        self._events = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=last_step + 1, write_to_disk=True
+        )
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (self._table, self._evaluations, self._events):
+            file.close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends a row, stamped with the time; columns that the row lacks stay empty.
+
+        Floats get nine digits, with which a float32 reads back exactly.
+        """
+        row = row | {"timestamp": datetime.datetime.now().isoformat(timespec="seconds")}
+        cells = {name: f"{x:.9g}" if isinstance(x, float) else x for name, x in row.items()}
+        line = io.StringIO()
+        csv.DictWriter(line, COLUMNS, lineterminator="\n").writerow(cells)
+        self._table.write(line.getvalue())
+        self._table.flush()
+        if "eval_loss" in row:
+            names = ("timestamp", "step", "eval_loss", "loss", "forward_passes", "tokens")
+            record = {name: row[name] for name in names if name in row}
+            self._evaluations.write(json.dumps(record) + "\n")
+            self._evaluations.flush()
+        for name in ("loss", "eval_loss", "grad_norm", "current_lr"):
+            if name in row:
+                self._events.add_scalar(name, row[name], row["step"])
 
 
-def write_row(file: IO[str], row: dict[str, Any]) -> None:
-    """Appends a row, stamped with the time; columns that the row lacks stay empty.
-
-    Floats get nine digits, with which a float32 reads back exactly.
-    """
-    cells = {name: f"{x:.9g}" if isinstance(x, float) else x for name, x in row.items()}
-    cells["timestamp"] = datetime.datetime.now().isoformat(timespec="seconds")
-    line = io.StringIO()
-    csv.DictWriter(line, COLUMNS, lineterminator="\n").writerow(cells)
-    file.write(line.getvalue())
-    file.flush()
+def read_evaluations(path: Path) -> list[dict[str, Any]]:
+    """The records of an evaluations.jsonl, less a line that a killed run left unfinished."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
+    return records
 
 
 def passes_until(config: Config, step: int) -> int:

@@ -4,10 +4,11 @@ Axes: N blocks of a corpus, B blocks of a batch, T tokens of a block, q queries.
 """
 
 from collections.abc import Callable
+import contextlib
 from pathlib import Path
 import sys
 import time
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,7 +93,12 @@ def train_and_evaluate(config: Config, workdir: Path, restart: bool = False) -> 
     held_out = evaluate.choose_blocks(corpus.validation_NT, config.train.eval_blocks)
     evaluate_params = lambda params: float(evaluate_fn(params, held_out))
     num_steps = config.train.num_steps
-    with checkpoint.open_checkpoints(workdir / "checkpoints") as checkpoints:
+    with contextlib.ExitStack() as stack:
+        open_folder = lambda name, **keep: stack.enter_context(
+            checkpoint.open_checkpoints(workdir / name, **keep)
+        )
+        checkpoints = open_folder("checkpoints")
+        snapshots = open_folder("snapshots", keep=None) if config.train.snapshot_delta else None
         state = init_state(config, model)
         start = 0
         if restored := checkpoint.restore_latest(checkpoints, state):
@@ -102,14 +108,17 @@ def train_and_evaluate(config: Config, workdir: Path, restart: bool = False) -> 
                 f"the run in {workdir} is at step {start}, past train.num_steps={num_steps}; raise "
                 "it, use --restart to train from scratch, or another --workdir"
             )
-        with metrics.open_log(workdir / "metrics.csv", start) as log:
+        with metrics.Log(workdir, start) as log:
             if start == num_steps:
                 print(f"this run is complete: {start} of {num_steps} steps; nothing to train")
             else:
                 if start:
                     print(f"continuing from the checkpoint of step {start}")
+                rows = metrics.read(workdir / "metrics.csv")
+                before = [float(row["eval_loss"]) for row in rows if row["eval_loss"]]
+                keep = _SnapshotKeeper(config.train.snapshot_delta, before, snapshots)
                 state = _train(
-                    config, corpus, model, state, start, evaluate_params, checkpoints, log
+                    config, corpus, model, state, start, evaluate_params, checkpoints, keep, log
                 )
     eval_loss = evaluate_params(state.params)
     rows = metrics.read(workdir / "metrics.csv")
@@ -136,6 +145,25 @@ def train_and_evaluate(config: Config, workdir: Path, restart: bool = False) -> 
     return dict(step=num_steps, loss=loss, eval_loss=eval_loss)
 
 
+class _SnapshotKeeper:
+    """Keeps a snapshot each time the validation loss has fallen by another `delta` below the first."""
+
+    def __init__(self, delta: float, eval_losses: list[float], snapshots: Any):
+        self.delta, self.eval_losses, self.snapshots = delta, eval_losses, snapshots
+
+    def __call__(self, step: int, state: TrainState, eval_loss: float) -> None:
+        if not self.delta:
+            return
+        before = self._level()
+        self.eval_losses.append(eval_loss)
+        if self._level() > before:
+            checkpoint.save(self.snapshots, step, state)
+
+    def _level(self) -> int:
+        losses = [loss for loss in self.eval_losses if np.isfinite(loss)]
+        return int((losses[0] - min(losses)) / self.delta) if losses else 0
+
+
 def _train(
     config: Config,
     corpus: Corpus,
@@ -144,7 +172,8 @@ def _train(
     start: int,
     evaluate_params: Callable[[Any], float],
     checkpoints: Any,
-    log: IO[str],
+    keep_snapshot: Callable[[int, TrainState, float], None],
+    log: metrics.Log,
 ) -> TrainState:
     """The loop. It waits for the device one step behind, so that the device never waits for it."""
     train, num_steps = config.train, config.train.num_steps
@@ -155,7 +184,8 @@ def _train(
 
     if start == 0:
         eval_loss = evaluate_params(state.params)
-        metrics.write_row(log, row_of(0) | {"eval_loss": eval_loss})
+        log.write(row_of(0) | {"eval_loss": eval_loss})
+        keep_snapshot(0, state, eval_loss)
         print(f"validation loss before training: {eval_loss:.6f} nats per token", flush=True)
 
     # In a log file every refresh is a line.
@@ -187,7 +217,7 @@ def _train(
             if not np.isnan(last.cosine_target):
                 row["instruct_cosine_target"] = float(last.cosine_target)
                 row["instruct_noise_scale"] = float(last.noise_scale)
-            metrics.write_row(log, row | ({} if eval_loss is None else {"eval_loss": eval_loss}))
+            log.write(row | ({} if eval_loss is None else {"eval_loss": eval_loss}))
 
     with bar:
         pending = None
@@ -199,7 +229,9 @@ def _train(
             pending = new
             at_end = step == num_steps
             if step % train.eval_interval == 0 or at_end:
-                report(step, pending, evaluate_params(state.params))
+                eval_loss = evaluate_params(state.params)
+                report(step, pending, eval_loss)
+                keep_snapshot(step, state, eval_loss)
                 pending = None
             if step % train.checkpoint_interval == 0 or at_end:
                 # Rows first: then a checkpoint never knows more than metrics.csv.

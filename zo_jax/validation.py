@@ -122,7 +122,7 @@ def _check_ranges(config: Config) -> None:
         # What float32 rounds to zero or infinity is no perturbation.
         (("above 1e-37 and below 1e37", lambda x: 1e-37 < x < 1e37), ["zo.epsilon"]),
         (above_zero, ["optimizer.learning_rate", "optimizer.eps", "train.sample_temperature"]),
-        (not_negative, ["optimizer.min_learning_rate"]),
+        (not_negative, ["optimizer.min_learning_rate", "train.snapshot_delta"]),
         (natural, ["fo.bp_interval", "fo.batch_size", "instruct.num_guided"]),
         (("at least 0 and below 1", lambda x: 0 <= x < 1), ["fo.corpus_fraction"]),
         (("from 0 to 1", lambda x: 0 <= x <= 1), ["instruct.blend_ratio"]),

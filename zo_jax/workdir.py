@@ -11,7 +11,10 @@ from zo_jax import metrics
 from zo_jax.config import EXTENDABLE, Config, ConfigError
 from zo_jax.data import Corpus
 
-RUN_FILES = ("metrics.csv", "loss_curve.png", "sample.txt", "checkpoints", "config.json")
+RUN_FILES = (
+    *("metrics.csv", "evaluations.jsonl", "tensorboard", "loss_curve.png", "sample.txt"),
+    *("checkpoints", "snapshots", "config.json"),
+)
 
 
 def claim_workdir(config: Config, corpus: Corpus, workdir: Path, restart: bool) -> None:

@@ -1,0 +1,33 @@
+"""Zeroth order; every tenth step its directions are guided by a backprop gradient.
+
+Command: python main.py --config=configs/instruct.py
+Time: MEASURE on 2 CPU cores. Loss: validation from 4.14 to MEASURE nats per character.
+"""
+
+from zo_jax.config import (
+    Config,
+    DataConfig,
+    FOConfig,
+    InstructConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    ZOConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        mode="instruct",
+        model=ModelConfig(num_layers=2, num_heads=2, width=32, context_length=64),
+        data=DataConfig(source="shakespeare", tokenizer="char", block_size=64),
+        zo=ZOConfig(num_queries=64, epsilon=1e-2, perturbation="rademacher"),
+        fo=FOConfig(bp_interval=10),
+        instruct=InstructConfig(
+            method="gram_schmidt", cosine_target=0.9, num_guided=8, grad_clip_norm=100.0
+        ),
+        optimizer=OptimizerConfig(
+            name="adam", learning_rate=1e-2, schedule="cosine", warmup_steps=0
+        ),
+        train=TrainConfig(num_steps=500, batch_size=4),
+    )
