@@ -64,7 +64,7 @@ def make_config(mode: str, optimizer: str, seed: int) -> Config:
         data=DataConfig(block_size=64),
         zo=ZOConfig(num_queries=16, epsilon=1e-2),
         fo=FOConfig(bp_interval=10 if hybrid else 0),
-        instruct=InstructConfig(method=method, num_guided=4) if method else InstructConfig(),
+        instruct=InstructConfig(method=method) if method else InstructConfig(),
         optimizer=OptimizerConfig(
             name=optimizer, weight_decay=0.01 if optimizer == "adamw" else 0.0
         ),
@@ -150,8 +150,9 @@ def _cosine(config, model, params, key, tokens):
         guided = instruct.guided(
             true, config.instruct.cosine_target, config.instruct.noise_scale, config.instruct.method
         )
-        parts.append((guided, config.instruct.num_guided))
-    parts.append((family, q - sum(n for _, n in parts)))
+        parts.append((guided, config.instruct.num_guided or q))
+    if not parts:
+        parts.append((family, q))
     estimates = []
     for i, (part, n) in enumerate(parts):
         part_key = jax.random.fold_in(key, i)

@@ -23,9 +23,7 @@ def get_config() -> Config:
         data=DataConfig(source="shakespeare", tokenizer="char", block_size=64),
         zo=ZOConfig(num_queries=64, epsilon=1e-2, perturbation="rademacher"),
         fo=FOConfig(bp_interval=10),
-        instruct=InstructConfig(
-            method="gram_schmidt", cosine_target=0.9, num_guided=8, grad_clip_norm=100.0
-        ),
+        instruct=InstructConfig(method="gram_schmidt", cosine_target=0.9),
         optimizer=OptimizerConfig(
             name="adam", learning_rate=1e-2, schedule="cosine", warmup_steps=0
         ),
