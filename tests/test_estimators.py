@@ -21,7 +21,15 @@ FAMILIES = {
 DIFFERENCES = ("central", "forward", "jvp")
 MODEL = GPT(vocab_size=97, num_layers=2, num_heads=2, width=32, context_length=16)
 
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+# These two go the ways of the others, and are left out of the fast tests.
+SLOW = ("sphere", "low_rank_2")
+families = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, family in FAMILIES.items()
+    ],
+)
 differences = pytest.mark.parametrize("difference", DIFFERENCES)
 
 
@@ -118,6 +126,7 @@ def test_unbiased(family, difference):
     )
 
 
+@pytest.mark.slow
 @families
 def test_chunks_and_vmap_do_not_change_the_estimate(family, gpt):
     params, tokens = gpt

@@ -156,17 +156,17 @@ def test_adaptive_schedule():
         k = np.floor((7.0 - lowest) / 0.2) if lowest < 7.0 else 0
         expected = min(0.01 + 0.1 * k, 0.99), max(10 - 1.0 * k, 0.1)
         np.testing.assert_allclose(
-            steps.instruct_schedule(config, jnp.float32(lowest)), expected, rtol=1e-5
+            instruct.adaptive_schedule(config, jnp.float32(lowest)), expected, rtol=1e-5
         )
 
 
 def test_history_is_the_lowest_mean_of_ten():
     losses = np.random.default_rng(0).uniform(1, 3, 25).astype(np.float32)
     losses[5] = np.nan  # left out
-    history = steps.LossHistory(jnp.full(10, jnp.inf), jnp.float32(jnp.inf))
+    history = instruct.new_history()
     finite, expected = [], np.inf
     for loss in losses:
-        history = steps._remember(history, jnp.float32(loss))
+        history = instruct.remember(history, jnp.float32(loss))
         finite += [loss] if np.isfinite(loss) else []
         if len(finite) >= 10:
             expected = min(expected, np.mean(finite[-10:]))

@@ -16,9 +16,7 @@ def runs(tmp_path, tiny_config):
                     "loss": scale / (step + 1),
                     "grad_norm": scale,
                 }
-                metrics.write_row(
-                    log, row | ({"eval_loss": scale / (step + 2)} if step % 2 == 0 else {})
-                )
+                log.write(row | ({"eval_loss": scale / (step + 2)} if step % 2 == 0 else {}))
     return folders
 
 

@@ -137,6 +137,7 @@ def test_cosine_schedule_is_logged_as_used(tiny_config):
     np.testing.assert_allclose(rates, [5e-3, 1e-2, *cosine], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["zo", "fo"])
 def test_run_resumes_bit_exactly(tiny_config, tmp_path, mode, capsys):
     tiny_config.mode = mode

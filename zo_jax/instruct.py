@@ -12,10 +12,13 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from zo_jax.config import InstructConfig
 from zo_jax.estimators import typed_key
 from zo_jax.perturbations import Perturbation, gaussian
 
 METHODS = ("hybrid", "gram_schmidt")
+# Steps whose mean loss the adaptive schedule looks at.
+_LOSS_WINDOW = 10
 # A gradient of at most this norm guides nothing.
 MIN_NORM = 1e-12
 
@@ -209,6 +212,43 @@ def instruct_directions(
     family = guided(gradient, cosine_target, noise_scale, method)
     keys = jax.random.split(typed_key(key), num_queries)
     return lax.map(lambda key: family.direction(gradient, key), keys)
+
+
+class LossHistory(NamedTuple):
+    """What the adaptive schedule remembers.
+
+    Attributes:
+      recent: float32 [10], the losses of the last steps, the latest last; inf before there were so many.
+      lowest: float32, the lowest mean of ten so far.
+    """
+
+    recent: jax.Array
+    lowest: jax.Array
+
+
+def new_history() -> LossHistory:
+    """The history before the first step."""
+    return LossHistory(jnp.full(_LOSS_WINDOW, jnp.inf, jnp.float32), jnp.float32(jnp.inf))
+
+
+def remember(history: LossHistory, loss: jax.Array) -> LossHistory:
+    """The history after one more step; a loss that is not finite leaves it as it is."""
+    recent = jnp.append(history.recent[1:], loss.astype(jnp.float32))
+    recent = jnp.where(jnp.isfinite(loss), recent, history.recent)
+    return LossHistory(recent, jnp.minimum(history.lowest, jnp.mean(recent)))
+
+
+def adaptive_schedule(config: InstructConfig, lowest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(cosine target, noise scale) for the lowest ten-step mean of the loss so far, float32 scalars."""
+    cosine, noise_scale = jnp.float32(config.cosine_target), jnp.float32(config.noise_scale)
+    if not config.adaptive:
+        return cosine, noise_scale
+    fallen = (config.adaptive_start - lowest) / config.adaptive_interval
+    k = jnp.where(lowest < config.adaptive_start, jnp.floor(fallen), 0)
+    return (
+        jnp.minimum(cosine + config.cosine_step * k, config.cosine_max),
+        jnp.maximum(noise_scale - config.noise_step * k, config.noise_min),
+    )
 
 
 def tree_dot(a: Any, b: Any) -> jax.Array:

@@ -17,21 +17,6 @@ from zo_jax.model import GPT, init_params
 from zo_jax.optimizers import make_optimizer, make_schedule
 from zo_jax.scopes import Scope, make_scope
 
-# Steps whose mean loss the adaptive schedule of mode instruct looks at.
-_LOSS_WINDOW = 10
-
-
-class LossHistory(NamedTuple):
-    """What the adaptive schedule of mode instruct remembers.
-
-    Attributes:
-      recent: float32 [10], the losses of the last steps, the latest last; inf before there were so many.
-      lowest: float32, the lowest mean of ten so far.
-    """
-
-    recent: jax.Array
-    lowest: jax.Array
-
 
 class TrainState(NamedTuple):
     """All that a run changes. Keys and batches are functions of the seed and the step.
@@ -48,7 +33,7 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     num_skipped: jax.Array
-    history: LossHistory
+    history: instruct.LossHistory
 
 
 class StepMetrics(NamedTuple):
@@ -96,9 +81,8 @@ def init_state(config: Config, model: GPT) -> TrainState:
     def init(key):
         params = init_params(model, key)
         zero = jnp.zeros((), jnp.int32)
-        history = LossHistory(jnp.full(_LOSS_WINDOW, jnp.inf, jnp.float32), jnp.float32(jnp.inf))
         opt_state = optimizer.init(scope.select(params))
-        return TrainState(zero, params, opt_state, jnp.zeros_like(zero), history)
+        return TrainState(zero, params, opt_state, jnp.zeros_like(zero), instruct.new_history())
 
     return init(jax.random.fold_in(base_key(config), 2**31))
 
@@ -180,7 +164,7 @@ def make_guided_step(config: Config, model: GPT) -> Callable[..., tuple[TrainSta
     ) -> tuple[TrainState, StepMetrics]:
         trained = scope.select(state.params)
         _, backprop = loss_and_grad(state.params, fo_tokens_BT)
-        cosine, noise_scale = instruct_schedule(settings, state.history.lowest)
+        cosine, noise_scale = instruct.adaptive_schedule(settings, state.history.lowest)
 
         def estimate(parts):
             """(loss, ĝ, whether a loss was finite) of [(family, key, first query, end)]."""
@@ -232,19 +216,6 @@ def make_guided_step(config: Config, model: GPT) -> Callable[..., tuple[TrainSta
         return state, metrics._replace(cosine_target=cosine, noise_scale=noise_scale)
 
     return jax.jit(guided_step, donate_argnums=0)
-
-
-def instruct_schedule(config: InstructConfig, lowest: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(cosine target, noise scale) for the lowest ten-step mean of the loss so far, float32 scalars."""
-    cosine, noise_scale = jnp.float32(config.cosine_target), jnp.float32(config.noise_scale)
-    if not config.adaptive:
-        return cosine, noise_scale
-    fallen = (config.adaptive_start - lowest) / config.adaptive_interval
-    k = jnp.where(lowest < config.adaptive_start, jnp.floor(fallen), 0)
-    return (
-        jnp.minimum(cosine + config.cosine_step * k, config.cosine_max),
-        jnp.maximum(noise_scale - config.noise_step * k, config.noise_min),
-    )
 
 
 def make_train_step(config: Config, model: GPT) -> Callable[..., tuple[TrainState, StepMetrics]]:
@@ -360,14 +331,8 @@ def _descend(
     schedule = make_schedule(config.optimizer, config.train.num_steps)
     learning_rate = schedule(state.step - state.num_skipped).astype(jnp.float32)
     num_skipped = state.num_skipped + (~usable).astype(jnp.int32)
-    history = _remember(state.history, loss)
+    history = instruct.remember(state.history, loss)
     params = scope.merge(state.params, trained)
     state = TrainState(state.step + 1, params, opt_state, num_skipped, history)
     nan = jnp.float32(jnp.nan)
     return state, StepMetrics(loss, grad_norm, learning_rate, num_skipped, nan, nan)
-
-
-def _remember(history: LossHistory, loss: jax.Array) -> LossHistory:
-    recent = jnp.append(history.recent[1:], loss.astype(jnp.float32))
-    recent = jnp.where(jnp.isfinite(loss), recent, history.recent)
-    return LossHistory(recent, jnp.minimum(history.lowest, jnp.mean(recent)))
