@@ -1,3 +1,4 @@
+import importlib.util
 import math
 from pathlib import Path
 
@@ -123,3 +124,13 @@ def test_resolve(tiny_config):
     change(tiny_config, optimizer__schedule="cosine")
     with pytest.raises(ConfigError, match="warmup_steps=300"):
         resolve(tiny_config, 10)
+
+
+@pytest.mark.parametrize("path", sorted(DEFAULT.parent.glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_is_valid_and_says_how_to_run_it(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    validate(module.get_config())
+    assert "Command: python main.py" in module.__doc__ and "MEASURE" not in module.__doc__
+    assert "Time" in module.__doc__ and "loss" in module.__doc__.lower()

@@ -249,3 +249,24 @@ def test_hybrid_runs_resume_bit_exactly(tiny_config, tmp_path, mode):
     train.train_and_evaluate(tiny_config, tmp_path / "part")
     tiny_config.train.num_steps = 6
     assert train.train_and_evaluate(tiny_config, tmp_path / "part") == whole
+
+
+def test_corpora_of_their_own(tiny_config, tmp_path):
+    tiny_config.data.block_size = 8
+    for name in ("fo", "eval"):
+        (tmp_path / f"{name}.txt").write_text(f"First {name} then the rest of it, to the end. " * 4)
+    tiny_config.mode, tiny_config.fo.bp_interval = "calibrate", 2
+    tiny_config.fo.source, tiny_config.fo.path = "text", str(tmp_path / "fo.txt")
+    tiny_config.train.eval_source, tiny_config.train.eval_path = "text", str(tmp_path / "eval.txt")
+    validate(tiny_config)
+    corpus = train._load_corpora(tiny_config)
+    read = corpus.tokenizer.decode
+    assert read(corpus.validation_NT.ravel()).startswith("First eval then")
+    assert read(corpus.fo_NT.ravel()).startswith("First fo then")
+    tokens, none = train.read_batches(tiny_config, corpus.train_NT, 0, corpus.fo_NT)
+    assert none is None and tokens.shape == (2, 8)
+    none, fo_tokens = train.read_batches(tiny_config, corpus.train_NT, 1, corpus.fo_NT)
+    assert none is None and all(block.tolist() in corpus.fo_NT.tolist() for block in fo_tokens)
+    tiny_config.fo.corpus_fraction = 0.5
+    with pytest.raises(ConfigError, match="set one or the other"):
+        validate(tiny_config)

@@ -91,6 +91,9 @@ class FOConfig:
         0, "steps from one backprop gradient to the next (calibrate, instruct)"
     )
     batch_size: int = _field(0, "blocks of a backprop batch (0: as train.batch_size)")
+    source: str = _field("", "corpus of its own for backprop, as data.source (empty: the run's)")
+    path: str = _field("", "file, glob or folder of that corpus")
+    max_samples: int = _field(0, "read only so many documents of that corpus (0: all)")
     corpus_fraction: float = _field(
         0.0, "part of the training blocks kept for backprop, the rest for queries (0: all for both)"
     )
@@ -147,6 +150,11 @@ class TrainConfig:
     log_interval: int = _field(10, "steps between rows of metrics.csv")
     eval_interval: int = _field(100, "steps between evaluations on held-out blocks")
     eval_blocks: int = _field(128, "held-out blocks of an evaluation, at most")
+    eval_source: str = _field(
+        "", "corpus of its own for evaluation, as data.source (empty: the run's held-out blocks)"
+    )
+    eval_path: str = _field("", "file, glob or folder of that corpus")
+    eval_max_samples: int = _field(0, "read only so many documents of that corpus (0: all)")
     checkpoint_interval: int = _field(200, "steps between checkpoints; the latest two are kept")
     snapshot_delta: float = _field(
         0.0, "keep a snapshot each time the validation loss has fallen by as much more (0: none)"

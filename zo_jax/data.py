@@ -3,6 +3,7 @@
 Shapes are written as suffixes: `train_NT` is [num_blocks N, tokens of a block T].
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from zo_jax.config import DataConfig
 from zo_jax.sources import HUB_DATASETS, DataError, read_documents
 from zo_jax.tokenization import Tokenizer, make_tokenizer
 
-__all__ = ["HUB_DATASETS", "Corpus", "DataError", "batch_indices", "load_corpus"]
+__all__ = ["HUB_DATASETS", "Corpus", "DataError", "batch_indices", "load_blocks", "load_corpus"]
 
 
 class Corpus(NamedTuple):
@@ -24,6 +25,7 @@ class Corpus(NamedTuple):
       tokenizer: what made the ids.
       name: the source, or the path it was read from.
       num_documents: documents that hold text.
+      fo_NT: int32 [num_fo_blocks, block_size], of backprop's own corpus, or None.
     """
 
     train_NT: np.ndarray
@@ -31,6 +33,7 @@ class Corpus(NamedTuple):
     tokenizer: Tokenizer
     name: str
     num_documents: int
+    fo_NT: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -66,10 +69,7 @@ def load_corpus(config: DataConfig) -> Corpus:
             f"data.validation_fraction between 0 and 1; got {config.block_size}, "
             f"{config.max_samples} and {config.validation_fraction}"
         )
-    documents = [document for document in read_documents(config) if document.strip()]
-    name = config.path or config.source
-    if not documents:
-        raise DataError(f"{name} holds no text, only blank documents; set another data.source")
+    documents, name = _read(config)
     tokenizer = make_tokenizer(config, documents)
     tokens = tokenizer.encode_documents(documents)
 
@@ -80,10 +80,50 @@ def load_corpus(config: DataConfig) -> Corpus:
             f"{config.block_size} need {2 * config.block_size}; use more text or a smaller "
             "data.block_size"
         )
-    blocks_NT = tokens[: num_blocks * config.block_size].reshape(num_blocks, config.block_size)
+    blocks_NT = _pack(tokens, config.block_size)
     num_validation = min(max(round(num_blocks * config.validation_fraction), 1), num_blocks - 1)
     train_NT, validation_NT = np.split(blocks_NT, [num_blocks - num_validation])
     return Corpus(train_NT, validation_NT, tokenizer, name, len(documents))
+
+
+def load_blocks(
+    config: DataConfig, source: str, path: str, max_samples: int, tokenizer: Tokenizer
+) -> np.ndarray:
+    """Another corpus in the blocks and the tokens of a run, whole: int32 [num_blocks, block_size].
+
+    Args:
+      config: of the run's own corpus.
+      source: of this one, like `config.source`.
+      path: like `config.path`.
+      max_samples: like `config.max_samples`.
+      tokenizer: the run's.
+
+    Raises:
+      DataError: as `load_corpus`; or the text is too short for one block.
+    """
+    config = dataclasses.replace(config, source=source, path=path, max_samples=max_samples)
+    documents, name = _read(config)
+    tokens = tokenizer.encode_documents(documents)
+    if len(tokens) < config.block_size:
+        raise DataError(
+            f"{name} has {len(tokens)} tokens, fewer than one block of {config.block_size}; use "
+            "more text or a smaller data.block_size"
+        )
+    return _pack(tokens, config.block_size)
+
+
+def _read(config: DataConfig) -> tuple[list[str], str]:
+    """(the documents that hold text, what to call them)."""
+    documents = [document for document in read_documents(config) if document.strip()]
+    name = config.path or config.source
+    if not documents:
+        raise DataError(f"{name} holds no text, only blank documents; set another source")
+    return documents, name
+
+
+def _pack(tokens: np.ndarray, block_size: int) -> np.ndarray:
+    """Tokens cut into blocks, the remainder dropped."""
+    return tokens[: len(tokens) // block_size * block_size].reshape(-1, block_size)
 
 
 def batch_indices(num_blocks: int, batch_size: int, seed: int, step: int) -> np.ndarray:

@@ -75,7 +75,6 @@ class GPT(nn.Module):
     context_length: int
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = False
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
@@ -85,9 +84,8 @@ class GPT(nn.Module):
         )
         x_BTC = embed(self.vocab_size, 0.02, "wte")(tokens_BT)
         x_BTC += embed(self.context_length, 0.01, "wpe")(jnp.arange(tokens_BT.shape[1])[None])
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         blocks = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.num_layers
+            Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.num_layers
         )
         x_BTC, _ = blocks(self.num_layers, self.num_heads, name="blocks", **dtypes)(x_BTC)
         return nn.LayerNorm(epsilon=1e-5, name="ln_f", **dtypes)(x_BTC)

@@ -16,7 +16,7 @@ import tqdm
 
 from zo_jax import checkpoint, evaluate, metrics, plots
 from zo_jax.config import Config, ConfigError, blocks_per_step
-from zo_jax.data import Corpus, batch_indices, load_corpus
+from zo_jax.data import Corpus, batch_indices, load_blocks, load_corpus
 from zo_jax.model import GPT, make_model
 from zo_jax.steps import (
     StepMetrics,
@@ -32,14 +32,15 @@ from zo_jax.workdir import claim_workdir
 
 
 def read_batches(
-    config: Config, train_NT: np.ndarray, step: int
+    config: Config, train_NT: np.ndarray, step: int, fo_NT: np.ndarray | None = None
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """The tokens of a step (from 0): int32 [B, T] for its queries, or [q, B, T] with `zo.batch_per_query`, and for backprop.
 
     None where the step does not read them.
     """
     for_queries, for_backprop = reads(config, step)
-    zo_NT, fo_NT = split_corpus(config, train_NT)
+    zo_NT, own_NT = split_corpus(config, train_NT)
+    fo_NT = own_NT if fo_NT is None else fo_NT
     tokens = fo_tokens = None
     if for_queries:
         tokens = zo_NT[batch_indices(len(zo_NT), blocks_per_step(config), config.seed, step)]
@@ -59,6 +60,18 @@ def split_corpus(config: Config, train_NT: np.ndarray) -> tuple[np.ndarray, np.n
     return train_NT[num_fo:], train_NT[:num_fo]
 
 
+def _load_corpora(config: Config) -> Corpus:
+    """The run's corpus, with those that backprop and evaluation have of their own in their places."""
+    corpus, fo, train = load_corpus(config.data), config.fo, config.train
+    load = lambda *source: load_blocks(config.data, *source, corpus.tokenizer)
+    if fo.source:
+        corpus = corpus._replace(fo_NT=load(fo.source, fo.path, fo.max_samples))
+    if train.eval_source:
+        blocks_NT = load(train.eval_source, train.eval_path, train.eval_max_samples)
+        corpus = corpus._replace(validation_NT=blocks_NT)
+    return corpus
+
+
 def train_and_evaluate(config: Config, workdir: Path, restart: bool = False) -> dict[str, float]:
     """Trains in a run folder, or continues what it holds, and reports in it and on stdout.
 
@@ -76,7 +89,7 @@ def train_and_evaluate(config: Config, workdir: Path, restart: bool = False) -> 
       CheckpointError: the run's checkpoints cannot be read.
     """
     validate(config)
-    corpus = load_corpus(config.data)
+    corpus = _load_corpora(config)
     queries = config.zo.num_queries, config.zo.parallel_batch_size
     config = resolve(config, len(corpus.train_NT))
     if queries[1] > queries[0]:
@@ -222,7 +235,7 @@ def _train(
     with bar:
         pending = None
         for step in range(start + 1, num_steps + 1):
-            batches = read_batches(config, corpus.train_NT, step - 1)
+            batches = read_batches(config, corpus.train_NT, step - 1, corpus.fo_NT)
             state, new = train_step(state, step - 1, *batches)
             if pending:
                 report(step - 1, pending)

@@ -24,6 +24,7 @@ PERTURBATIONS = ("rademacher", "gaussian", "sphere", "low_rank")
 DIFFERENCES = ("central", "forward", "jvp")
 OPTIMIZERS = ("sgd", "adam", "adamw", "muon", "mudamw")
 SCHEDULES = ("constant", "cosine")
+SOURCES = ("shakespeare", "text", "disk", *HUB_DATASETS)
 TOKENIZERS = ("char", "bpe", "gpt2")
 
 
@@ -83,7 +84,9 @@ def _check_choices(config: Config) -> None:
         ("model.size", config.model.size, ("custom", *SIZES)),
         ("model.param_dtype", config.model.param_dtype, DTYPES),
         ("model.compute_dtype", config.model.compute_dtype, DTYPES),
-        ("data.source", config.data.source, ("shakespeare", "text", "disk", *HUB_DATASETS)),
+        ("data.source", config.data.source, SOURCES),
+        ("fo.source", config.fo.source, ("", *SOURCES)),
+        ("train.eval_source", config.train.eval_source, ("", *SOURCES)),
         ("data.tokenizer", config.data.tokenizer, TOKENIZERS),
         ("zo.perturbation", config.zo.perturbation, PERTURBATIONS),
         ("zo.difference", config.zo.difference, DIFFERENCES),
@@ -123,6 +126,7 @@ def _check_ranges(config: Config) -> None:
         (("above 1e-37 and below 1e37", lambda x: 1e-37 < x < 1e37), ["zo.epsilon"]),
         (above_zero, ["optimizer.learning_rate", "optimizer.eps", "train.sample_temperature"]),
         (not_negative, ["optimizer.min_learning_rate", "train.snapshot_delta"]),
+        (natural, ["fo.max_samples", "train.eval_max_samples"]),
         (natural, ["fo.bp_interval", "fo.batch_size", "instruct.num_guided"]),
         (("at least 0 and below 1", lambda x: 0 <= x < 1), ["fo.corpus_fraction"]),
         (("from 0 to 1", lambda x: 0 <= x <= 1), ["instruct.blend_ratio"]),
@@ -173,13 +177,18 @@ def _check_combinations(config: Config) -> None:
             f"data.tokenizer_path is read by data.tokenizer=gpt2 alone, but data.tokenizer="
             f"{data.tokenizer}; set one or the other"
         )
-    local = data.source in ("text", "disk")
-    if local != bool(data.path):
-        raise ConfigError(
-            f"data.source={data.source} "
-            + ("needs data.path" if local else f"does not read data.path={data.path}")
-            + "; set data.path for source text or disk, and leave it empty for any other"
-        )
+    for name, source, path in (
+        ("data.", data.source, data.path),
+        ("fo.", config.fo.source, config.fo.path),
+        ("train.eval_", train.eval_source, train.eval_path),
+    ):
+        local = source in ("text", "disk")
+        if local != bool(path):
+            raise ConfigError(
+                f"{name}source={source} "
+                + (f"needs {name}path" if local else f"does not read {name}path={path}")
+                + f"; set {name}path for source text or disk, and leave it empty for any other"
+            )
     if zo.rank != 1 and zo.perturbation != "low_rank":
         raise ConfigError(
             f"zo.rank={zo.rank} is read by zo.perturbation=low_rank alone, but zo.perturbation="
@@ -215,10 +224,16 @@ def _check_modes(config: Config) -> None:
             f"mode {config.mode} needs fo.bp_interval, the steps from one backprop gradient to the "
             "next; set it to 1 or more"
         )
-    if not hybrid and (fo.bp_interval or fo.corpus_fraction):
+    if not hybrid and (fo.bp_interval or fo.corpus_fraction or fo.source):
         raise ConfigError(
-            f"fo.bp_interval={fo.bp_interval} and fo.corpus_fraction={fo.corpus_fraction} are read "
-            f"by modes calibrate and instruct alone, but mode={config.mode}; leave them at 0"
+            f"fo.bp_interval={fo.bp_interval}, fo.corpus_fraction={fo.corpus_fraction} and fo.source="
+            f"{fo.source!r} are read by modes calibrate and instruct alone, but mode={config.mode}; "
+            "leave them at 0 and empty"
+        )
+    if fo.source and fo.corpus_fraction:
+        raise ConfigError(
+            f"fo.source={fo.source} gives backprop its own corpus, and fo.corpus_fraction="
+            f"{fo.corpus_fraction} a part of the run's; set one or the other"
         )
     if config.mode == "zo" and (fo.gradient_accumulation_steps != 1 or fo.batch_size):
         raise ConfigError(

@@ -30,7 +30,9 @@ def claim_workdir(config: Config, corpus: Corpus, workdir: Path, restart: bool) 
             shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
     here = dataclasses.asdict(config)
     # A text file can change behind its path, and a run must not continue on another text.
-    blocks = zlib.crc32(corpus.validation_NT.tobytes(), zlib.crc32(corpus.train_NT.tobytes()))
+    blocks = 0
+    for blocks_NT in (corpus.train_NT, corpus.validation_NT, corpus.fo_NT):
+        blocks = blocks if blocks_NT is None else zlib.crc32(blocks_NT.tobytes(), blocks)
     here["corpus"] = {"num_tokens": corpus.num_tokens, "crc32": blocks}
     if path.exists():
         try:
