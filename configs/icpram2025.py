@@ -1,10 +1,10 @@
-"""The reference script's own settings, at its four sizes, for a machine with a GPU and the Hugging Face Hub.
+"""The reference script's own settings, for a machine with a GPU and the Hugging Face Hub.
 
 Command: python main.py --config=configs/icpram2025.py:20M
-Sizes: 20M, 200M, 500M, 1B, after the colon. Modes: add --config.mode=fo, or --config.mode=calibrate or instruct with
---config.fo.bp_interval=10.
-Time and loss: not measured here, where there is no GPU. What "Zeroth Order Optimization for Pretraining Language Models"
-(ICPRAM 2025) reports is for such runs.
+Sizes, after the colon: 20M, 200M, 500M, 1B. For the script's other modes add --config.mode=fo, or
+--config.mode=calibrate or instruct with --config.fo.bp_interval=10.
+Time and loss: not measured, for want of a GPU.
+Source: "Zeroth Order Optimization for Pretraining Language Models", ICPRAM 2025.
 """
 
 from zo_jax.config import (
