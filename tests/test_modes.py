@@ -8,6 +8,7 @@ import pytest
 from zo_jax import instruct, steps, train
 from zo_jax.config import ConfigError, InstructConfig
 from zo_jax.data import load_corpus
+from zo_jax.lazy import record_formed
 from zo_jax.losses import next_token_loss
 from zo_jax.model import make_model
 from zo_jax.scopes import make_scope
@@ -270,3 +271,27 @@ def test_corpora_of_their_own(tiny_config, tmp_path):
     tiny_config.fo.corpus_fraction = 0.5
     with pytest.raises(ConfigError, match="set one or the other"):
         validate(tiny_config)
+
+
+@pytest.mark.parametrize("perturbation", ["rademacher", "low_rank"])
+@pytest.mark.parametrize("difference", ["central", "jvp"])
+def test_a_stack_in_part_is_perturbed_layer_by_layer(tiny_config, perturbation, difference):
+    tiny_config.scope, tiny_config.model.num_layers = "blocks/[13]/.*", 4
+    tiny_config.zo.perturbation, tiny_config.zo.difference = perturbation, difference
+    tiny_config.zo.epsilon = 1e-2
+    config, model, corpus, state = setup(tiny_config)
+    tokens, _ = train.read_batches(config, corpus.train_NT, 0)
+    scope, key = steps.scope_of(config, model), jax.random.key(0)
+    with record_formed() as formed:
+        _, c = steps.make_project(config, model)(state.params, key, tokens)
+    # No operation but those on one layer forms anything: the stacks are neither formed nor copied whole.
+    assert not [f for f in formed if f.primitive in ("scatter", "scan")]
+    trained = scope.select(state.params)
+    loss = jax.jit(lambda t: next_token_loss(model, scope.merge(state.params, t), tokens))
+    family = steps.make_perturbation(config)
+    z = [flat(family.direction(trained, k)) for k in jax.random.split(key, 3)]
+    if difference == "central":
+        expected = central(loss, trained, z, 1e-2)
+    else:
+        expected = [zi @ flat(jax.grad(loss)(trained)) for zi in z]
+    np.testing.assert_allclose(c, expected, rtol=1e-3, atol=1e-3)

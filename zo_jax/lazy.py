@@ -15,7 +15,7 @@ import jax
 from jax import lax
 from jax.extend import core
 
-from zo_jax.perturbed import MIN_BLOCKED, LowRank, Perturbed
+from zo_jax.perturbed import MIN_BLOCKED, LowRank, Perturbed, Stack, scatter_layers
 
 # A product with so many vectors costs at least twenty times what the perturbation of its matrix does.
 _MANY_VECTORS = 64
@@ -133,6 +133,8 @@ def _rule(name: str, params: dict[str, Any], args: list[Any]) -> Any:
             rule, other = rhs.rules.get(name), _plain(lhs)
             return rule and rule(rhs, params, other, True)
         return lhs.rules[name](lhs, params, rhs, False) if name in lhs.rules else None
+    if name == "scatter" and not any(is_perturbed(x) for x in args[:2]):
+        return scatter_layers(params, *args)
     first, *others = args
     if not is_perturbed(first) or any(is_perturbed(x) for x in others):
         return None
@@ -227,8 +229,8 @@ def _stays_lazy(x: Perturbed, jaxpr: core.Jaxpr, var: core.Var) -> bool:
     It is if it is low rank, or if it is only sliced there, or multiplied with so many vectors that the product
     costs far more than the perturbation.
     """
-    if isinstance(x, LowRank):
-        return True
+    if isinstance(x, LowRank | Stack):
+        return isinstance(x, LowRank)
     return all(_is_cheap_use(eqn, use) for eqn, use in _uses(jaxpr, var))
 
 

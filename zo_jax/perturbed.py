@@ -86,6 +86,10 @@ class Dense(Perturbed):
         rebuild = lambda parts: dataclasses.replace(self, base=parts[0], words=parts[1])
         return (self.base, self.words), rebuild
 
+    def layer(self, i: jax.Array) -> "Dense":
+        """Slice i along the first axis."""
+        return self._on_rows(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False))
+
     def _on_rows(self, function: Callable[[jax.Array], jax.Array]) -> "Dense":
         """`function`, which leaves the last axis alone, on both parts."""
         return dataclasses.replace(self, base=function(self.base), words=function(self.words))
@@ -198,6 +202,10 @@ class LowRank(Perturbed):
         if not jnp.issubdtype(params["new_dtype"], jnp.floating):
             return None
         return dataclasses.replace(self, dtype=params["new_dtype"])
+
+    def layer(self, i: jax.Array) -> "LowRank":
+        """Slice i along the first axis of a stack."""
+        return self._on_layers(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False))
 
     def _on_layers(self, function: Callable[[jax.Array], jax.Array]) -> "LowRank":
         """`function`, which acts on leading axes only, on all three parts."""
@@ -329,6 +337,71 @@ class Transposed(Perturbed):
         "transpose": _transpose,
         "dot_general": _dot_general,
     }
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stack(Perturbed):
+    """A stack of layers [L, ...] of which some are perturbed: what `stack.at[indices].set(perturbed)` makes.
+
+    Attributes:
+      base: the stack; its entries at the indices do not count.
+      indices: int32 [k], distinct.
+      trained: the perturbed layers [k, ...].
+    """
+
+    base: jax.Array
+    indices: jax.Array
+    trained: Any
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    def form(self) -> jax.Array:
+        return self.base.at[self.indices].set(self.trained.form())
+
+    def layers(self):
+        position = jnp.full(self.shape[0], -1, jnp.int32)
+        position = position.at[self.indices].set(jnp.arange(len(self.indices), dtype=jnp.int32))
+        return (self.base, position), lambda parts: _OneOf(*parts, self.trained)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _OneOf(Perturbed):
+    """A layer of a `Stack`: `trained[position]`, or `base` if the position is -1."""
+
+    base: jax.Array
+    position: jax.Array
+    trained: Any
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    def form(self) -> jax.Array:
+        return lax.cond(
+            self.position < 0,
+            lambda: self.base,
+            lambda: self.trained.layer(self.position).form(),
+        )
+
+
+def scatter_layers(params, operand: jax.Array, indices: jax.Array, updates: Any) -> Stack | None:
+    """The result of a scatter that sets whole layers of a stack, or None if it is another one."""
+    numbers = params["dimension_numbers"]
+    sets_layers = (
+        isinstance(updates, (Dense, LowRank))
+        and updates.dtype == operand.dtype
+        and (updates.ndim >= 3 or (isinstance(updates, Dense) and updates.ndim == 2))
+        and updates.shape[1:] == operand.shape[1:]
+        and indices.shape == (updates.shape[0], 1)
+        and numbers.update_window_dims == tuple(range(1, operand.ndim))
+        and numbers.inserted_window_dims == (0,)
+        and numbers.scatter_dims_to_operand_dims == (0,)
+    )
+    return Stack(operand, indices[:, 0], updates) if sets_layers else None
 
 
 def _dot_dimensions(params, other_is_lhs):
