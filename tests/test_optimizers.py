@@ -85,7 +85,7 @@ def test_mudamw_equals_numpy(cautious, embeddings):
         *gradients,
     )
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), params, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), params, expected
     )
     assert state.count == 10
 
