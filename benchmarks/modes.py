@@ -1,6 +1,6 @@
 """All modes and optimisers on the embedded corpus, at equal forward passes and at equal wall time.
 
-  python benchmarks/modes.py        writes docs/modes_table.md and docs/modes.png, some fifteen minutes on 2 CPU cores
+  python benchmarks/modes.py        writes the table of docs/modes.md and docs/modes.png, some twenty minutes on 2 CPU cores
 
 Every pair of a mode and an optimiser is run with each learning rate of its grid; the best by the loss at equal passes is run with two
 more seeds. A forward pass is one evaluation of the loss on a batch; a backprop gradient counts as three. The time is that of
@@ -222,8 +222,11 @@ def write(lines, curves, num_params: int) -> None:
             *lines,
         )
     )
-    (docs / "modes_table.md").write_text(table + "\n")
-    print(f"wrote {docs / 'modes_table.md'} and {docs / 'modes.png'}")
+    page = docs / "modes.md"
+    before, _, rest = page.read_text().partition("<!-- table -->\n")
+    after = rest.partition("<!-- end of table -->")[2]
+    page.write_text(f"{before}<!-- table -->\n{table}\n<!-- end of table -->{after}")
+    print(f"wrote the table of {page} and {docs / 'modes.png'}")
 
 
 if __name__ == "__main__":

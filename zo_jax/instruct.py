@@ -19,6 +19,8 @@ from zo_jax.perturbations import Perturbation, gaussian
 METHODS = ("hybrid", "gram_schmidt")
 # Steps whose mean loss the adaptive schedule looks at.
 _LOSS_WINDOW = 10
+# Coordinates of a leaf that are looked at at once, and of a partial sum of them.
+_CHUNK, _ROW = 2**18, 2**9
 # A gradient of at most this norm guides nothing.
 MIN_NORM = 1e-12
 
@@ -48,8 +50,6 @@ def largest_coordinates(gradient: Any, fraction: jax.Array) -> Support:
     """
     leaves = [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(gradient)]
     offsets = [sum(leaf.size for leaf in leaves[:i]) for i in range(len(leaves))]
-    total = _energy(leaves, [jnp.ones(leaf.shape, bool) for leaf in leaves])
-    wanted = fraction * total
 
     def halve(is_enough, size):
         """The largest number below 2 ** size that is enough, given that what is enough is a range from 0."""
@@ -60,17 +60,22 @@ def largest_coordinates(gradient: Any, fraction: jax.Array) -> Support:
 
         return lax.fori_loop(0, size, step, jnp.uint32(0))
 
-    bits = halve(lambda t: _energy(leaves, [_bits(leaf) >= t for leaf in leaves]) >= wanted, 31)
-    above = _energy(leaves, [_bits(leaf) > bits for leaf in leaves])
+    def energy_from(bits):
+        """Of the coordinates with |x| at least so large."""
+        value = lax.bitcast_convert_type(bits, jnp.float32)
+        energy = lambda x, _: jnp.where(jnp.abs(x) >= value, x * x, 0)
+        return sum(_sum_in_chunks(energy, x, 0) for x in leaves)
+
+    total = energy_from(jnp.uint32(0))
+    wanted = fraction * total
+    bits = halve(lambda bits: energy_from(bits) >= wanted, 31)
+    above = energy_from(bits + jnp.uint32(1))
     value = lax.bitcast_convert_type(bits, jnp.float32)
     num_ties = jnp.ceil((wanted - above) / jnp.maximum(value**2, jnp.finfo(jnp.float32).tiny))
 
     def count_ties(end):
-        counts = [
-            jnp.sum((_bits(leaf) == bits) & (_indices(leaf, offset) < end), dtype=jnp.uint32)
-            for leaf, offset in zip(leaves, offsets, strict=True)
-        ]
-        return sum(counts)
+        is_in = lambda x, index: ((jnp.abs(x) == value) & (index < end)).astype(jnp.uint32)
+        return sum(_sum_in_chunks(is_in, x, i) for x, i in zip(leaves, offsets, strict=True))
 
     # The largest end before which there are fewer ties than wanted is the index of the last one in.
     enough = num_ties.astype(jnp.uint32)
@@ -257,13 +262,32 @@ def tree_dot(a: Any, b: Any) -> jax.Array:
     return sum(jax.tree.leaves(products))
 
 
-def _energy(leaves: list[jax.Array], masks: list[jax.Array]) -> jax.Array:
-    return sum(_sum(jnp.where(m, x * x, 0)) for x, m in zip(leaves, masks, strict=True))
-
-
 def _sum(x: jax.Array) -> jax.Array:
     """A sum by rows: of 10⁸ float32 numbers one after the other the last would be lost."""
     return jnp.sum(jnp.sum(x, axis=-1)) if x.ndim else x
+
+
+def _sum_in_chunks(function: Any, x: jax.Array, offset: int) -> jax.Array:
+    """Σ function(x, index) over a leaf whose first index is `offset`, a cache's worth at a time.
+
+    XLA would write the terms of a long sum to memory first, and takes what is the same in every turn of an outer loop
+    out of it, as a copy of the leaf; from a chunk's slice it can do neither.
+    """
+    x = x.reshape(-1)
+
+    def part(start, size):
+        terms = function(
+            lax.dynamic_slice_in_dim(x, start, size),
+            start.astype(jnp.uint32) + lax.iota(jnp.uint32, size) + jnp.uint32(offset),
+        )
+        return jnp.sum(jnp.sum(terms.reshape(-1, _ROW), axis=1) if size % _ROW == 0 else terms)
+
+    num_chunks, rest = divmod(x.size, _CHUNK)
+    total = part(jnp.int32(x.size - rest), rest) if rest else 0
+    if num_chunks:
+        parts = lax.map(lambda i: part(i * _CHUNK, _CHUNK), jnp.arange(num_chunks))
+        total += jnp.sum(parts)
+    return total
 
 
 def _bits(x: jax.Array) -> jax.Array:
