@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from zo_jax import instruct, steps, train
-from zo_jax.config import ConfigError, InstructConfig
+from zo_jax.config import ConfigError, InstructConfig, blocks_per_step
 from zo_jax.data import load_corpus
 from zo_jax.lazy import record_formed
 from zo_jax.losses import next_token_loss
@@ -94,6 +94,19 @@ def test_guided_step_equals_numpy(tiny_config, method, num_guided):
     np.testing.assert_allclose(info.grad_norm, np.linalg.norm(mixed), rtol=1e-3)
     np.testing.assert_allclose(flat(new.params), flat(start) - 1e-2 * mixed, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose((info.cosine_target, info.noise_scale), (0.6, 0.5), rtol=1e-6)
+
+
+def test_fo_step_equals_numpy(tiny_config):
+    tiny_config.mode, tiny_config.optimizer.name, tiny_config.fo.batch_size = "fo", "sgd", 3
+    config, model, corpus, state = setup(tiny_config)
+    assert blocks_per_step(config) == 3
+    _, tokens = train.read_batches(config, corpus.train_NT, 0)
+    assert len(tokens) == 3
+    start = jax.tree.map(np.array, state.params)
+    new, info = steps.make_fo_step(config, model)(state, tokens)
+    g = flat(jax.grad(lambda params: next_token_loss(model, params, tokens))(start))
+    np.testing.assert_allclose(info.grad_norm, np.linalg.norm(g), rtol=1e-5)
+    np.testing.assert_allclose(flat(new.params), flat(start) - 1e-2 * g, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -218,6 +231,7 @@ def test_a_scope_that_matches_nothing_lists_the_paths(tiny_config):
     "fields, message",
     [
         (dict(mode="calibrate"), "needs fo.bp_interval"),
+        (dict(train__eval_max_samples=3), "set both or neither"),
         (dict(mode="instruct"), "needs fo.bp_interval"),
         (dict(fo__bp_interval=2), "are read by modes calibrate and instruct alone"),
         (dict(instruct__blend_ratio=1.5, mode="instruct"), "from 0 to 1"),

@@ -245,5 +245,7 @@ def default_run_name(config: Config) -> str:
 
 def blocks_per_step(config: Config) -> int:
     """Training blocks that one step reads (in hybrid modes, for its queries)."""
-    per_query = config.mode != "fo" and config.zo.batch_per_query
+    if config.mode == "fo":
+        return config.fo.batch_size or config.train.batch_size
+    per_query = config.zo.batch_per_query
     return config.train.batch_size * (config.zo.num_queries if per_query else 1)

@@ -177,11 +177,16 @@ def _check_combinations(config: Config) -> None:
             f"data.tokenizer_path is read by data.tokenizer=gpt2 alone, but data.tokenizer="
             f"{data.tokenizer}; set one or the other"
         )
-    for name, source, path in (
-        ("data.", data.source, data.path),
-        ("fo.", config.fo.source, config.fo.path),
-        ("train.eval_", train.eval_source, train.eval_path),
+    for name, source, path, max_samples in (
+        ("data.", data.source, data.path, data.max_samples),
+        ("fo.", config.fo.source, config.fo.path, config.fo.max_samples),
+        ("train.eval_", train.eval_source, train.eval_path, train.eval_max_samples),
     ):
+        if max_samples and not source:
+            raise ConfigError(
+                f"{name}max_samples={max_samples} is of the corpus that {name}source names, which "
+                "is empty; set both or neither"
+            )
         local = source in ("text", "disk")
         if local != bool(path):
             raise ConfigError(
