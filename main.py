@@ -15,9 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from zo_jax import arguments, train, validation
-from zo_jax.checkpoint import CheckpointError
 from zo_jax.config import ConfigError, default_run_name
-from zo_jax.sources import DataError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder.")
@@ -25,10 +23,11 @@ _RESTART = flags.DEFINE_bool("restart", False, "Delete the run that the folder h
 
 
 def _fail(error: Exception) -> None:
-    # A config file that raises is reported with its traceback, whose last line says why.
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    print(f"error: {lines[-1 if 'Traceback' in str(error) else 0]}", file=sys.stderr)
-    sys.exit(2)
+    code = getattr(error, "exit_code", 2)
+    last = "Traceback" in str(error)  # of a config file that raises: its last line says why
+    print(f"{'error' if code == 2 else 'stopped'}: {lines[-last]}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -51,7 +50,7 @@ def main(_: list[str]) -> None:
     workdir = Path(_WORKDIR.value or f"runs/{default_run_name(_CONFIG.value)}")
     try:
         train.train_and_evaluate(_CONFIG.value, workdir, _RESTART.value)
-    except (ConfigError, DataError, CheckpointError) as error:
+    except train.FAILURES as error:
         _fail(error)
 
 

@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from zo_jax import instruct, steps
+from zo_jax.batches import read_batches
 from zo_jax.config import (
     Config,
     DataConfig,
@@ -35,7 +36,6 @@ from zo_jax.data import load_corpus
 from zo_jax.evaluate import choose_blocks, make_evaluate
 from zo_jax.losses import next_token_loss
 from zo_jax.model import count_params, make_model
-from zo_jax.train import read_batches
 from zo_jax.validation import validate
 
 PASSES, SECONDS, NUM_EVALUATIONS = 6400, 2.0, 10

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+import subprocess
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,3 +24,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def tiny_config():
     """A fresh configuration that trains in a second."""
     return tiny.get_config()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with room for 1 MB; needs the right to mount one."""
+    folder = tmp_path / "small_disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -66,7 +66,8 @@ def test_tiny_is_valid(tiny_config):
         (dict(optimizer__schedule="cosine", optimizer__min_learning_rate=9.0), "at most"),
         (dict(seed=-1), "seed"),
         (dict(seed=2**32), "seed"),
-        (dict(train__checkpoint_interval=0), "train.checkpoint_interval"),
+        (dict(train__checkpoint_interval=-1), "train.checkpoint_interval"),
+        (dict(train__keep_checkpoints=0), "train.keep_checkpoints"),
         (dict(zo=3), "zo must be a ZOConfig"),
     ],
 )

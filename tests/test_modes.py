@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zo_jax import instruct, steps, train
+from zo_jax import batches, instruct, steps, train
 from zo_jax.config import ConfigError, InstructConfig, blocks_per_step
 from zo_jax.data import load_corpus
 from zo_jax.lazy import record_formed
@@ -27,7 +27,9 @@ def run(config, num_steps):
     config, model, corpus, state = setup(config)
     train_step = steps.make_train_step(config, model)
     for step in range(num_steps):
-        state, info = train_step(state, step, *train.read_batches(config, corpus.train_NT, step))
+        state, info, _ = train_step(
+            state, step, *batches.read_batches(config, corpus.train_NT, step)
+        )
     return jax.tree.map(np.array, (state, info))
 
 
@@ -66,7 +68,7 @@ def test_guided_step_equals_numpy(tiny_config, method, num_guided):
     )
     tiny_config.optimizer.name = "sgd"
     config, model, corpus, state = setup(tiny_config)
-    tokens, fo_tokens = train.read_batches(config, corpus.train_NT, 0)
+    tokens, fo_tokens = batches.read_batches(config, corpus.train_NT, 0)
     start = jax.tree.map(np.array, state.params)
     new, info = steps.make_guided_step(config, model)(
         state, jax.random.fold_in(steps.base_key(config), 0), tokens, fo_tokens
@@ -100,7 +102,7 @@ def test_fo_step_equals_numpy(tiny_config):
     tiny_config.mode, tiny_config.optimizer.name, tiny_config.fo.batch_size = "fo", "sgd", 3
     config, model, corpus, state = setup(tiny_config)
     assert blocks_per_step(config) == 3
-    _, tokens = train.read_batches(config, corpus.train_NT, 0)
+    _, tokens = batches.read_batches(config, corpus.train_NT, 0)
     assert len(tokens) == 3
     start = jax.tree.map(np.array, state.params)
     new, info = steps.make_fo_step(config, model)(state, tokens)
@@ -124,12 +126,12 @@ def test_calibrate_every_step_is_fo_bit_for_bit(tiny_config, optimizer):
 
 def test_calibrate_takes_turns(tiny_config):
     tiny_config.mode, tiny_config.fo.bp_interval = "calibrate", 3
-    turns = [steps.reads(tiny_config, step) for step in range(6)]
+    turns = [batches.reads(tiny_config, step) for step in range(6)]
     assert turns == [(True, False), (True, False), (False, True)] * 2
     state, _ = run(tiny_config, 3)
     assert state.step == 3 and state.num_skipped == 0
     tiny_config.mode = "instruct"
-    assert [steps.reads(tiny_config, step) for step in (1, 2)] == [(True, False), (True, True)]
+    assert [batches.reads(tiny_config, step) for step in (1, 2)] == [(True, False), (True, True)]
 
 
 @pytest.mark.parametrize("method", ["hybrid", "gram_schmidt"])
@@ -139,7 +141,7 @@ def test_cosine_target_one_without_noise_is_backprop(tiny_config, method):
     tiny_config.instruct = InstructConfig(method=method, cosine_target=1.0, noise_scale=0.0)
     tiny_config.optimizer.name, tiny_config.optimizer.learning_rate = "sgd", 1.0
     config, model, corpus, state = setup(tiny_config)
-    tokens, fo_tokens = train.read_batches(config, corpus.train_NT, 0)
+    tokens, fo_tokens = batches.read_batches(config, corpus.train_NT, 0)
     start = jax.tree.map(np.array, state.params)
     new, _ = steps.make_guided_step(config, model)(state, steps.base_key(config), tokens, fo_tokens)
     g = flat(jax.grad(lambda params: next_token_loss(model, params, fo_tokens))(start))
@@ -155,7 +157,7 @@ def test_a_zero_gradient_guides_nothing(tiny_config):
     state = state._replace(
         params=state.params | {"ln_f": jax.tree.map(jnp.zeros_like, state.params["ln_f"])}
     )
-    tokens, fo_tokens = train.read_batches(config, corpus.train_NT, 0)
+    tokens, fo_tokens = batches.read_batches(config, corpus.train_NT, 0)
     before = flat(state.params)
     new, info = steps.make_guided_step(config, model)(
         state, steps.base_key(config), tokens, fo_tokens
@@ -274,13 +276,13 @@ def test_corpora_of_their_own(tiny_config, tmp_path):
     tiny_config.fo.source, tiny_config.fo.path = "text", str(tmp_path / "fo.txt")
     tiny_config.train.eval_source, tiny_config.train.eval_path = "text", str(tmp_path / "eval.txt")
     validate(tiny_config)
-    corpus = train._load_corpora(tiny_config)
+    corpus = batches.load_corpora(tiny_config)
     read = corpus.tokenizer.decode
     assert read(corpus.validation_NT.ravel()).startswith("First eval then")
     assert read(corpus.fo_NT.ravel()).startswith("First fo then")
-    tokens, none = train.read_batches(tiny_config, corpus.train_NT, 0, corpus.fo_NT)
+    tokens, none = batches.read_batches(tiny_config, corpus.train_NT, 0, corpus.fo_NT)
     assert none is None and tokens.shape == (2, 8)
-    none, fo_tokens = train.read_batches(tiny_config, corpus.train_NT, 1, corpus.fo_NT)
+    none, fo_tokens = batches.read_batches(tiny_config, corpus.train_NT, 1, corpus.fo_NT)
     assert none is None and all(block.tolist() in corpus.fo_NT.tolist() for block in fo_tokens)
     tiny_config.fo.corpus_fraction = 0.5
     with pytest.raises(ConfigError, match="set one or the other"):
@@ -294,7 +296,7 @@ def test_a_stack_in_part_is_perturbed_layer_by_layer(tiny_config, perturbation, 
     tiny_config.zo.perturbation, tiny_config.zo.difference = perturbation, difference
     tiny_config.zo.epsilon = 1e-2
     config, model, corpus, state = setup(tiny_config)
-    tokens, _ = train.read_batches(config, corpus.train_NT, 0)
+    tokens, _ = batches.read_batches(config, corpus.train_NT, 0)
     scope, key = steps.scope_of(config, model), jax.random.key(0)
     with record_formed() as formed:
         _, c = steps.make_project(config, model)(state.params, key, tokens)

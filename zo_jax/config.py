@@ -155,7 +155,12 @@ class TrainConfig:
     )
     eval_path: str = _field("", "file, glob or folder of that corpus")
     eval_max_samples: int = _field(0, "read only so many documents of that corpus (0: all)")
-    checkpoint_interval: int = _field(200, "steps between checkpoints; the latest two are kept")
+    checkpoint_interval: int = _field(200, "steps between checkpoints (0: none but by the minutes)")
+    checkpoint_minutes: float = _field(0.0, "minutes between checkpoints besides (0: none)")
+    keep_checkpoints: int = _field(2, "the latest so many checkpoints are kept")
+    max_skipped: int = _field(
+        50, "stop after so many steps in a row without a finite loss (0: never)"
+    )
     snapshot_delta: float = _field(
         0.0, "keep a snapshot each time the validation loss has fallen by as much more (0: none)"
     )
@@ -209,6 +214,9 @@ EXTENDABLE = (
     "train.log_interval",
     "train.eval_interval",
     "train.checkpoint_interval",
+    "train.checkpoint_minutes",
+    "train.keep_checkpoints",
+    "train.max_skipped",
     "train.sample_tokens",
     "train.snapshot_delta",
     "train.sample_temperature",
@@ -227,6 +235,34 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field
             yield from walk(value, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, field, value
+
+
+def from_dict(fields: Any, kind: type = Config) -> Any:
+    """The configuration that `dataclasses.asdict` made `fields` of; absent fields have their defaults.
+
+    Raises:
+      ConfigError: it is no dictionary, or has fields that no configuration has. Types are left to `validate`.
+    """
+    if not isinstance(fields, dict):
+        raise ConfigError(f"a configuration is a dictionary of its fields; got {fields!r:.80}")
+    known = {field.name: field.type for field in dataclasses.fields(kind)}
+    if unknown := [name for name in fields if name not in known]:
+        raise ConfigError(f"{unknown[0]!r:.80} is no field of {kind.__name__}")
+    nested = lambda name, value: (
+        from_dict(value, known[name]) if dataclasses.is_dataclass(known[name]) else value
+    )
+    return kind(**{name: nested(name, value) for name, value in fields.items()})
+
+
+def fixed_fields(config: Config) -> dict[str, Any]:
+    """The configuration as nested dictionaries, less the fields in which a run may change."""
+    tree = dataclasses.asdict(config)
+    for name in EXTENDABLE:
+        section, _, leaf = name.rpartition(".")
+        # The learning rate of a cosine schedule depends on the length of the run.
+        if name != "train.num_steps" or config.optimizer.schedule != "cosine":
+            del tree[section][leaf]
+    return tree
 
 
 def default_run_name(config: Config) -> str:

@@ -7,14 +7,18 @@ import io
 import json
 import os
 from pathlib import Path
+import shutil
 from typing import Any
 
 import jax
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
 
 from zo_jax import estimators
 from zo_jax.config import Config, blocks_per_step
 from zo_jax.data import Corpus
+from zo_jax.files import read_open, write_atomic, write_whole
 from zo_jax.model import GPT, count_params
 
 COLUMNS = (
@@ -42,13 +46,6 @@ COLUMNS = (
 )
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file so that, killed at any moment, the old one or the new one is there, whole."""
-    new = path.with_name(path.name + ".tmp")
-    new.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(new, path)
-
-
 def read(path: Path) -> list[dict[str, str]]:
     """The rows of a metrics.csv, less what a killed run left unfinished.
 
@@ -66,52 +63,89 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 class Log:
-    """What a run writes while it trains: metrics.csv, evaluations.jsonl and TensorBoard events.
+    """What a run writes while it trains: metrics.csv, and what is derived from its rows, evaluations.jsonl and TensorBoard events.
 
-    Opening it drops the rows past `last_step`: those of steps that a killed run took after its last checkpoint, and that
-    will be taken again.
+    Opening it drops the rows past `last_step`, of steps that will be taken again, and derives the rest anew, so that a killed
+    run leaves nothing missing and nothing twice.
+
+    Attributes:
+      last_row: the step of the last row, -1 before the first.
+      eval_losses: by step.
     """
 
     def __init__(self, workdir: Path, last_step: int):
-        table, evaluations = workdir / "metrics.csv", workdir / "evaluations.jsonl"
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row for row in read(table) if int(row["step"]) <= last_step)
-        write_atomic(table, text.getvalue())
-        kept = [line for line in read_evaluations(evaluations) if line["step"] <= last_step]
-        write_atomic(evaluations, "".join(json.dumps(line) + "\n" for line in kept))
-        self._table, self._evaluations = table.open("a"), evaluations.open("a")
-        self._events = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=last_step + 1, write_to_disk=True
-        )
+        rows = [row for row in read(workdir / "metrics.csv") if int(row["step"]) <= last_step]
+        self.last_row, self.eval_losses = -1, {}
+        table = [_csv_line(dict(zip(COLUMNS, COLUMNS, strict=True))), *map(_csv_line, rows)]
+        write_atomic(workdir / "metrics.csv", "".join(table))
+        write_atomic(workdir / "evaluations.jsonl", "")
+        open_end = lambda name: (workdir / name).open("r+b", buffering=0)
+        self._table, self._evaluations = open_end("metrics.csv"), open_end("evaluations.jsonl")
+        self._table.seek(0, os.SEEK_END)
+        folder = workdir / "tensorboard"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        # Its EventsWriter, not its SummaryWriter, whose thread would wait for ever once the disk is full.
+        self._events = EventsWriter(str(folder / "events"))
+        for row in rows:
+            self._derive(row)
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (self._table, self._evaluations, self._events):
-            file.close()
+        self._table.close()
+        self._evaluations.close()
+        with contextlib.suppress(OSError):
+            self._events.close()
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends a row, stamped with the time; columns that the row lacks stay empty.
+        """Appends a row, whole, stamped with the time; columns that the row lacks stay empty.
 
         Floats get nine digits, with which a float32 reads back exactly.
+
+        Raises:
+          OSError: the disk; metrics.csv is as before.
         """
         row = row | {"timestamp": datetime.datetime.now().isoformat(timespec="seconds")}
         cells = {name: f"{x:.9g}" if isinstance(x, float) else x for name, x in row.items()}
-        line = io.StringIO()
-        csv.DictWriter(line, COLUMNS, lineterminator="\n").writerow(cells)
-        self._table.write(line.getvalue())
-        self._table.flush()
+        write_whole(self._table, _csv_line(cells).encode())
+        self._derive(cells)
+
+    def contents(self) -> bytes:
+        """metrics.csv, even if it has been deleted."""
+        return read_open(self._table)
+
+    def _derive(self, cells: dict[str, Any]) -> None:
+        """Tells the other files of a row that is in metrics.csv."""
+        row = {name: _number(str(cell)) for name, cell in cells.items() if cell != ""}
+        self.last_row = row["step"]
+        seconds = datetime.datetime.fromisoformat(row["timestamp"]).timestamp()
+        scalars = ("loss", "eval_loss", "grad_norm", "current_lr")
+        values = [Summary.Value(tag=x, simple_value=row[x]) for x in scalars if x in row]
+        self._events.write_event(
+            Event(wall_time=seconds, step=row["step"], summary=Summary(value=values))
+        )
         if "eval_loss" in row:
+            self.eval_losses[row["step"]] = row["eval_loss"]
             names = ("timestamp", "step", "eval_loss", "loss", "forward_passes", "tokens")
             record = {name: row[name] for name in names if name in row}
-            self._evaluations.write(json.dumps(record) + "\n")
-            self._evaluations.flush()
-        for name in ("loss", "eval_loss", "grad_norm", "current_lr"):
-            if name in row:
-                self._events.add_scalar(name, row[name], row["step"])
+            write_whole(self._evaluations, (json.dumps(record) + "\n").encode())
+            self._events.flush()
+
+
+def _csv_line(cells: dict[str, Any]) -> str:
+    line = io.StringIO()
+    csv.DictWriter(line, COLUMNS, lineterminator="\n").writerow(cells)
+    return line.getvalue()
+
+
+def _number(cell: str) -> Any:
+    """A cell as it was written: an integer, a float or text."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(cell)
+    return cell
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:

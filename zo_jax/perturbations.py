@@ -325,6 +325,12 @@ def low_rank(rank: int = 1) -> Perturbation:
     return _LowRank(rank)
 
 
+def by_name(name: str, rank: int = 1) -> Perturbation:
+    """The family that a configuration or a ledger names: rademacher, gaussian, sphere, or low_rank of a rank."""
+    families = {"rademacher": rademacher, "gaussian": gaussian, "sphere": sphere}
+    return low_rank(rank) if name == "low_rank" else families[name]()
+
+
 def apply_directions(
     params: Any, keys: jax.Array, weights: jax.Array, perturbation: Perturbation | None = None
 ) -> Any:

@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from zo_jax import metrics
+from zo_jax.files import write_atomic
 
 X_LABELS = {
     "step": "step",
@@ -93,7 +94,7 @@ def _save(figure, axes, path: Path) -> None:
         axes.legend()
     image = io.BytesIO()
     figure.savefig(image, format=path.suffix.lstrip(".") or "png", dpi=120)
-    metrics.write_atomic(path, image.getvalue())
+    write_atomic(path, image.getvalue())
 
 
 def main(args: Sequence[str] | None = None) -> None:

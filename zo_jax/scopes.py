@@ -6,6 +6,7 @@ one path a layer, like "blocks/3/fc/kernel", so that a scope can have some layer
 
 from collections.abc import Iterator
 import re
+from types import EllipsisType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,13 +22,15 @@ class Scope(NamedTuple):
     """The trained part of parameters.
 
     Attributes:
-      indices: for each leaf the indices of its trained layers, or ALL of it, or None where it is frozen.
+      indices: for each leaf the indices of its trained layers, or ALL of it, or None where it is frozen; or ALL leaves.
     """
 
-    indices: tuple[Any, ...]
+    indices: tuple[Any, ...] | EllipsisType
 
     def select(self, params: Any) -> Any:
         """The trained parameters: `params` with None for a frozen leaf; of a stack in part its trained layers [k, ...]."""
+        if self.indices is ALL:
+            return params
         leaves, treedef = jax.tree.flatten(params)
         pick = lambda leaf, i: leaf if i is ALL else None if i is None else leaf[i]
         picked = [pick(leaf, i) for leaf, i in zip(leaves, self.indices, strict=True)]
@@ -35,10 +38,15 @@ class Scope(NamedTuple):
 
     def merge(self, params: Any, trained: Any) -> Any:
         """`params` with the trained parameters in their places."""
+        if self.indices is ALL:
+            return trained
         leaves, treedef = jax.tree.flatten(params)
         new = jax.tree.leaves(trained, is_leaf=lambda x: x is None)
         put = lambda leaf, x, i: x if i is ALL else leaf if i is None else leaf.at[i].set(x)
         return jax.tree.unflatten(treedef, map(put, leaves, new, self.indices))
+
+
+FULL = Scope(ALL)
 
 
 def make_scope(name: str, params: Any) -> Scope:
@@ -52,9 +60,9 @@ def make_scope(name: str, params: Any) -> Scope:
     Raises:
       ConfigError: the expression is none, or finds nothing; the message lists the paths.
     """
-    leaves = dict(_leaves(params))
     if name == "full":
-        return Scope((ALL,) * len(leaves))
+        return FULL
+    leaves = dict(_leaves(params))
     depth = max((leaf.shape[0] for path, leaf in leaves.items() if "/*/" in path), default=0)
     if name == "reduced":
         name = rf"^{_STACK}/{depth - 1}/(fc|fc_proj|ln_2)/|^wte/"

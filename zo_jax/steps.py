@@ -8,50 +8,33 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from zo_jax import estimators, instruct, perturbations
-from zo_jax.config import Config, InstructConfig
+from zo_jax import estimators, instruct, perturbations, updates
+from zo_jax.config import Config
 from zo_jax.losses import next_token_loss
 from zo_jax.model import GPT, init_params
-from zo_jax.optimizers import make_optimizer, make_schedule
+from zo_jax.optimizers import make_optimizer
 from zo_jax.scopes import Scope, make_scope
+from zo_jax.updates import StepMetrics, TrainState, new_state
 
 
-class TrainState(NamedTuple):
-    """All that a run changes. Keys and batches are functions of the seed and the step.
+class StepRecord(NamedTuple):
+    """What `update` needs to take a step again.
 
     Attributes:
-      step: int32, steps taken.
-      params: the model's parameters.
-      opt_state: optax's state, of the parameters that are trained.
-      num_skipped: int32, those of the steps that changed nothing, for want of a finite loss.
-      history: of the losses.
+      key: uint32 [2], the words of the step's key.
+      loss: float32.
+      projections: float32 [q].
     """
 
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    num_skipped: jax.Array
-    history: instruct.LossHistory
-
-
-class StepMetrics(NamedTuple):
-    """Of one step: float32 scalars, and the running count of skipped steps; nan where a step has no such thing."""
-
+    key: jax.Array
     loss: jax.Array
-    grad_norm: jax.Array
-    learning_rate: jax.Array
-    num_skipped: jax.Array
-    cosine_target: jax.Array
-    noise_scale: jax.Array
+    projections: jax.Array
 
 
 def make_perturbation(config: Config) -> perturbations.Perturbation:
     """The family of directions that the configuration names."""
-    if config.zo.perturbation == "low_rank":
-        return perturbations.low_rank(config.zo.rank)
-    return getattr(perturbations, config.zo.perturbation)()
+    return perturbations.by_name(config.zo.perturbation, config.zo.rank)
 
 
 def base_key(config: Config) -> jax.Array:
@@ -76,14 +59,7 @@ def init_state(config: Config, model: GPT) -> TrainState:
     """Fresh parameters and optimiser state, from the seed alone."""
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     scope = scope_of(config, model)
-
-    @jax.jit
-    def init(key):
-        params = init_params(model, key)
-        zero = jnp.zeros((), jnp.int32)
-        opt_state = optimizer.init(scope.select(params))
-        return TrainState(zero, params, opt_state, jnp.zeros_like(zero), instruct.new_history())
-
+    init = jax.jit(lambda key: new_state(init_params(model, key), optimizer, scope))
     return init(jax.random.fold_in(base_key(config), 2**31))
 
 
@@ -113,35 +89,24 @@ def make_project(config: Config, model: GPT) -> Callable[..., tuple[jax.Array, j
 
 
 def make_update(config: Config, model: GPT) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """The jitted optimisation of a step: (state, key, loss, projections [q]) -> (state, metrics).
-
-    The gradient is summed again from the key; the data has no part in it but the projections. The
-    state is donated.
-    """
-    scope = scope_of(config, model)
-    perturbation = make_perturbation(config)
-
-    def update(
-        state: TrainState, key: jax.Array, loss: jax.Array, projections_q: jax.Array
-    ) -> tuple[TrainState, StepMetrics]:
-        trained = scope.select(state.params)
-        gradient = _combine(perturbation, trained, key, projections_q)
-        if config.mode == "instruct":
-            gradient = _clip(config.instruct, gradient)
-        usable = jnp.any(jnp.isfinite(projections_q))
-        return _descend(config, scope, state, loss, gradient, usable)
-
-    return jax.jit(update, donate_argnums=0)
+    """The jitted optimisation of a step without backprop: `updates.make_update` of the configured parts."""
+    return updates.make_update(
+        make_optimizer(config.optimizer, config.train.num_steps),
+        make_perturbation(config),
+        scope=scope_of(config, model),
+        clip_norm=config.instruct.grad_clip_norm,
+    )
 
 
 def make_fo_step(config: Config, model: GPT) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """The jitted backprop step: (state, tokens [B, T]) -> (state, metrics), the state donated."""
     scope = scope_of(config, model)
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     loss_and_grad = _make_loss_and_grad(config, model, scope)
 
     def fo_step(state: TrainState, tokens_BT: jax.Array) -> tuple[TrainState, StepMetrics]:
         loss, gradient = loss_and_grad(state.params, tokens_BT)
-        return _descend(config, scope, state, loss, gradient, jnp.isfinite(loss))
+        return updates.descend(optimizer, scope, state, loss, gradient, jnp.isfinite(loss))
 
     return jax.jit(fo_step, donate_argnums=0)
 
@@ -153,6 +118,7 @@ def make_guided_step(config: Config, model: GPT) -> Callable[..., tuple[TrainSta
     random ones. If the gradient is zero all do.
     """
     scope = scope_of(config, model)
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     loss = make_loss(model, scope)
     loss_and_grad = _make_loss_and_grad(config, model, scope)
     settings, q = config.instruct, config.zo.num_queries
@@ -208,22 +174,25 @@ def make_guided_step(config: Config, model: GPT) -> Callable[..., tuple[TrainSta
         b = settings.blend_ratio
         gradient = jax.tree.map(
             lambda zo, fo: ((1 - b) * zo + b * fo).astype(zo.dtype),
-            _clip(settings, gradient),
+            updates.clip(gradient, settings.grad_clip_norm),
             backprop,
         )
         mean_loss = jnp.where(usable, mean_loss, jnp.nan)
-        state, metrics = _descend(config, scope, state, mean_loss, gradient, usable)
+        state, metrics = updates.descend(optimizer, scope, state, mean_loss, gradient, usable)
         return state, metrics._replace(cosine_target=cosine, noise_scale=noise_scale)
 
     return jax.jit(guided_step, donate_argnums=0)
 
 
-def make_train_step(config: Config, model: GPT) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """The step of the configured mode: (state, step from 0, tokens, fo_tokens) -> (state, metrics).
+def make_train_step(
+    config: Config, model: GPT
+) -> Callable[..., tuple[TrainState, StepMetrics, StepRecord | None]]:
+    """The step of the configured mode: (state, step from 0, tokens, fo_tokens) -> (state, metrics, record).
 
-    Each of the two batches is None where the step does not read it; see `reads`.
+    Each of the two batches is None where the step does not read it; see `batches.reads`. A step with backprop has no record.
     """
     key, step_key = base_key(config), jax.jit(jax.random.fold_in)
+    words = jax.jit(jax.random.key_data)
     if config.mode in ("fo", "calibrate"):
         fo_step = make_fo_step(config, model)
     if config.mode == "instruct":
@@ -234,19 +203,13 @@ def make_train_step(config: Config, model: GPT) -> Callable[..., tuple[TrainStat
     def train_step(state, step, tokens, fo_tokens_BT):
         if fo_tokens_BT is None:
             k = step_key(key, step)
-            return update(state, k, *project(state.params, k, tokens))
+            loss, projections = project(state.params, k, tokens)
+            return *update(state, k, loss, projections), StepRecord(words(k), loss, projections)
         if tokens is None:
-            return fo_step(state, fo_tokens_BT)
-        return guided_step(state, step_key(key, step), tokens, fo_tokens_BT)
+            return *fo_step(state, fo_tokens_BT), None
+        return *guided_step(state, step_key(key, step), tokens, fo_tokens_BT), None
 
     return train_step
-
-
-def reads(config: Config, step: int) -> tuple[bool, bool]:
-    """Whether a step (from 0) reads a batch for its queries, and whether it reads one for backprop."""
-    interval = {"fo": 1, "zo": 0}.get(config.mode, config.fo.bp_interval)
-    backprop = bool(interval) and (step + 1) % interval == 0
-    return config.mode in ("zo", "instruct") or not backprop, backprop
 
 
 def _project(config, perturbation, loss, trained, key, tokens, num_queries=None):
@@ -275,15 +238,6 @@ def _combine(perturbation, trained, key, projections, count=None):
     return perturbation.combine(trained, keys, weights)
 
 
-def _clip(config: InstructConfig, gradient: Any) -> Any:
-    """The estimate with its global norm brought down to `grad_clip_norm`, if that is set."""
-    if not config.grad_clip_norm:
-        return gradient
-    norm = jnp.sqrt(instruct.tree_dot(gradient, gradient))
-    factor = jnp.minimum(1.0, config.grad_clip_norm / jnp.maximum(norm, instruct.MIN_NORM))
-    return jax.tree.map(lambda g: (factor * g).astype(g.dtype), gradient)
-
-
 def _make_loss_and_grad(config: Config, model: GPT, scope: Scope) -> Callable[..., Any]:
     """(params, tokens [B, T]) -> (loss, gradient of the trained parameters), in micro-batches, summed in float32."""
     num_parts = config.fo.gradient_accumulation_steps
@@ -304,35 +258,3 @@ def _make_loss_and_grad(config: Config, model: GPT, scope: Scope) -> Callable[..
         return jax.tree.map(lambda x: x / num_parts, total)
 
     return loss_and_grad
-
-
-def _descend(
-    config: Config,
-    scope: Scope,
-    state: TrainState,
-    loss: jax.Array,
-    gradient: Any,
-    usable: jax.Array,
-) -> tuple[TrainState, StepMetrics]:
-    """One optimiser step, or, if the gradient is not usable, only the count of it."""
-    grad_norm = optax.global_norm(jax.tree.map(lambda x: x.astype(jnp.float32), gradient))
-    usable &= jnp.isfinite(grad_norm)
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    old = scope.select(state.params)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, old)
-    trained = optax.apply_updates(old, updates)
-    # Adam's momentum would move the parameters with a zero gradient too.
-    trained, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(usable, new, old).astype(old.dtype),
-        (trained, opt_state),
-        (old, state.opt_state),
-    )
-    # Skipped steps do not count for optax, so its schedule is behind by as many.
-    schedule = make_schedule(config.optimizer, config.train.num_steps)
-    learning_rate = schedule(state.step - state.num_skipped).astype(jnp.float32)
-    num_skipped = state.num_skipped + (~usable).astype(jnp.int32)
-    history = instruct.remember(state.history, loss)
-    params = scope.merge(state.params, trained)
-    state = TrainState(state.step + 1, params, opt_state, num_skipped, history)
-    nan = jnp.float32(jnp.nan)
-    return state, StepMetrics(loss, grad_norm, learning_rate, num_skipped, nan, nan)

@@ -1,0 +1,155 @@
+"""Where a run goes on: what its folder holds, opened for writing; and what is saved when the folder fails.
+
+The state is that of the latest checkpoint that is whole, or of the seed, and the ledger has the steps after it.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import os
+from pathlib import Path
+import sys
+import tempfile
+from typing import NamedTuple
+
+import numpy as np
+
+from zo_jax import ledger, records
+from zo_jax.checkpoint import CheckpointError, Checkpoints, open_checkpoints
+from zo_jax.config import Config, ConfigError
+from zo_jax.files import write_atomic
+from zo_jax.metrics import Log
+from zo_jax.model import GPT
+from zo_jax.steps import init_state
+from zo_jax.updates import TrainState
+from zo_jax.workdir import Workdir
+
+
+class Run(NamedTuple):
+    """A run that is open.
+
+    Attributes:
+      workdir: its folder.
+      state: where it begins.
+      records: the ledger's, of which those after `state.step` are to be replayed.
+      log, checkpoints: what it writes to.
+      snapshots: where it keeps some, or None.
+      writer: of the ledger; None in mode fo.
+    """
+
+    workdir: Workdir
+    state: TrainState
+    records: np.ndarray
+    log: Log
+    checkpoints: Checkpoints
+    snapshots: Checkpoints | None
+    writer: records.Writer | None
+
+
+@contextlib.contextmanager
+def open_run(config: Config, model: GPT, workdir: Workdir) -> Iterator[Run]:
+    """Opens what a claimed run folder holds, and says from where it goes on.
+
+    Raises:
+      ConfigError: the run is past its last step.
+      CheckpointError: there are checkpoints, but none can be read, and no ledger can replace them.
+    """
+    train, folder = config.train, workdir.path
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            open_checkpoints(folder / "checkpoints", train.keep_checkpoints)
+        )
+        state = init_state(config, model)
+        header = ledger.run_header(config, model, state)
+        there = None if config.mode == "fo" else _read_ledger(folder / ledger.FILE, header)
+        restored = checkpoints.restore_latest(state)
+        start, state = restored or (0, state)
+        last = there.replayable(start) if there else start
+        if checkpoints.steps and not restored and last == 0:
+            raise CheckpointError(
+                f"no checkpoint in {checkpoints.folder} can be used; use --restart to delete the run and train from "
+                "scratch, or another --workdir"
+            )
+        if last > train.num_steps:
+            raise ConfigError(
+                f"the run in {folder} is at step {last}, past train.num_steps={train.num_steps}; raise "
+                "it, use --restart to train from scratch, or another --workdir"
+            )
+        writer = None
+        if config.mode != "fo":
+            writer = records.Writer(folder / ledger.FILE, header, last)
+            stack.callback(writer.close)
+        if writer and writer.lost:
+            print(
+                f"the ledger lacks {len(writer.lost)} of the steps up to {last}: no replay can pass step "
+                f"{writer.lost[-1]} but from a later checkpoint"
+            )
+        snapshots = None
+        if train.snapshot_delta:
+            snapshots = stack.enter_context(open_checkpoints(folder / "snapshots", keep=None))
+        if start == train.num_steps:
+            print(f"this run is complete: {start} of {train.num_steps} steps; nothing to train")
+        elif last:
+            origin = f"the checkpoint of step {start}" if restored else "the seed"
+            replayed = f", replaying steps {start + 1} to {last} from the ledger"
+            print(f"continuing from {origin}{replayed if last > start else ''}", flush=True)
+        log = stack.enter_context(Log(folder, last))
+        rows = there.records[:last] if there else np.zeros(0)
+        yield Run(workdir, state, rows, log, checkpoints, snapshots, writer)
+
+
+def _read_ledger(path: Path, header: dict) -> records.Ledger | None:
+    """The ledger of a run folder; one that is not this run's is put aside, for the run goes on without it."""
+    if not path.exists():
+        return None
+    try:
+        there = records.read(path)
+        if not records.same_run(there.header, header):
+            raise records.LedgerError(f"{path} is the ledger of another run")
+    except records.LedgerError as error:
+        aside = path.with_name(path.name + ".damaged")
+        os.replace(path, aside)
+        print(f"{error}; it is now {aside.name}, and a new one begins", file=sys.stderr)
+        return None
+    if there.corrupt:
+        print(
+            f"{path}: the records of steps {', '.join(map(str, there.corrupt[:10]))} are damaged",
+            file=sys.stderr,
+        )
+    if there.header.get("versions") != header["versions"]:
+        print(
+            f"the run began with {there.header.get('versions')}, and goes on with {header['versions']}: its numbers may "
+            "differ in their last bits",
+            file=sys.stderr,
+        )
+    return there
+
+
+def rescue(run: Run, state: TrainState, error: OSError) -> str:
+    """Says what became of a run whose folder failed, after saving it elsewhere if it would lose more than the step in flight."""
+    step, folder = int(state.step), run.workdir.path
+    if run.writer:
+        with contextlib.suppress(OSError, records.LedgerError):
+            run.workdir.check()
+            kept = records.read(run.writer.path)
+            start = max(run.checkpoints.steps, default=0)
+            if kept.replayable(start) >= step - 1:
+                return (
+                    f"{error}; the ledger holds steps up to {kept.replayable(start)}: put that right and run the same "
+                    "command again"
+                )
+    try:
+        safe = Path(tempfile.mkdtemp(prefix="zo_jax_rescue_"))
+        write_atomic(safe / "config.json", run.workdir.config_text)
+        with contextlib.suppress(OSError):
+            write_atomic(safe / "metrics.csv", run.log.contents())
+            if run.writer:
+                write_atomic(safe / ledger.FILE, run.writer.contents())
+        with open_checkpoints(safe / "checkpoints") as checkpoints:
+            checkpoints.save(step, state)
+            checkpoints.wait()
+    except OSError as second:
+        return f"{error}; and the state of step {step} cannot be saved elsewhere either: {second}"
+    return (
+        f"{error}; the run at step {step} was saved in {safe} instead of {folder}: the same command with "
+        f"--workdir={safe} goes on"
+    )
