@@ -30,7 +30,7 @@ CASES = {
     "zo-muon": "optimizer.name=muon zo.batch_per_query=true",
     "calibrate": "mode=calibrate fo.bp_interval=7 optimizer.name=mudamw",
     "instruct": "mode=instruct fo.bp_interval=5 instruct.adaptive=true instruct.num_guided=2 "
-    "optimizer.name=sgd optimizer.momentum=0.9",
+    "optimizer.name=sgd optimizer.momentum=0.9 optimizer.learning_rate=0.0005",
     "fo": "mode=fo optimizer.name=adamw",
 }
 
@@ -57,13 +57,15 @@ def kill_until_done(
     workdir: Path, arguments: list[str], num_steps: int, kills: int, rng: random.Random
 ) -> dict[str, int]:
     """Starts and kills the run `kills` times, then lets it end; what the kills hit."""
-    hit = {"kills": 0, "in a checkpoint": 0, "while compiling": 0, "replayed": 0}
+    hit = {"kills": 0, "in a checkpoint": 0, "before a step": 0, "replayed": 0}
     while hit["kills"] < kills:
         before = num_rows(workdir)
         left = kills - hit["kills"]
-        # Some before the first step, the others spread over the steps that are left.
-        target = before + rng.randint(0, max(1, 2 * (num_steps - before) // (left + 2)))
-        process, deadline = start(workdir, arguments), time.monotonic() + 120
+        # One in five at any time while it starts and compiles, the others spread over the steps that are left.
+        early = rng.random() < 0.2
+        target = before + rng.randint(1, max(1, 2 * (num_steps - before) // (left + 2)))
+        process, began = start(workdir, arguments), time.monotonic()
+        deadline = began + (rng.uniform(0, 8) if early else 120)
         while process.poll() is None and time.monotonic() < deadline:
             path = workdir / "metrics.csv"
             if path.exists() and path.read_bytes().count(b"\n") - 1 >= target:
@@ -75,7 +77,7 @@ def kill_until_done(
             raise SystemExit(f"the run ended by itself; see {workdir.with_suffix('.log')}")
         hit["kills"] += 1
         hit["in a checkpoint"] += bool(list(workdir.glob("*/*orbax-checkpoint-tmp*")))
-        hit["while compiling"] += num_rows(workdir) == before
+        hit["before a step"] += num_rows(workdir) == before
     if start(workdir, arguments).wait():
         raise SystemExit(f"the run failed; see {workdir.with_suffix('.log')}")
     hit["replayed"] = workdir.with_suffix(".log").read_text().count("replaying steps")

@@ -225,7 +225,7 @@ def _rebuild(run: Path, to_step: int | None, out: Path | None) -> int:
     check_start(state, ledger)
     folder = run / "checkpoints"
     saved = checkpoint.complete_steps(folder)
-    if ledger.replayable(0) < to_step:
+    if ledger.replayable(0) < min(to_step, last):
         nearest = max((step for step in saved if step <= to_step), default=0)
         if nearest:
             state = checkpoint.restore(folder, nearest, state)

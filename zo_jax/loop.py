@@ -163,6 +163,7 @@ class Loop:
         run, checkpoints = self.run, self.run.checkpoints
         self._flush()
         run.workdir.check()
+        run.log.sync()
         if run.writer:
             run.writer.sync()
         if run.snapshots:

@@ -112,6 +112,10 @@ class Log:
         write_whole(self._table, _csv_line(cells).encode())
         self._derive(cells)
 
+    def sync(self) -> None:
+        """Returns when the rows are on the disk, not only with the kernel."""
+        os.fsync(self._table.fileno())
+
     def contents(self) -> bytes:
         """metrics.csv, even if it has been deleted."""
         return read_open(self._table)

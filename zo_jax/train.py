@@ -57,15 +57,17 @@ def train_and_evaluate(config: Config, workdir: Path, restart: bool = False) -> 
         folder.claim(config, corpus, restart)
         print(metrics.describe(config, corpus, model, num_trained, folder.path), flush=True)
         evaluate_params = lambda params: float(evaluate_fn(params, held_out))
-        with open_run(config, model, folder) as run:
-            loop = Loop(config, corpus, model, run, evaluate_params)
-            try:
-                state = loop.finish()
-            except OSError as error:
-                raise CannotWrite(rescue(run, loop.state, error)) from error
-        return _tell_results(
-            config, corpus, model, state, evaluate_params(state.params), folder.path
-        )
+        try:
+            with open_run(config, model, folder) as run:
+                loop = Loop(config, corpus, model, run, evaluate_params)
+                try:
+                    state = loop.finish()
+                except OSError as error:
+                    raise CannotWrite(rescue(run, loop.state, error)) from error
+            eval_loss = evaluate_params(state.params)
+            return _tell_results(config, corpus, model, state, eval_loss, folder.path)
+        except OSError as error:  # before the first step or after the last, which is saved
+            raise CannotWrite(f"{error}; put that right and run the same command again") from error
 
 
 def _tell_results(
