@@ -63,7 +63,7 @@ def kill_until_done(
         left = kills - hit["kills"]
         # One in five at any time while it starts and compiles, the others spread over the steps that are left.
         early = rng.random() < 0.2
-        target = before + rng.randint(1, max(1, 2 * (num_steps - before) // (left + 2)))
+        target = before + rng.randint(1, max(1, 3 * (num_steps - before) // (2 * left + 4)))
         process, began = start(workdir, arguments), time.monotonic()
         deadline = began + (rng.uniform(0, 8) if early else 120)
         while process.poll() is None and time.monotonic() < deadline:
@@ -71,7 +71,7 @@ def kill_until_done(
             if path.exists() and path.read_bytes().count(b"\n") - 1 >= target:
                 break
             time.sleep(0.002)
-        time.sleep(rng.random() * 0.05)
+        time.sleep(rng.random() * 0.02)
         process.send_signal(signal.SIGKILL)
         if process.wait() != -signal.SIGKILL:
             raise SystemExit(f"the run ended by itself; see {workdir.with_suffix('.log')}")
@@ -114,7 +114,7 @@ def differences(one: Path, other: Path, num_steps: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--num-steps", type=int, default=600)
+    parser.add_argument("--num-steps", type=int, default=1500)
     parser.add_argument("--only", choices=CASES, help="one case alone")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()

@@ -277,6 +277,18 @@ def test_hub_data_sets():
     )
 
 
+def test_code_of_a_data_set_is_not_run(monkeypatch, tmp_path):
+    """A data set from the Hub that brings a loading script is refused, and the script is not run."""
+    folder = tmp_path / "stranger"
+    folder.mkdir()
+    (folder / "stranger.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n")
+    spec = data.HUB_DATASETS["tinystories"]._replace(hub_id=str(folder), streaming=False)
+    monkeypatch.setitem(data.HUB_DATASETS, "tinystories", spec)
+    with pytest.raises(data.DataError):
+        data.load_corpus(DataConfig(source="tinystories", block_size=8))
+    assert not (tmp_path / "was_run").exists()
+
+
 # Tokenizers.
 
 

@@ -139,7 +139,7 @@ def read(path: Path) -> Ledger:
         raise LedgerError(f"{path}: the header is damaged: its checksum is not that of its text")
     try:
         header = json.loads(text)
-        dtype = _record_dtype(header["num_queries"])
+        dtype = record_dtype(header["num_queries"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise LedgerError(f"{path}: the header says nothing that can be used ({error!r})") from None
     body = data[prefix + length :]
@@ -156,7 +156,8 @@ def read(path: Path) -> Ledger:
     return Ledger(header, records, valid)
 
 
-def _record_dtype(num_queries: Any) -> np.dtype:
+def record_dtype(num_queries: Any) -> np.dtype:
+    """Of a record; ValueError if that is no number of queries."""
     if not isinstance(num_queries, int) or not 1 <= num_queries <= _MAX_QUERIES:
         raise ValueError(f"num_queries is {num_queries!r}")
     return np.dtype(

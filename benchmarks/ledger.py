@@ -1,0 +1,115 @@
+"""What a ledger costs and gives: bytes a step against a checkpoint's, and the speed of replay against training.
+
+python benchmarks/ledger.py               two minutes on 2 CPU cores
+"""
+
+import argparse
+from pathlib import Path
+import statistics
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from configs import default
+from zo_jax import batches, checkpoint, ledger, records, steps
+from zo_jax.config import Config, ModelConfig, OptimizerConfig, ZOConfig
+from zo_jax.model import make_model
+from zo_jax.validation import resolve
+
+
+def sizes() -> None:
+    """Bytes of a record, and of the state that a checkpoint holds."""
+    print("| model | queries | ledger, bytes a step | checkpoint, bytes | steps of ledger in it |")
+    print("|---|---|---|---|---|")
+    for size, optimizer in (("20M", "sgd"), ("20M", "adam"), ("1B", "sgd"), ("1B", "adam")):
+        for q in (8, 64):
+            config = Config(
+                model=ModelConfig(size=size),
+                optimizer=OptimizerConfig(name=optimizer),
+                zo=ZOConfig(num_queries=q),
+            )
+            model = make_model(config.model, 50257)
+            state = jax.eval_shape(lambda c=config, m=model: steps.init_state(c, m))
+            whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+            record = records.record_dtype(q).itemsize
+            print(f"| {size}, {optimizer} | {q} | {record} | {whole:,} | {whole // record:,} |")
+
+
+def on_disk() -> None:
+    """The same, as written for the 20M model: files on the disk."""
+    config = Config(model=ModelConfig(size="20M"), optimizer=OptimizerConfig(name="adam"))
+    state = steps.init_state(config, make_model(config.model, 50257))
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        with checkpoint.open_checkpoints(Path(folder)) as checkpoints:
+            checkpoints.save(1, state)
+            blocked = time.perf_counter() - began
+            checkpoints.wait()
+            seconds = time.perf_counter() - began
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        total = sum(path.stat().st_size for path in files)
+    print(
+        f"a checkpoint of 20M with Adam at step 0: {total:,} bytes on the disk (zeros compress); the loop waits "
+        f"{blocked:.2f} of the {seconds:.2f} s that it takes"
+    )
+
+
+def speed(rounds: int, num_steps: int) -> None:
+    """Training and replay of the same steps of configs/default.py, turn by turn."""
+    config = default.get_config()
+    corpus = batches.load_corpora(config)
+    config = resolve(config, len(corpus.train_NT))
+    model = make_model(config.model, corpus.tokenizer.vocab_size)
+    train_step, update = steps.make_train_step(config, model), steps.make_update(config, model)
+    state = steps.init_state(config, model)
+    step, training, replaying, appending = 0, [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / ledger.FILE
+        writer = records.Writer(path, ledger.run_header(config, model, state))
+        for _ in range(rounds + 1):  # the first one compiles
+            before = jax.block_until_ready(jax.tree.map(lambda x: x.copy(), state))
+            began, first, appended = time.perf_counter(), step, 0.0
+            for _ in range(num_steps):
+                tokens, _ = batches.read_batches(config, corpus.train_NT, step)
+                state, _, record = train_step(state, step, tokens, None)
+                step += 1
+                record = jax.device_get(record)
+                at = time.perf_counter()
+                writer.append(step, ledger.REPLAYABLE, *record)
+                appended += time.perf_counter() - at
+            jax.block_until_ready(state)
+            training.append(time.perf_counter() - began)
+            appending.append(appended)
+            there = records.read(path)
+            began = time.perf_counter()
+            for record in there.records[first:step]:
+                before, _ = update(before, *ledger.arguments(record))
+            jax.block_until_ready(before)
+            replaying.append(time.perf_counter() - began)
+            same = jax.tree.map(np.array_equal, before, state)
+            assert jax.tree.all(same), "the replay differs"
+    train_ms, replay_ms, append_us = (
+        statistics.median(seconds[1:]) / num_steps * scale
+        for seconds, scale in ((training, 1e3), (replaying, 1e3), (appending, 1e6))
+    )
+    print(
+        f"configs/default.py: {train_ms:.2f} ms a step to train, {replay_ms:.3f} ms to replay, {train_ms / replay_ms:.0f} "
+        f"times faster and equal to the bit; {append_us:.0f} us to append a record "
+        f"(medians of {rounds} turns of {num_steps} steps)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--num-steps", type=int, default=150, help="of each turn")
+    options = parser.parse_args()
+    sizes()
+    on_disk()
+    speed(options.rounds, options.num_steps)
+
+
+if __name__ == "__main__":
+    main()
