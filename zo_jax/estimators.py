@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from zo_jax.lazy import lazily
@@ -117,6 +118,8 @@ def project(
     difference: str = "central",
     parallel_batch_size: int = 1,
     batch_per_query: bool = False,
+    mesh: Mesh | None = None,
+    query_axis: str = "query",
 ) -> tuple[jax.Array, jax.Array]:
     """The forward passes of `estimate_gradient`, whose arguments it takes: (loss, projections).
 
@@ -130,6 +133,7 @@ def project(
     key = typed_key(key)
     _check(params, batch, num_queries, epsilon, difference, parallel_batch_size, batch_per_query)
     keys = jax.random.split(key, num_queries)
+    devices = _Devices(mesh, query_axis)
     lazy_loss = lazily(lambda p, b: _float32_scalar(loss_fn(p, *b)))
 
     def evaluator(query):
@@ -140,14 +144,14 @@ def project(
 
     if difference == "jvp":
         slope = lambda query: jax.jvp(evaluator(query), (jnp.float32(0),), (jnp.float32(1),))
-        losses, projections = _map(slope, (jnp.arange(num_queries),), parallel_batch_size)
+        losses, projections = _map(slope, (jnp.arange(num_queries),), parallel_batch_size, devices)
         return _masked(losses, projections)
 
     epsilon = jnp.float32(epsilon)
     if difference == "central":
         # A loop over the two sides, so that the loss is compiled once.
         two_sides = lambda query: lax.map(evaluator(query), jnp.stack([epsilon, -epsilon]))
-        sides = _map(two_sides, (jnp.arange(num_queries),), parallel_batch_size)
+        sides = _map(two_sides, (jnp.arange(num_queries),), parallel_batch_size, devices)
         return _masked(jnp.mean(sides, axis=1), (sides[:, 0] - sides[:, 1]) / (2 * epsilon))
     # One list of evaluations: the queries after the unperturbed ones (scale 0).
     num_bases = num_queries if batch_per_query else 1
@@ -155,7 +159,7 @@ def project(
     query = jnp.where(i < num_bases, i, i - num_bases)
     scale = jnp.where(i < num_bases, 0.0, epsilon)
     evaluate = lambda query, scale: evaluator(query)(scale)
-    losses = _map(evaluate, (query, scale), parallel_batch_size)
+    losses = _map(evaluate, (query, scale), parallel_batch_size, devices)
     base = jnp.broadcast_to(losses[:num_bases], (num_queries,))
     return _masked(base, (losses[num_bases:] - base) / epsilon)
 
@@ -192,7 +196,35 @@ def _masked(losses: jax.Array, projections: jax.Array) -> tuple[jax.Array, jax.A
     return loss.astype(jnp.float32), jnp.where(finite, projections, jnp.nan).astype(jnp.float32)
 
 
-def _map(function: Callable[..., Any], xs: tuple[jax.Array, ...], batch_size: int) -> Any:
+class _Devices(NamedTuple):
+    mesh: Mesh | None
+    axis: str
+
+
+def _map(
+    function: Callable[..., Any], xs: tuple[jax.Array, ...], batch_size: int, devices: _Devices
+) -> Any:
+    """`function` of each of `xs`, some at once, on all devices of the query axis."""
+    if devices.mesh is None:
+        return _map_here(function, xs, batch_size)
+    n = xs[0].shape[0]
+    # The last groups evaluate the last query again where they have none of their own.
+    pad = -n % devices.mesh.shape[devices.axis]
+    xs = tuple(jnp.pad(x, (0, pad), "edge") for x in xs)
+    split = PartitionSpec(devices.axis)
+    out = jax.shard_map(
+        lambda *xs: _map_here(function, xs, batch_size),
+        mesh=devices.mesh,
+        in_specs=(split,) * len(xs),
+        out_specs=split,
+        axis_names={devices.axis},
+        check_vma=False,
+    )(*xs)
+    everywhere = NamedSharding(devices.mesh, PartitionSpec())
+    return jax.tree.map(lambda x: lax.with_sharding_constraint(x, everywhere)[:n], out)
+
+
+def _map_here(function: Callable[..., Any], xs: tuple[jax.Array, ...], batch_size: int) -> Any:
     if batch_size == 1 or xs[0].shape[0] == 1:
         return lax.map(lambda x: function(*x), xs)
     if xs[0].shape[0] <= batch_size:

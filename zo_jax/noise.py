@@ -9,6 +9,7 @@ as 1, 2, 3", SC 2011.
 R stands for the shape of a table of rows, of any rank.
 """
 
+from collections.abc import Callable
 import functools
 import math
 
@@ -61,11 +62,46 @@ def stream(key: jax.Array, size: int, first: int = 0) -> jax.Array:
       first: index of the first word, even.
     """
     index = jnp.arange(-(-size // 2), dtype=jnp.uint32) + jnp.uint32(first // 2)
+    return jnp.stack(_blocks(key, index), axis=-1).reshape(-1)[:size]
+
+
+def table(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    first: int,
+    place: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """The same words as `stream(key, prod(shape), first)`, uint32 [..., W], each drawn where its row lives.
+
+    Args:
+      key: uint32 [2].
+      first: index of the first word.
+      shape: of the table, W last.
+      place: puts an array [..., W] or [..., W / 2] on the devices that are to hold it.
+    """
+    *rows, width = shape
+    # Words of a block that stand side by side in every row.
+    step = 2 if width % 2 == 0 and first % 2 == 0 else 1
+    index = jnp.full((*rows, width // step), first // step, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(index.ndim)):
+        index += lax.broadcasted_iota(jnp.uint32, index.shape, axis) * jnp.uint32(stride)
+        stride *= index.shape[axis]
+    index = place(index)
+    if step == 2:
+        both = [place(x) for x in _blocks(key, index)]
+        return place(jnp.stack(both, axis=-1).reshape(shape))
+    x0, x1 = _blocks(key, index >> 1)
+    return place(jnp.where(index & 1, x1, x0))
+
+
+def _blocks(key: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two words of each block of a key's stream: `_threefry2x32` of the counter (0, index)."""
     k0, k1 = key[0], key[1]
     x0, x1 = _mix(jnp.broadcast_to(k0, index.shape), index + k1, _ROTATIONS[0])
 
-    # `_threefry2x32`, eight rounds a turn. XLA would fuse words that come out of no loop into each of their uses, and
-    # draw them 32 times over for their 32 signs; JAX's own primitive loops over four rounds, and takes twice as long.
+    # Eight rounds a turn. XLA would fuse words that come out of no loop into each of their uses, and draw them 32 times
+    # over for their 32 signs; JAX's own primitive loops over four rounds, and takes twice as long.
     def eight_rounds(i, state):
         x0, x1, (a, b, c) = state
         count = jnp.uint32(2) * i.astype(jnp.uint32) + jnp.uint32(1)
@@ -75,7 +111,7 @@ def stream(key: jax.Array, size: int, first: int = 0) -> jax.Array:
 
     schedule = (k1, k0 ^ k1 ^ jnp.uint32(_PARITY), k0)
     x0, x1, (a, b, _) = lax.fori_loop(0, 2, eight_rounds, (x0, x1, schedule))
-    return jnp.stack([x0 + a, x1 + b + jnp.uint32(5)], axis=-1).reshape(-1)[:size]
+    return x0 + a, x1 + b + jnp.uint32(5)
 
 
 def sign_words_per_row(width: int) -> int:
@@ -127,9 +163,10 @@ def normals(words: jax.Array, width: int) -> jax.Array:
     in_first = column < half
     # Both words of a block are computed for both of the entries that use one: twice the integer work, but all
     # of it fused into one pass, several times faster than drawing words into memory.
+    along_row = lambda x: lax.broadcast_in_dim(x, shape, tuple(range(len(shape) - 1)))
     word0, word1 = _threefry2x32(
-        jnp.broadcast_to(words[..., :1], shape),
-        jnp.broadcast_to(words[..., 1:], shape),
+        along_row(words[..., 0]),
+        along_row(words[..., 1]),
         jnp.zeros(shape, jnp.uint32),
         jnp.broadcast_to(jnp.where(in_first, column, column - jnp.uint32(half)), shape),
         num_rounds=13,

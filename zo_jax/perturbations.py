@@ -6,7 +6,7 @@ layer, whether the layers are scanned or indexed. Leaves that are not floating a
 E[z zᵀ] = I, so that E[⟨g, z⟩ z] = g.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import math
 from typing import Any, ClassVar, NamedTuple
@@ -14,9 +14,11 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from zo_jax import noise
 from zo_jax.perturbed import Dense, LowRank, outer
+from zo_jax.sharding import Layout
 
 # Leaves whose name says that they are vectors, though a stack of layers [L, A] of them has the shape of a matrix.
 _VECTOR_NAMES = ("bias", "scale", "b")
@@ -46,31 +48,51 @@ class _Group(NamedTuple):
     Attributes:
       indices: of the leaves.
       shapes: of their words.
+      starts: where each begins in the group.
       first: index in the stream of the first word.
       size: number of words.
+      place: puts the words where they belong, if parameters are placed at all.
+      is_split: whether there is one leaf alone, which is split over devices.
     """
 
     indices: list[int]
     shapes: list[tuple[int, ...]]
+    starts: list[int]
     first: int
     size: int
+    place: Callable[[jax.Array], jax.Array] = lambda words: words
+    is_split: bool = False
+
+    def draw(self, key: jax.Array) -> list[jax.Array]:
+        """Each leaf's words, from the two words of a key."""
+        if self.is_split:
+            return [noise.table(key, self.shapes[0], self.first, self.place)]
+        return self.split(self.place(noise.stream(key, self.size, self.first)))
 
     def split(self, words: jax.Array) -> list[jax.Array]:
         """Each leaf's part of [..., size]."""
-        parts, start = [], 0
-        for shape in self.shapes:
-            stop = start + math.prod(shape)
-            parts.append(words[..., start:stop].reshape(*words.shape[:-1], *shape))
-            start = stop
-        return parts
+        return [
+            words[..., start : start + math.prod(shape)].reshape(*words.shape[:-1], *shape)
+            for start, shape in zip(self.starts, self.shapes, strict=True)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Perturbation:
-    """A family of directions; make one with `rademacher`, `gaussian`, `sphere` or `low_rank`."""
+    """A family of directions; make one with `rademacher`, `gaussian`, `sphere` or `low_rank`.
+
+    Attributes:
+      layout: where parameters live that are split over devices; their words are then drawn where they are.
+    """
+
+    layout: Layout | None = dataclasses.field(default=None, kw_only=True)
 
     # Directions whose words exist at once while they are summed.
     _queries_at_once: ClassVar[int] = _UNROLLED
+
+    def on(self, layout: Layout | None) -> "Perturbation":
+        """The same directions, to the bit, for parameters that are placed so."""
+        return dataclasses.replace(self, layout=layout)
 
     def direction(self, params: Any, key: jax.Array) -> Any:
         """The direction z that `key` names, as plain float32 arrays (zeros for leaves that are not floating)."""
@@ -87,11 +109,15 @@ class Perturbation:
         """The direction that `key` names, for `move`: drawn once for several scales."""
         leaves = jax.tree.leaves(params)
         groups = self._groups(params)
-        last = groups[-1]
-        stream = noise.stream(key_words(key), last.first + last.size)
         words: list[jax.Array | None] = [None] * len(leaves)
+        # In one call, which compiles faster than many, unless they are placed.
+        apart = self.layout is not None
+        stream = None if apart else noise.stream(key_words(key), groups[-1].first + groups[-1].size)
         for group in groups:
-            parts = group.split(stream[group.first : group.first + group.size])
+            if apart:
+                parts = group.draw(key_words(key))
+            else:
+                parts = group.split(stream[group.first : group.first + group.size])
             for i, part in zip(group.indices, parts, strict=True):
                 words[i] = part
         return Direction(words, self._factor(leaves, words))
@@ -131,8 +157,7 @@ class Perturbation:
 
             def add_some(xs, keys_and_weights, group=group):
                 keys_n2, weights_n = keys_and_weights
-                draw = lambda key_2: noise.stream(key_2, group.size, group.first)
-                parts = group.split(jax.vmap(draw)(keys_n2))
+                parts = jax.vmap(group.draw)(keys_n2)
                 sums = [
                     self._sum_leaf(*flat[i], words, weights_n)
                     for i, words in zip(group.indices, parts, strict=True)
@@ -146,7 +171,7 @@ class Perturbation:
             else:
                 xs, _ = lax.scan(add_some, xs, (keys_kn2, weights_kn))
             for i, x in zip(group.indices, xs, strict=True):
-                leaves[i] = x.astype(leaves[i].dtype)
+                leaves[i] = self._place(flat[i][0], x.astype(leaves[i].dtype))
         return jax.tree.unflatten(treedef, leaves)
 
     def _groups(self, params: Any) -> list[_Group]:
@@ -155,14 +180,40 @@ class Perturbation:
         for i, (path, leaf) in enumerate(jax.tree.leaves_with_path(params)):
             if _is_floating(leaf):
                 shape = self._words_shape(path, leaf)
-                (large if math.prod(shape) > _LARGE_WORDS else small).append((i, shape))
+                member = i, shape, self._words_place(path, leaf, shape)
+                (large if math.prod(shape) > _LARGE_WORDS else small).append(member)
         groups, first = [], 0
         for members in [small, *([member] for member in large)]:
-            if members:
-                size = sum(math.prod(shape) for _, shape in members)
-                groups.append(_Group(*map(list, zip(*members, strict=True)), first, size))
-                first += size + size % 2
+            together, start = [], 0
+            for i, shape, place in members:
+                if place is None:
+                    together.append((i, shape, start))
+                else:
+                    size = math.prod(shape)
+                    groups.append(_Group([i], [shape], [0], first + start, size, place, True))
+                start += math.prod(shape)
+            if together:
+                parts = map(list, zip(*together, strict=True))
+                groups.append(_Group(*parts, first, start, self._everywhere))
+            first += start + start % 2
         return groups
+
+    def _words_place(self, path, leaf, words_shape):
+        """Puts the words of a leaf where they belong, if it is split over devices; otherwise None."""
+        layout = self.layout
+        if layout is None or layout.axis(path, leaf.shape) is None:
+            return None
+        return lambda x: layout.place(x, layout.words_spec(path, leaf, words_shape))
+
+    def _everywhere(self, x):
+        """On every device, so that XLA does not split what is cheaper to have."""
+        return x if self.layout is None else self.layout.place(x, PartitionSpec())
+
+    def _place(self, path, x):
+        """A leaf where it belongs."""
+        if self.layout is None:
+            return x
+        return self.layout.place(x, self.layout.sharding(path, x.shape).spec)
 
     def _factors(self, params: Any, keys: jax.Array) -> Any:
         """The factors of many directions: 1, or float32 [q]."""
@@ -222,7 +273,8 @@ class _Sphere(_Gaussian):
 
     def _factor(self, leaves, words):
         floating = [(leaf, w) for leaf, w in zip(leaves, words, strict=True) if w is not None]
-        squares = [_sum_of_squares(w, _width(leaf)) for leaf, w in floating]
+        at_once = _IN_CACHE if self.layout is None else math.inf
+        squares = [_sum_of_squares(w, _width(leaf), at_once) for leaf, w in floating]
         return jnp.sqrt(sum(leaf.size for leaf, _ in floating) / sum(squares))
 
     def _factors(self, params, keys):
@@ -244,12 +296,17 @@ class _LowRank(Perturbation):
         *stack, a, b = leaf.shape
         return (*stack, noise.sign_words_per_row((a + b) * self.rank))
 
+    def _words_place(self, path, leaf, words_shape):
+        if self._is_matrix(path, leaf):
+            return None  # of the factors: too few to split
+        return super()._words_place(path, leaf, words_shape)
+
     def _factors_of(self, leaf, words):
         """u float32 [..., A, r] and v float32 [..., B, r] of independent signs, from one row [(A + B) r]."""
         a, b = leaf.shape[-2:]
         both = noise.signs(words, (a + b) * self.rank)
-        both = both.reshape(*both.shape[:-1], a + b, self.rank)
-        return both[..., :a, :], both[..., a:, :]
+        both = self._everywhere(both.reshape(*both.shape[:-1], a + b, self.rank))
+        return self._everywhere(both[..., :a, :]), self._everywhere(both[..., a:, :])
 
     def _is_matrix(self, path, leaf) -> bool:
         return is_matrix(path, leaf) and self.rank * sum(leaf.shape[-2:]) < math.prod(
@@ -269,7 +326,7 @@ class _LowRank(Perturbation):
         u = u * (weights_n / math.sqrt(self.rank)).reshape(-1, *(1,) * leaf.ndim)
         # All queries side by side: one matrix product [..., A, n r] @ [..., n r, B].
         side_by_side = lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1)
-        return outer(side_by_side(u), side_by_side(v))
+        return outer(self._everywhere(side_by_side(u)), self._everywhere(side_by_side(v)))
 
 
 def rademacher() -> Perturbation:
@@ -322,7 +379,7 @@ def low_rank(rank: int = 1) -> Perturbation:
     """
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a positive integer, got {rank!r}")
-    return _LowRank(rank)
+    return _LowRank(rank=rank)
 
 
 def by_name(name: str, rank: int = 1) -> Perturbation:
@@ -400,11 +457,11 @@ def _sum_signs(leaf: jax.Array, words_n: jax.Array, weights_n: jax.Array) -> jax
     return lax.scan(add, zero, (weights_n, words_n))[0]
 
 
-def _sum_of_squares(words: jax.Array, width: int) -> jax.Array:
-    """Of the normal numbers of a leaf; of a large one so many rows at a time that they stay in cache."""
-    rows = words.reshape(-1, words.shape[-1])
-    at_once = max(1, _IN_CACHE // width)
+def _sum_of_squares(words: jax.Array, width: int, at_once: float) -> jax.Array:
+    """Of the normal numbers of a leaf; of a large one `at_once` entries at a time, whole rows."""
     of_rows = lambda words: jnp.sum(noise.normals(words, width) ** 2)
-    if len(rows) <= 4 * at_once:
-        return of_rows(rows)
+    if words.size // words.shape[-1] * width <= 4 * at_once:
+        return of_rows(words)
+    rows = words.reshape(-1, words.shape[-1])
+    at_once = max(1, int(at_once) // width)
     return jnp.sum(lax.map(of_rows, rows, batch_size=at_once))
