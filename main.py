@@ -6,6 +6,8 @@
 --config.FIELD=VALUE  replaces a field, of those below
 --workdir=DIR         run folder (default runs/ and a name); a run that is there is continued
 --restart             deletes the run that the folder holds, and trains from scratch
+--distributed         this is one of several processes, of a cluster that JAX knows, or with
+                      --coordinator=HOST:PORT --num_processes=N --process_id=I
 """
 
 from pathlib import Path
@@ -14,20 +16,13 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from zo_jax import arguments, train, validation
+from zo_jax import arguments, hosts, train, validation
 from zo_jax.config import ConfigError, default_run_name
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder.")
+_JOIN_OTHERS = hosts.define_flags()
 _RESTART = flags.DEFINE_bool("restart", False, "Delete the run that the folder holds.")
-
-
-def _fail(error: Exception) -> None:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    code = getattr(error, "exit_code", 2)
-    last = "Traceback" in str(error)  # of a config file that raises: its last line says why
-    print(f"{'error' if code == 2 else 'stopped'}: {lines[-last]}", file=sys.stderr)
-    sys.exit(code)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -41,7 +36,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
             raise ConfigError(f"{rest[0]!r} is no flag; --help lists them all")
         validation.validate(_CONFIG.value)
     except Exception as error:  # config files and ml_collections raise all kinds
-        _fail(error)
+        arguments.fail(error)
     return argv
 
 
@@ -49,9 +44,10 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file it writes
     workdir = Path(_WORKDIR.value or f"runs/{default_run_name(_CONFIG.value)}")
     try:
+        _JOIN_OTHERS()
         train.train_and_evaluate(_CONFIG.value, workdir, _RESTART.value)
     except train.FAILURES as error:
-        _fail(error)
+        arguments.fail(error)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def _cosine(config, model, params, key, tokens):
     estimates = []
     for i, (part, n) in enumerate(parts):
         part_key = jax.random.fold_in(key, i)
-        _, c = steps._project(config, part, loss, params, part_key, tokens, n)
+        _, c = steps._project(config, part, loss, params, part_key, tokens, None, n)
         estimates.append(steps._combine(part, params, part_key, c, q))
     estimate = jax.tree.map(lambda *x: sum(x), *estimates)
     dot = instruct.tree_dot

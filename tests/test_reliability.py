@@ -118,7 +118,7 @@ def test_signals_lock_and_no_folder(tmp_path):
 def test_the_second_signal_ends_at_once():
     code = (
         "import os, signal, time\nfrom zo_jax.stops import catch_signals\n"
-        "with catch_signals() as came:\n    os.kill(os.getpid(), signal.SIGTERM)\n    assert came() == 'SIGTERM'\n"
+        "with catch_signals() as came:\n    os.kill(os.getpid(), signal.SIGTERM)\n    assert came(1) == 'SIGTERM'\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -128,7 +128,7 @@ def test_the_second_signal_ends_at_once():
 def test_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with contextlib.suppress(RuntimeError), catch_signals() as came:
-        assert came() is None and signal.getsignal(signal.SIGINT) != before[1]
+        assert came(1) is None and signal.getsignal(signal.SIGINT) != before[1]
         raise RuntimeError
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 

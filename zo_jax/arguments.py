@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import os
 from pathlib import Path
+import sys
 
 from zo_jax.config import Config, ConfigError, walk
 
@@ -57,3 +58,12 @@ def prepare_arguments(args: Sequence[str], default_config: Path) -> list[str]:
     if not os.path.isfile(path.partition(":")[0]):
         raise ConfigError(f"--config must name a Python file; there is no file {path!r}")
     return [f"--config={path}", *rest]
+
+
+def fail(error: Exception) -> None:
+    """Says in one line what went wrong, and ends the program with the exit code of it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    code = getattr(error, "exit_code", 2)
+    last = "Traceback" in str(error)  # of a config file that raises: its last line says why
+    print(f"{'error' if code == 2 else 'stopped'}: {lines[-last]}", file=sys.stderr)
+    sys.exit(code)

@@ -3,30 +3,40 @@
 Axes: N blocks of a corpus, B blocks of a batch, T tokens of a block, q queries.
 """
 
+from typing import Any
+
 import numpy as np
 
 from zo_jax.config import Config, blocks_per_step
 from zo_jax.data import Corpus, batch_indices, load_blocks, load_corpus
+from zo_jax.sharding import Layout
 
 
 def read_batches(
-    config: Config, train_NT: np.ndarray, step: int, fo_NT: np.ndarray | None = None
-) -> tuple[np.ndarray | None, np.ndarray | None]:
+    config: Config,
+    train_NT: np.ndarray,
+    step: int,
+    fo_NT: np.ndarray | None = None,
+    layout: Layout | None = None,
+) -> tuple[Any, Any]:
     """The tokens of a step (from 0): int32 [B, T] for its queries, or [q, B, T] with `zo.batch_per_query`, and for backprop.
 
-    None where the step does not read them.
+    None where the step does not read them. With a layout they are on its devices, and each process reads the blocks of its
+    own devices alone.
     """
+    read = layout.put_blocks if layout else lambda blocks_NT, indices: blocks_NT[indices]
     for_queries, for_backprop = reads(config, step)
     zo_NT, own_NT = split_corpus(config, train_NT)
     fo_NT = own_NT if fo_NT is None else fo_NT
     tokens = fo_tokens = None
     if for_queries:
-        tokens = zo_NT[batch_indices(len(zo_NT), blocks_per_step(config), config.seed, step)]
+        indices = batch_indices(len(zo_NT), blocks_per_step(config), config.seed, step)
         if config.zo.batch_per_query:
-            tokens = tokens.reshape(config.zo.num_queries, config.train.batch_size, -1)
+            indices = indices.reshape(config.zo.num_queries, config.train.batch_size)
+        tokens = read(zo_NT, indices)
     if for_backprop:
         size = config.fo.batch_size or config.train.batch_size
-        fo_tokens = fo_NT[batch_indices(len(fo_NT), size, config.seed, step)]
+        fo_tokens = read(fo_NT, batch_indices(len(fo_NT), size, config.seed, step))
     return tokens, fo_tokens
 
 

@@ -29,6 +29,10 @@ class ModelConfig:
     context_length: int = _field(1024, "learned positions: the longest block the model can read")
     param_dtype: str = _field("float32", "dtype in which parameters are stored")
     compute_dtype: str = _field("float32", "dtype of activations and matrix products")
+    checkpoint_activations: bool = _field(
+        False,
+        "backprop keeps the inputs of a block alone, and computes the rest again (less memory)",
+    )
 
 
 @dataclasses.dataclass
@@ -134,10 +138,24 @@ class OptimizerConfig:
     b2: float = _field(0.999, "decay of the second moment (all but sgd)")
     eps: float = _field(1e-8, "term added to the denominator (all but sgd)")
     weight_decay: float = _field(0.0, "decoupled decay of matrices (adamw, muon, mudamw)")
+    rounding: str = _field(
+        "stochastic",
+        "of updates to bfloat16 or float16 parameters: stochastic (unbiased, from the step's key) or "
+        "nearest (small updates are lost)",
+    )
     cautious: bool = _field(False, "move only where momentum and gradient agree (mudamw)")
     orthogonalize_embedding: bool = _field(
         True, "whether the embeddings count as matrices to orthogonalise (muon, mudamw)"
     )
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """How the devices are arranged: sizes of three axes, of which one may be -1, what is left."""
+
+    query: int = _field(-1, "groups of devices that evaluate different queries")
+    data: int = _field(1, "parts that a batch is split into")
+    model: int = _field(1, "parts that parameters and optimiser state are split into")
 
 
 @dataclasses.dataclass
@@ -204,6 +222,7 @@ class Config:
     train: TrainConfig = dataclasses.field(
         default_factory=TrainConfig, metadata={"help": "length of the run, and reports"}
     )
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig, metadata={"help": "devices"})
 
 
 # Fields in which a run may differ from the one that it continues.
@@ -220,6 +239,9 @@ EXTENDABLE = (
     "train.sample_tokens",
     "train.snapshot_delta",
     "train.sample_temperature",
+    "mesh.query",
+    "mesh.data",
+    "mesh.model",
 )
 
 

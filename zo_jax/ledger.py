@@ -25,6 +25,7 @@ from zo_jax.fingerprint import fingerprint
 from zo_jax.model import GPT, make_model
 from zo_jax.records import BACKPROP, LOST, REPLAYABLE, Ledger, LedgerError, Writer, read
 from zo_jax.scopes import make_scope
+from zo_jax.sharding import Layout
 from zo_jax.updates import TrainState
 from zo_jax.validation import validate
 
@@ -51,6 +52,7 @@ def make_header(
     rank: int = 1,
     scope: str = "full",
     clip_norm: float = 0.0,
+    rounding: str = "stochastic",
     **info: Any,
 ) -> dict[str, Any]:
     """What fixes a replay, and what is told of it.
@@ -60,7 +62,7 @@ def make_header(
       num_queries: q.
       perturbation, rank: the family of directions, as `perturbations.by_name` knows it.
       scope: the parameters that are trained, as `scopes.make_scope` knows them.
-      clip_norm: as in `updates.make_update`.
+      clip_norm, rounding: as in `updates.make_update`.
       info: anything besides that JSON can hold, such as the configuration of the run and the name of the optimiser.
     """
     device = jax.devices()[0]
@@ -70,6 +72,7 @@ def make_header(
         "rank": rank,
         "scope": scope,
         "clip_norm": clip_norm,
+        "rounding": rounding,
         "fingerprint": int(fingerprint(start)),
         "versions": {"jax": jax.__version__, "device": f"{device.platform} {device.device_kind}"},
         **info,
@@ -85,15 +88,20 @@ def run_header(config: Config, model: GPT, start: TrainState) -> dict[str, Any]:
         rank=config.zo.rank,
         scope=config.scope,
         clip_norm=config.instruct.grad_clip_norm,
+        rounding=config.optimizer.rounding,
         vocab_size=model.vocab_size,
         config=fixed_fields(config),
     )
 
 
-def arguments(record: np.void) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(key, loss, projections): what `update` takes besides the state."""
-    key = jax.random.wrap_key_data(record["key"].astype(np.uint32), impl="threefry2x32")
-    return key, jnp.float32(record["loss"]), jnp.asarray(record["projections"], jnp.float32)
+def arguments(
+    record: np.void, layout: Layout | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(key, loss, projections): what `update` takes besides the state, on the devices of the layout."""
+    parts = [np.asarray(record[name]) for name in ("key", "loss", "projections")]
+    place = jnp.asarray if layout is None else layout.put_everywhere
+    words, loss, projections = (place(x.astype(x.dtype.newbyteorder("="))) for x in parts)
+    return jax.random.wrap_key_data(words, impl="threefry2x32"), loss, projections
 
 
 def replay(
@@ -136,7 +144,8 @@ def replay(
     try:
         scope = make_scope(header["scope"], params)
         family = perturbations.by_name(header["perturbation"], header["rank"])
-        update = updates.make_update(optimizer, family, scope=scope, clip_norm=header["clip_norm"])
+        parts = dict(clip_norm=header["clip_norm"], rounding=header["rounding"])
+        update = updates.make_update(optimizer, family, scope=scope, **parts)
     except (KeyError, TypeError, ValueError) as error:
         raise LedgerError(f"the header does not say how to replay: {error!r}") from None
     state = start if is_state else updates.new_state(params, optimizer, scope)

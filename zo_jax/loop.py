@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import tqdm
 
-from zo_jax import ledger, metrics, stops
+from zo_jax import hosts, ledger, metrics, stops
 from zo_jax.batches import read_batches
 from zo_jax.config import Config
 from zo_jax.data import Corpus
@@ -44,8 +44,10 @@ class Loop:
         self.state, self.records = run.state, run.records
         self.evaluate_params = evaluate_params
         self.start = self.step = int(self.state.step)
-        self.train_step = make_train_step(config, model)
-        self.update = make_update(config, model) if len(self.records) > self.start else None
+        self.train_step = make_train_step(config, model, run.layout)
+        self.update = (
+            make_update(config, model, run.layout) if len(self.records) > self.start else None
+        )
         self.schedule = jax.jit(make_schedule(config.optimizer, config.train.num_steps))
         self.pending: tuple[int, StepMetrics, StepRecord | None] | None = None
         self.began: float | None = None
@@ -58,7 +60,7 @@ class Loop:
             unit="step",
             dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 10.0,
-            disable=self.start == config.train.num_steps,
+            disable=self.start == config.train.num_steps or not hosts.is_first(),
         )
 
     def finish(self) -> TrainState:
@@ -69,7 +71,9 @@ class Loop:
           OSError: the run folder; `state` and `step` are of the last step taken.
         """
         train, num_steps = self.config.train, self.config.train.num_steps
-        with self.bar, stops.catch_signals() as signal:
+        # Several processes stop together, by JAX's preemption service, which catches SIGTERM.
+        catch = stops.catch_signals if jax.process_count() == 1 else hosts.forward_interrupts
+        with self.bar, catch() as signal:
             if self.step == 0:
                 self._evaluate()
             while self.step < num_steps:
@@ -80,7 +84,7 @@ class Loop:
                 if before:
                     self._report(before)
                 at_end = self.step == num_steps
-                stop = signal() or ("no finite loss" if self.diverged else None)
+                stop = signal(self.step) or ("no finite loss" if self.diverged else None)
                 if self.step % train.eval_interval == 0 or at_end:
                     self._evaluate()
                 if at_end or stop or (not replayed and self._is_due()):
@@ -93,11 +97,13 @@ class Loop:
 
     def _take_step(self, replayed: bool) -> tuple[int, StepMetrics, StepRecord | None]:
         if replayed:
-            arguments = ledger.arguments(self.records[self.step])
+            arguments = ledger.arguments(self.records[self.step], self.run.layout)
             self.state, new = self.update(self.state, *arguments)
             return self.step + 1, new, None
         corpus = self.corpus
-        batches = read_batches(self.config, corpus.train_NT, self.step, corpus.fo_NT)
+        batches = read_batches(
+            self.config, corpus.train_NT, self.step, corpus.fo_NT, self.run.layout
+        )
         self.state, new, record = self.train_step(self.state, self.step, *batches)
         return self.step + 1, new, record
 
@@ -208,8 +214,9 @@ class Loop:
         )
 
     def _say(self, text: str) -> None:
-        self.bar.write(text)
-        sys.stdout.flush()
+        if hosts.is_first():
+            self.bar.write(text)
+            sys.stdout.flush()
 
 
 def _level(eval_losses: list[float], delta: float) -> int:

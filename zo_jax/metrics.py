@@ -20,6 +20,7 @@ from zo_jax.config import Config, blocks_per_step
 from zo_jax.data import Corpus
 from zo_jax.files import read_open, write_atomic, write_whole
 from zo_jax.model import GPT, count_params
+from zo_jax.sharding import Layout
 
 COLUMNS = (
     "timestamp",
@@ -138,6 +139,28 @@ class Log:
             self._events.flush()
 
 
+class Follower(Log):
+    """The log of a process that writes none: it knows what the first process has written."""
+
+    def __init__(self, workdir: Path):
+        rows = read(workdir / "metrics.csv")
+        self.last_row = int(rows[-1]["step"]) if rows else -1
+        self.eval_losses = {
+            int(row["step"]): float(row["eval_loss"]) for row in rows if row["eval_loss"]
+        }
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.last_row = row["step"]
+        if "eval_loss" in row:
+            self.eval_losses[row["step"]] = row["eval_loss"]
+
+    def sync(self) -> None:
+        pass
+
+
 def _csv_line(cells: dict[str, Any]) -> str:
     line = io.StringIO()
     csv.DictWriter(line, COLUMNS, lineterminator="\n").writerow(cells)
@@ -211,7 +234,14 @@ def make_row(config: Config, step: int, num_blocks: int, block_size: int) -> dic
     }
 
 
-def describe(config: Config, corpus: Corpus, model: GPT, num_trained: int, workdir: Path) -> str:
+def describe(
+    config: Config,
+    corpus: Corpus,
+    model: GPT,
+    num_trained: int,
+    workdir: Path,
+    layout: Layout | None = None,
+) -> str:
     """What a run is about to do, in plain words; `num_trained` of its parameters are trained."""
     zo, optimizer, train = config.zo, config.optimizer, config.train
     per_query = " each" if zo.batch_per_query else ", shared by them"
@@ -243,6 +273,10 @@ def describe(config: Config, corpus: Corpus, model: GPT, num_trained: int, workd
             f"{optimizer.min_learning_rate:g}"
         )
     device = jax.devices()[0]
+    devices = f"1 of {jax.device_count()}"
+    if layout:
+        mesh = layout.mesh.shape
+        devices = f"{layout.mesh.size} of {jax.device_count()}: query={mesh['query']}, data={mesh['data']}, model={mesh['model']}"
     return "\n".join(
         (
             f"model:     GPT, {count_params(model):,} parameters ({model.num_layers} layers, "
@@ -252,7 +286,7 @@ def describe(config: Config, corpus: Corpus, model: GPT, num_trained: int, workd
             f"gradient:  {how}",
             f"optimizer: {optimizer.name}, {rate}",
             f"length:    {train.num_steps:,} steps on {device.device_kind} "
-            f"({device.platform}, 1 of {jax.device_count()})",
+            f"({device.platform}, {devices})",
             f"results:   {workdir}",
         )
     )

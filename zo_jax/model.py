@@ -75,6 +75,7 @@ class GPT(nn.Module):
     context_length: int
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    checkpoint_activations: bool = False
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
@@ -84,8 +85,9 @@ class GPT(nn.Module):
         )
         x_BTC = embed(self.vocab_size, 0.02, "wte")(tokens_BT)
         x_BTC += embed(self.context_length, 0.01, "wpe")(jnp.arange(tokens_BT.shape[1])[None])
+        block = nn.remat(Block, prevent_cse=False) if self.checkpoint_activations else Block
         blocks = nn.scan(
-            Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.num_layers
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.num_layers
         )
         x_BTC, _ = blocks(self.num_layers, self.num_heads, name="blocks", **dtypes)(x_BTC)
         return nn.LayerNorm(epsilon=1e-5, name="ln_f", **dtypes)(x_BTC)
@@ -102,6 +104,7 @@ def make_model(config: ModelConfig, vocab_size: int) -> GPT:
         context_length=config.context_length,
         dtype=jnp.dtype(config.compute_dtype),
         param_dtype=jnp.dtype(config.param_dtype),
+        checkpoint_activations=config.checkpoint_activations,
     )
 
 

@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from zo_jax import ledger, records
+from zo_jax import hosts, ledger, records
 from zo_jax.checkpoint import CheckpointError, Checkpoints, open_checkpoints
 from zo_jax.config import Config, ConfigError
 from zo_jax.files import write_atomic
-from zo_jax.metrics import Log
+from zo_jax.metrics import Follower, Log
 from zo_jax.model import GPT
+from zo_jax.sharding import Layout
 from zo_jax.steps import init_state
 from zo_jax.updates import TrainState
 from zo_jax.workdir import Workdir
@@ -29,14 +30,16 @@ class Run(NamedTuple):
 
     Attributes:
       workdir: its folder.
+      layout: its devices, None for one alone.
       state: where it begins.
       records: the ledger's, of which those after `state.step` are to be replayed.
       log, checkpoints: what it writes to.
       snapshots: where it keeps some, or None.
-      writer: of the ledger; None in mode fo.
+      writer: of the ledger; None in mode fo, and in all processes but the first.
     """
 
     workdir: Workdir
+    layout: Layout | None
     state: TrainState
     records: np.ndarray
     log: Log
@@ -46,7 +49,9 @@ class Run(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_run(config: Config, model: GPT, workdir: Workdir) -> Iterator[Run]:
+def open_run(
+    config: Config, model: GPT, workdir: Workdir, layout: Layout | None = None
+) -> Iterator[Run]:
     """Opens what a claimed run folder holds, and says from where it goes on.
 
     Raises:
@@ -58,43 +63,53 @@ def open_run(config: Config, model: GPT, workdir: Workdir) -> Iterator[Run]:
         checkpoints = stack.enter_context(
             open_checkpoints(folder / "checkpoints", train.keep_checkpoints)
         )
-        state = init_state(config, model)
+        state = init_state(config, model, layout)
         header = ledger.run_header(config, model, state)
-        there = None if config.mode == "fo" else _read_ledger(folder / ledger.FILE, header)
         restored = checkpoints.restore_latest(state)
         start, state = restored or (0, state)
-        last = there.replayable(start) if there else start
-        if checkpoints.steps and not restored and last == 0:
-            raise CheckpointError(
-                f"no checkpoint in {checkpoints.folder} can be used; use --restart to delete the run and train from "
-                "scratch, or another --workdir"
-            )
-        if last > train.num_steps:
-            raise ConfigError(
-                f"the run in {folder} is at step {last}, past train.num_steps={train.num_steps}; raise "
-                "it, use --restart to train from scratch, or another --workdir"
-            )
-        writer = None
+
+        def open_files():
+            there = None if config.mode == "fo" else _read_ledger(folder / ledger.FILE, header)
+            last = there.replayable(start) if there else start
+            if checkpoints.steps and not restored and last == 0:
+                raise CheckpointError(
+                    f"no checkpoint in {checkpoints.folder} can be used; use --restart to delete the run and train from "
+                    "scratch, or another --workdir"
+                )
+            if last > train.num_steps:
+                raise ConfigError(
+                    f"the run in {folder} is at step {last}, past train.num_steps={train.num_steps}; raise "
+                    "it, use --restart to train from scratch, or another --workdir"
+                )
+            writer = None
+            if config.mode != "fo":
+                writer = records.Writer(folder / ledger.FILE, header, last)
+            return writer, Log(folder, last)
+
+        writer, log = hosts.first_does(open_files) or (None, Follower(folder))
+        stack.enter_context(log)
+        # What the first process has mended is what all of them replay.
+        rows = np.zeros(0)
         if config.mode != "fo":
-            writer = records.Writer(folder / ledger.FILE, header, last)
+            rows = records.read(folder / ledger.FILE).records
+        if writer:
             stack.callback(writer.close)
-        if writer and writer.lost:
-            print(
-                f"the ledger lacks {len(writer.lost)} of the steps up to {last}: no replay can pass step "
-                f"{writer.lost[-1]} but from a later checkpoint"
-            )
+            if writer.lost:
+                print(
+                    f"the ledger lacks {len(writer.lost)} of the steps up to {len(rows)}: no replay can pass step "
+                    f"{writer.lost[-1]} but from a later checkpoint"
+                )
         snapshots = None
         if train.snapshot_delta:
             snapshots = stack.enter_context(open_checkpoints(folder / "snapshots", keep=None))
+        last = max(start, len(rows))
         if start == train.num_steps:
-            print(f"this run is complete: {start} of {train.num_steps} steps; nothing to train")
+            hosts.say(f"this run is complete: {start} of {train.num_steps} steps; nothing to train")
         elif last:
             origin = f"the checkpoint of step {start}" if restored else "the seed"
             replayed = f", replaying steps {start + 1} to {last} from the ledger"
-            print(f"continuing from {origin}{replayed if last > start else ''}", flush=True)
-        log = stack.enter_context(Log(folder, last))
-        rows = there.records[:last] if there else np.zeros(0)
-        yield Run(workdir, state, rows, log, checkpoints, snapshots, writer)
+            hosts.say(f"continuing from {origin}{replayed if last > start else ''}")
+        yield Run(workdir, layout, state, rows, log, checkpoints, snapshots, writer)
 
 
 def _read_ledger(path: Path, header: dict) -> records.Ledger | None:

@@ -114,12 +114,14 @@ class Layout:
             axis = None  # a part of a row has no words of its own: all are drawn everywhere, a 32nd of the entries
         return self.split(ndim, axis).spec
 
-    def put_batch(self, tokens: np.ndarray | None, axis: int) -> jax.Array | None:
-        """A batch on the devices, its blocks split over `data`; each process reads the blocks of its devices alone."""
-        if tokens is None:
-            return None
-        sharding = self.split(tokens.ndim, axis, "data")
-        return jax.make_array_from_callback(tokens.shape, sharding, lambda index: tokens[index])
+    def put_blocks(self, blocks_NT: np.ndarray, indices: np.ndarray) -> jax.Array:
+        """blocks_NT[indices] [..., B, T] on the devices, B split over `data`; a process reads the blocks of its devices alone."""
+        shape = (*indices.shape, blocks_NT.shape[1])
+        return jax.make_array_from_callback(
+            shape,
+            self.split(len(shape), -2, "data"),
+            lambda index: blocks_NT[indices[index[:-1]]],
+        )
 
     def put_everywhere(self, x: Any) -> Any:
         """Arrays that are the same in every process, on all devices."""

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
 from zo_jax import estimators, instruct, perturbations, updates
 from zo_jax.config import Config
@@ -15,6 +17,7 @@ from zo_jax.losses import next_token_loss
 from zo_jax.model import GPT, init_params
 from zo_jax.optimizers import make_optimizer
 from zo_jax.scopes import Scope, make_scope
+from zo_jax.sharding import Layout
 from zo_jax.updates import StepMetrics, TrainState, new_state
 
 
@@ -55,12 +58,15 @@ def count_trained(config: Config, model: GPT) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(trained))
 
 
-def init_state(config: Config, model: GPT) -> TrainState:
-    """Fresh parameters and optimiser state, from the seed alone."""
+def init_state(config: Config, model: GPT, layout: Layout | None = None) -> TrainState:
+    """Fresh parameters and optimiser state, from the seed alone, each array where it belongs."""
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     scope = scope_of(config, model)
-    init = jax.jit(lambda key: new_state(init_params(model, key), optimizer, scope))
-    return init(jax.random.fold_in(base_key(config), 2**31))
+    key = jax.random.fold_in(base_key(config), 2**31)
+    if layout is None:
+        return jax.jit(lambda key: new_state(init_params(model, key), optimizer, scope))(key)
+    init = lambda: new_state(init_params(model, key), optimizer, scope)
+    return jax.jit(init, out_shardings=layout.shardings(jax.eval_shape(init)))()
 
 
 def make_loss(model: GPT, scope: Scope) -> Callable[[Any], Callable[..., jax.Array]]:
@@ -70,7 +76,9 @@ def make_loss(model: GPT, scope: Scope) -> Callable[[Any], Callable[..., jax.Arr
     )
 
 
-def make_project(config: Config, model: GPT) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def make_project(
+    config: Config, model: GPT, layout: Layout | None = None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The jitted forward passes of a step: (params, key, tokens) -> (loss, projections [q]).
 
     Tokens are int32 [B, T], or [q, B, T] with `zo.batch_per_query`. A query whose loss is not
@@ -78,52 +86,62 @@ def make_project(config: Config, model: GPT) -> Callable[..., tuple[jax.Array, j
     """
     scope = scope_of(config, model)
     loss = make_loss(model, scope)
+    perturbation = make_perturbation(config).on(layout)
 
     @jax.jit
     def project(params: Any, key: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _project(
-            config, make_perturbation(config), loss(params), scope.select(params), key, tokens
-        )
+        trained = scope.select(params)
+        return _project(config, perturbation, loss(params), trained, key, tokens, layout)
 
     return project
 
 
-def make_update(config: Config, model: GPT) -> Callable[..., tuple[TrainState, StepMetrics]]:
+def make_update(
+    config: Config, model: GPT, layout: Layout | None = None
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """The jitted optimisation of a step without backprop: `updates.make_update` of the configured parts."""
     return updates.make_update(
         make_optimizer(config.optimizer, config.train.num_steps),
         make_perturbation(config),
         scope=scope_of(config, model),
         clip_norm=config.instruct.grad_clip_norm,
+        rounding=config.optimizer.rounding,
+        layout=layout,
     )
 
 
-def make_fo_step(config: Config, model: GPT) -> Callable[..., tuple[TrainState, StepMetrics]]:
+def make_fo_step(
+    config: Config, model: GPT, layout: Layout | None = None
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """The jitted backprop step: (state, tokens [B, T]) -> (state, metrics), the state donated."""
     scope = scope_of(config, model)
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    finish = _make_finish(config, scope, layout)
     loss_and_grad = _make_loss_and_grad(config, model, scope)
 
     def fo_step(state: TrainState, tokens_BT: jax.Array) -> tuple[TrainState, StepMetrics]:
         loss, gradient = loss_and_grad(state.params, tokens_BT)
-        return updates.descend(optimizer, scope, state, loss, gradient, jnp.isfinite(loss))
+        usable = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(gradient))
+        key = jax.random.fold_in(base_key(config), state.step)
+        return finish(state, loss, gradient, usable, key)
 
     return jax.jit(fo_step, donate_argnums=0)
 
 
-def make_guided_step(config: Config, model: GPT) -> Callable[..., tuple[TrainState, StepMetrics]]:
+def make_guided_step(
+    config: Config, model: GPT, layout: Layout | None = None
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """The jitted step of mode instruct with a backprop gradient: (state, key, tokens, fo_tokens [B, T]) -> (state, metrics).
 
     The first `instruct.num_guided` queries go along directions that the backprop gradient guides, the others along
     random ones. If the gradient is zero all do.
     """
     scope = scope_of(config, model)
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    finish = _make_finish(config, scope, layout)
     loss = make_loss(model, scope)
     loss_and_grad = _make_loss_and_grad(config, model, scope)
     settings, q = config.instruct, config.zo.num_queries
     num_guided = min(settings.num_guided or q, q)
-    random = make_perturbation(config)
+    random = make_perturbation(config).on(layout)
 
     def guided_step(
         state: TrainState, key: jax.Array, tokens: jax.Array, fo_tokens_BT: jax.Array
@@ -143,6 +161,7 @@ def make_guided_step(config: Config, model: GPT) -> Callable[..., tuple[TrainSta
                         trained,
                         part_key,
                         tokens[first:end] if config.zo.batch_per_query else tokens,
+                        layout,
                         end - first,
                     )
                     for family, part_key, first, end in parts
@@ -178,41 +197,68 @@ def make_guided_step(config: Config, model: GPT) -> Callable[..., tuple[TrainSta
             backprop,
         )
         mean_loss = jnp.where(usable, mean_loss, jnp.nan)
-        state, metrics = updates.descend(optimizer, scope, state, mean_loss, gradient, usable)
+        usable &= jnp.isfinite(optax.global_norm(gradient))
+        state, metrics = finish(state, mean_loss, gradient, usable, key)
         return state, metrics._replace(cosine_target=cosine, noise_scale=noise_scale)
 
     return jax.jit(guided_step, donate_argnums=0)
 
 
 def make_train_step(
-    config: Config, model: GPT
+    config: Config, model: GPT, layout: Layout | None = None
 ) -> Callable[..., tuple[TrainState, StepMetrics, StepRecord | None]]:
     """The step of the configured mode: (state, step from 0, tokens, fo_tokens) -> (state, metrics, record).
 
     Each of the two batches is None where the step does not read it; see `batches.reads`. A step with backprop has no record.
     """
-    key, step_key = base_key(config), jax.jit(jax.random.fold_in)
+    step_key = make_step_key(config, layout)
     words = jax.jit(jax.random.key_data)
     if config.mode in ("fo", "calibrate"):
-        fo_step = make_fo_step(config, model)
+        fo_step = make_fo_step(config, model, layout)
     if config.mode == "instruct":
-        guided_step = make_guided_step(config, model)
+        guided_step = make_guided_step(config, model, layout)
     if config.mode != "fo":
-        project, update = make_project(config, model), make_update(config, model)
+        project = make_project(config, model, layout)
+        update = make_update(config, model, layout)
 
     def train_step(state, step, tokens, fo_tokens_BT):
         if fo_tokens_BT is None:
-            k = step_key(key, step)
+            k = step_key(step)
             loss, projections = project(state.params, k, tokens)
             return *update(state, k, loss, projections), StepRecord(words(k), loss, projections)
         if tokens is None:
             return *fo_step(state, fo_tokens_BT), None
-        return *guided_step(state, step_key(key, step), tokens, fo_tokens_BT), None
+        return *guided_step(state, step_key(step), tokens, fo_tokens_BT), None
 
     return train_step
 
 
-def _project(config, perturbation, loss, trained, key, tokens, num_queries=None):
+def make_step_key(config: Config, layout: Layout | None) -> Callable[[int], jax.Array]:
+    """(step from 0) -> its key, on all devices of the layout."""
+    if layout is None:
+        key, fold_in = base_key(config), jax.jit(jax.random.fold_in)
+        return lambda step: fold_in(key, step)
+    everywhere = layout.split(0, None)
+    fold_in = jax.jit(
+        lambda step: jax.random.fold_in(base_key(config), step), out_shardings=everywhere
+    )
+    return lambda step: fold_in(np.uint32(step))
+
+
+def _make_finish(config: Config, scope: Scope, layout: Layout | None) -> Callable[..., Any]:
+    """`updates.descend` of the configured parts: (state, loss, gradient, usable, key) -> (state, metrics)."""
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+
+    def finish(state, loss, gradient, usable, key):
+        new, metrics = updates.descend(
+            optimizer, scope, state, loss, gradient, usable, key, config.optimizer.rounding
+        )
+        return (new if layout is None else layout.constrain(new)), metrics
+
+    return finish
+
+
+def _project(config, perturbation, loss, trained, key, tokens, layout, num_queries=None):
     num_queries = num_queries or config.zo.num_queries
     return estimators.project(
         loss,
@@ -225,6 +271,7 @@ def _project(config, perturbation, loss, trained, key, tokens, num_queries=None)
         difference=config.zo.difference,
         parallel_batch_size=min(config.zo.parallel_batch_size, num_queries),
         batch_per_query=config.zo.batch_per_query,
+        mesh=None if layout is None else layout.mesh,
     )
 
 

@@ -32,15 +32,15 @@ class CannotWrite(RunStopped):
 
 
 @contextlib.contextmanager
-def catch_signals() -> Iterator[Callable[[], str | None]]:
+def catch_signals() -> Iterator[Callable[[int], str | None]]:
     """Inside, the first SIGTERM or SIGINT is only noted, and a second one ends the process at once.
 
-    Gives a function that returns the name of the signal that came, or None. In a thread other than the main one,
+    Gives a function that returns, after a step, the name of the signal that came, or None. In a thread other than the main one,
     where Python allows no handlers, signals do what they did.
     """
     came: list[str] = []
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+        yield lambda step: None
         return
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -57,7 +57,7 @@ def catch_signals() -> Iterator[Callable[[], str | None]]:
     try:
         for number in before:
             signal.signal(number, note)
-        yield lambda: came[0] if came else None
+        yield lambda step: came[0] if came else None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

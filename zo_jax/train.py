@@ -4,20 +4,21 @@ from pathlib import Path
 
 import jax
 
-from zo_jax import evaluate, metrics, plots
+from zo_jax import evaluate, hosts, metrics, plots
 from zo_jax.batches import load_corpora
 from zo_jax.checkpoint import CheckpointError
-from zo_jax.config import Config, ConfigError
+from zo_jax.config import Config, ConfigError, MeshConfig
 from zo_jax.data import Corpus
 from zo_jax.files import write_atomic
 from zo_jax.loop import Loop
 from zo_jax.model import GPT, make_model
 from zo_jax.resume import open_run, rescue
+from zo_jax.sharding import Layout, MeshError, make_mesh
 from zo_jax.sources import DataError
 from zo_jax.steps import base_key, count_trained
 from zo_jax.stops import CannotWrite, RunStopped
 from zo_jax.updates import TrainState
-from zo_jax.validation import resolve, validate
+from zo_jax.validation import check_mesh, resolve, validate
 from zo_jax.workdir import Workdir
 
 # What `train_and_evaluate` raises for reasons that its messages explain.
@@ -46,19 +47,20 @@ def train_and_evaluate(config: Config, workdir: Path, restart: bool = False) -> 
     queries = config.zo.num_queries, config.zo.parallel_batch_size
     config = resolve(config, len(corpus.train_NT))
     if queries[1] > queries[0]:
-        print(
+        hosts.say(
             f"zo.parallel_batch_size={queries[1]} is more than the queries: taken as {queries[0]}"
         )
+    layout = make_layout(config)
     model = make_model(config.model, corpus.tokenizer.vocab_size)
     num_trained = count_trained(config, model)
     evaluate_fn = evaluate.make_evaluate(model)
     held_out = evaluate.choose_blocks(corpus.validation_NT, config.train.eval_blocks)
     with Workdir(Path(workdir).expanduser()) as folder:
-        folder.claim(config, corpus, restart)
-        print(metrics.describe(config, corpus, model, num_trained, folder.path), flush=True)
+        hosts.first_does(lambda: folder.claim(config, corpus, restart))
+        hosts.say(metrics.describe(config, corpus, model, num_trained, folder.path, layout))
         evaluate_params = lambda params: float(evaluate_fn(params, held_out))
         try:
-            with open_run(config, model, folder) as run:
+            with open_run(config, model, folder, layout) as run:
                 loop = Loop(config, corpus, model, run, evaluate_params)
                 try:
                     state = loop.finish()
@@ -70,6 +72,23 @@ def train_and_evaluate(config: Config, workdir: Path, restart: bool = False) -> 
             raise CannotWrite(f"{error}; put that right and run the same command again") from error
 
 
+def make_layout(config: Config) -> Layout | None:
+    """The devices of a run: None for one alone.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices, or the batches the mesh.
+    """
+    mesh, devices = config.mesh, jax.devices()
+    if config.mode == "fo" and mesh == MeshConfig():
+        mesh, devices = MeshConfig(query=1), devices[:1]  # it has no queries to split
+    try:
+        mesh = make_mesh(mesh.query, mesh.data, mesh.model, devices)
+    except MeshError as error:
+        raise ConfigError(str(error)) from error
+    check_mesh(config, mesh.shape)
+    return None if mesh.size == 1 else Layout(mesh)
+
+
 def _tell_results(
     config: Config,
     corpus: Corpus,
@@ -79,16 +98,8 @@ def _tell_results(
     folder: Path,
 ) -> dict[str, float]:
     """Draws the curve, writes a sample, and says how the run ended."""
-    rows = metrics.read(folder / "metrics.csv")
-    loss = next((float(row["loss"]) for row in reversed(rows) if row["loss"]), float("nan"))
-    plots.plot_losses(rows, folder / "loss_curve.png", folder.name)
-    print(
-        f"finished {int(state.step)} steps: training loss {loss:.6f} (last batch), validation loss "
-        f"{eval_loss:.6f} nats per token"
-    )
-    if int(state.num_skipped):
-        print(f"{int(state.num_skipped)} of the steps changed nothing: their loss was not finite")
-    if config.train.sample_tokens:
+    text = None
+    if config.train.sample_tokens:  # by all processes, which hold the parameters together
         text = evaluate.sample_text(
             model,
             state.params,
@@ -97,7 +108,20 @@ def _tell_results(
             config.train.sample_tokens,
             config.train.sample_temperature,
         )
+    rows = metrics.read(folder / "metrics.csv")
+    loss = next((float(row["loss"]) for row in reversed(rows) if row["loss"]), float("nan"))
+    result = dict(step=int(state.step), loss=loss, eval_loss=eval_loss)
+    if not hosts.is_first():
+        return result
+    plots.plot_losses(rows, folder / "loss_curve.png", folder.name)
+    print(
+        f"finished {int(state.step)} steps: training loss {loss:.6f} (last batch), validation loss "
+        f"{eval_loss:.6f} nats per token"
+    )
+    if int(state.num_skipped):
+        print(f"{int(state.num_skipped)} of the steps changed nothing: their loss was not finite")
+    if text is not None:
         write_atomic(folder / "sample.txt", text + "\n")
         print(f"a sample of its text:\n{'-' * 40}\n{text}\n{'-' * 40}")
     print(f"results are in {folder}")
-    return dict(step=int(state.step), loss=loss, eval_loss=eval_loss)
+    return result

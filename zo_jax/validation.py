@@ -1,6 +1,6 @@
 """What a configuration must be, checked before anything is compiled."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import copy
 import difflib
 import math
@@ -24,7 +24,9 @@ PERTURBATIONS = ("rademacher", "gaussian", "sphere", "low_rank")
 DIFFERENCES = ("central", "forward", "jvp")
 OPTIMIZERS = ("sgd", "adam", "adamw", "muon", "mudamw")
 SCHEDULES = ("constant", "cosine")
+ROUNDINGS = ("stochastic", "nearest")
 SOURCES = ("shakespeare", "text", "disk", *HUB_DATASETS)
+MESH = ("mesh.query", "mesh.data", "mesh.model")
 TOKENIZERS = ("char", "bpe", "gpt2")
 
 
@@ -93,6 +95,7 @@ def _check_choices(config: Config) -> None:
         ("instruct.method", config.instruct.method, METHODS),
         ("optimizer.name", config.optimizer.name, OPTIMIZERS),
         ("optimizer.schedule", config.optimizer.schedule, SCHEDULES),
+        ("optimizer.rounding", config.optimizer.rounding, ROUNDINGS),
     ):
         if value not in choices:
             raise ConfigError(f"{name} must be one of {_choices(value, choices)}")
@@ -141,6 +144,7 @@ def _check_ranges(config: Config) -> None:
         (not_negative, ["instruct.noise_scale", "instruct.grad_clip_norm", "instruct.noise_min"]),
         (not_negative, ["instruct.cosine_step", "instruct.noise_step"]),
         (above_zero, ["instruct.adaptive_start", "instruct.adaptive_interval"]),
+        (("at least 1, or -1 for what is left", lambda x: x >= 1 or x == -1), MESH),
         (decay, ["optimizer.b1", "optimizer.b2", "optimizer.momentum", "optimizer.weight_decay"]),
     ):
         for name in names:
@@ -175,6 +179,11 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(
             f"data.block_size={data.block_size} is longer than the model can read "
             f"(model.context_length={model.context_length}); make it at most that"
+        )
+    if "float16" in (model.param_dtype, model.compute_dtype) and zo.epsilon < 2**-14:
+        raise ConfigError(
+            f"zo.epsilon={zo.epsilon:g} underflows in float16, whose least normal number is 6.1e-05; use a larger "
+            "one, such as 1e-2, or bfloat16"
         )
     if data.tokenizer_path and data.tokenizer != "gpt2":
         raise ConfigError(
@@ -266,6 +275,25 @@ def _check_modes(config: Config) -> None:
             f"instruct.num_guided={config.instruct.num_guided} is more than zo.num_queries="
             f"{config.zo.num_queries}; make it at most that"
         )
+
+
+def check_mesh(config: Config, sizes: Mapping[str, int]) -> None:
+    """Whether batches divide over the data axis of a mesh of these sizes.
+
+    Raises:
+      ConfigError: they do not.
+    """
+    batches = {"train.batch_size": config.train.batch_size}
+    if config.mode != "zo":
+        parts = config.fo.gradient_accumulation_steps
+        batches["the backprop batch"] = config.fo.batch_size or config.train.batch_size
+        batches["the backprop micro-batch"] = batches["the backprop batch"] // parts
+    for name, size in batches.items():
+        if size % sizes["data"]:
+            raise ConfigError(
+                f"{name} must be divisible by mesh.data; got {size} and {sizes['data']}; set a batch that is, or a "
+                "smaller mesh.data"
+            )
 
 
 def _check_warmup(config: Config) -> None:

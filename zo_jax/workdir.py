@@ -10,6 +10,7 @@ import socket
 from typing import Any
 import zlib
 
+from zo_jax import hosts
 from zo_jax.config import EXTENDABLE, Config, ConfigError
 from zo_jax.data import Corpus
 from zo_jax.files import write_atomic
@@ -21,7 +22,7 @@ RUN_FILES = (
 
 
 class Workdir:
-    """A run folder that this process has for its own, until it is closed or dies."""
+    """A run folder that this process, and those that run with it, have for their own, until it is closed or dies."""
 
     def __init__(self, path: Path):
         """Makes the folder if it is not there, and locks it.
@@ -29,7 +30,9 @@ class Workdir:
         Raises:
           ConfigError: another process has it, or it cannot be made.
         """
-        self.path = path
+        self.path, self._lock = path, None
+        if not hosts.is_first():
+            return
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("a+")
@@ -52,10 +55,13 @@ class Workdir:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        if self._lock:
+            self._lock.close()
 
     def check(self) -> None:
         """Raises OSError if the folder is no longer there, or another in its place."""
+        if not self._lock:
+            return
         there, here = (self.path / ".lock").stat(), os.fstat(self._lock.fileno())
         if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino):
             raise OSError(f"{self.path} is not the folder that the run began in")
