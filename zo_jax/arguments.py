@@ -66,4 +66,7 @@ def fail(error: Exception) -> None:
     code = getattr(error, "exit_code", 2)
     last = "Traceback" in str(error)  # of a config file that raises: its last line says why
     print(f"{'error' if code == 2 else 'stopped'}: {lines[-last]}", file=sys.stderr)
+    if getattr(error, "at_once", False):
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)

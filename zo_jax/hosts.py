@@ -23,7 +23,7 @@ _HEARTBEAT_TIMEOUT = 30
 class AnotherProcessFailed(RunStopped):
     """Another process of the same run ended, or lost its connection."""
 
-    exit_code = 76
+    exit_code, at_once = 76, True
 
 
 def define_flags() -> Callable[[], None]:
@@ -61,6 +61,20 @@ def join(
         raise AnotherProcessFailed(
             f"--distributed: the processes did not come together ({str(error).splitlines()[0]}); give "
             "--coordinator=HOST:PORT, --num_processes and --process_id to each, or start them in a cluster that JAX knows"
+        ) from error
+
+
+@contextlib.contextmanager
+def explain_failures() -> Iterator[None]:
+    """Inside, what JAX raises when it cannot reach another process says so, and what to do."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise AnotherProcessFailed(
+            f"process {jax.process_index()} of {jax.process_count()} cannot go on, most likely because another one ended "
+            f"({str(error).splitlines()[0]}); start all of them again, and the run goes on"
         ) from error
 
 

@@ -8,9 +8,15 @@ from types import FrameType
 
 
 class RunStopped(Exception):
-    """The run ended early; the message says how to go on."""
+    """The run ended early; the message says how to go on.
+
+    Attributes:
+      exit_code: of the program.
+      at_once: whether it ends without taking leave of other processes, which may be gone.
+    """
 
     exit_code = 1
+    at_once = False
 
 
 class Interrupted(RunStopped):

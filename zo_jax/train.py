@@ -55,7 +55,7 @@ def train_and_evaluate(config: Config, workdir: Path, restart: bool = False) -> 
     num_trained = count_trained(config, model)
     evaluate_fn = evaluate.make_evaluate(model)
     held_out = evaluate.choose_blocks(corpus.validation_NT, config.train.eval_blocks)
-    with Workdir(Path(workdir).expanduser()) as folder:
+    with hosts.explain_failures(), Workdir(Path(workdir).expanduser()) as folder:
         hosts.first_does(lambda: folder.claim(config, corpus, restart))
         hosts.say(metrics.describe(config, corpus, model, num_trained, folder.path, layout))
         evaluate_params = lambda params: float(evaluate_fn(params, held_out))
