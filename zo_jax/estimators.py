@@ -48,6 +48,8 @@ def estimate_gradient(
     difference: str = "central",
     parallel_batch_size: int = 1,
     batch_per_query: bool = False,
+    mesh: Mesh | None = None,
+    query_axis: str = "query",
 ) -> Estimate:
     """Gradient estimate from loss evaluations alone (Spall 1992; Nesterov and Spokoiny 2017).
 
@@ -72,6 +74,10 @@ def estimate_gradient(
       difference: "central", "forward" or "jvp".
       parallel_batch_size: queries evaluated at once; memory grows with it.
       batch_per_query: the batch leaves have a leading axis of size q, one slice a query.
+      mesh: devices, of which those along `query_axis` evaluate different queries. They exchange the losses alone; the
+        numbers are the same, to the bit. How parameters and batch are split over the other axes is theirs to say
+        (`jax.device_put`), and `perturbation.on(zo_jax.sharding.Layout(mesh))` draws directions where the parameters live.
+      query_axis: the name of that axis.
 
     Returns:
       An `Estimate`. A query whose loss is nan or inf is left out of the mean and counted; if all are,
@@ -100,6 +106,8 @@ def estimate_gradient(
         difference=difference,
         parallel_batch_size=parallel_batch_size,
         batch_per_query=batch_per_query,
+        mesh=mesh,
+        query_axis=query_axis,
     )
     keys = jax.random.split(typed_key(key), num_queries)
     gradient = perturbation.combine(params, keys, mean_weights(projections))
@@ -133,6 +141,10 @@ def project(
     key = typed_key(key)
     _check(params, batch, num_queries, epsilon, difference, parallel_batch_size, batch_per_query)
     keys = jax.random.split(key, num_queries)
+    if mesh is not None and query_axis not in mesh.shape:
+        raise ValueError(
+            f"the mesh has no axis {query_axis!r}; its axes are {', '.join(mesh.shape)}; name one of them as query_axis"
+        )
     devices = _Devices(mesh, query_axis)
     lazy_loss = lazily(lambda p, b: _float32_scalar(loss_fn(p, *b)))
 

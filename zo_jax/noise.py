@@ -134,6 +134,44 @@ def signs(words: jax.Array, width: int) -> jax.Array:
     return with_signs(jnp.float32(1), sign_bits(words, width))
 
 
+def agreements(words_n: jax.Array, width: int) -> jax.Array:
+    """⟨zᵢ, zⱼ⟩ of n tables of signs, float32 [n, n], from their words [n, R, W]: entries that agree less those that do not."""
+    n, num_words = len(words_n), words_n.shape[-1]
+    # The bits past the end of a row are no signs.
+    last = (1 << (width - 32 * (num_words - 1))) - 1
+    mask = jnp.full(num_words, 0xFFFFFFFF, jnp.uint32).at[-1].set(last)
+    num_entries = words_n[0].size // num_words * width
+
+    def differences(pair):
+        i, j = pair
+        differ = lax.population_count((words_n[i] ^ words_n[j]) & _along_last(mask, words_n[0]))
+        return jnp.sum(jnp.sum(differ, axis=-1).astype(jnp.float32))
+
+    # One pair after the other: XLA would keep the counts of all pairs at once.
+    i, j = jnp.triu_indices(n, 1)
+    gram = jnp.full((n, n), num_entries, jnp.float32)
+    if n == 1:
+        return gram
+    inner = num_entries - 2 * lax.map(differences, (i, j))
+    return gram.at[i, j].set(inner).at[j, i].set(inner)
+
+
+def rounding_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A random word an entry, uint32 of a shape, from a key [2]: fused into its use, and the same on every mesh."""
+    position = jnp.zeros(shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        step = jnp.uint32(stride % 2**32)
+        position += lax.broadcasted_iota(jnp.uint32, shape, axis) * step
+        stride *= shape[axis]
+    k0, k1 = jnp.full(shape, key[0]), jnp.full(shape, key[1])
+    return _threefry2x32(k0, k1, jnp.zeros(shape, jnp.uint32), position, num_rounds=13)[0]
+
+
+def _along_last(x: jax.Array, like: jax.Array) -> jax.Array:
+    return x.reshape((1,) * (like.ndim - 1) + x.shape)
+
+
 @jax.custom_jvp
 def with_signs(x: jax.Array, bits: jax.Array) -> jax.Array:
     """`x` (float32 scalar) times the sign that each bit names: one exclusive-or an entry."""

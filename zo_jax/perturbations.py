@@ -142,8 +142,28 @@ class Perturbation:
         """
         return self.add(jax.tree.map(jnp.zeros_like, params), keys, weights)
 
+    def combine_with_norm(
+        self, params: Any, keys: jax.Array, weights: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        """`combine`, and the global norm of the sum, float32.
+
+        For few directions of signs or low rank the norm comes from their inner products, which their words tell, so that no
+        pass over the sum is needed and it need never exist.
+        """
+        total, squared = self._add(jax.tree.map(jnp.zeros_like, params), keys, weights, True)
+        if squared is None:
+            leaves = [x for x in jax.tree.leaves(total) if _is_floating(x)]
+            squared = sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves)
+        return total, jnp.sqrt(squared)
+
     def add(self, params: Any, keys: jax.Array, weights: jax.Array) -> Any:
         """params + Σᵢ weightsᵢ zᵢ, summed in float32 and rounded once: an update without a gradient buffer."""
+        return self._add(params, keys, weights)[0]
+
+    def _add(
+        self, params: Any, keys: jax.Array, weights: jax.Array, with_norm: bool = False
+    ) -> tuple[Any, jax.Array | None]:
+        """(`add`, ‖Σᵢ weightsᵢ zᵢ‖² if it is asked for and needs no pass over the sum)."""
         flat, treedef = jax.tree.flatten_with_path(params)
         leaves = [leaf for _, leaf in flat]
         weights = jnp.asarray(weights, jnp.float32) * self._factors(params, keys)
@@ -153,6 +173,8 @@ class Perturbation:
         # Words of directions with the weight 0 are drawn in vain, and change nothing.
         keys_kn2 = jnp.pad(key_words(keys), ((0, pad), (0, 0)), "edge").reshape(-1, n, 2)
         weights_kn = jnp.pad(weights, (0, pad)).reshape(-1, n)
+        cheap = with_norm and num_queries == n <= _UNROLLED
+        squared = jnp.zeros((), jnp.float32) if cheap else None
         for group in self._groups(params):
 
             def add_some(xs, keys_and_weights, group=group):
@@ -162,17 +184,30 @@ class Perturbation:
                     self._sum_leaf(*flat[i], words, weights_n)
                     for i, words in zip(group.indices, parts, strict=True)
                 ]
-                return [x + total.reshape(x.shape) for x, total in zip(xs, sums, strict=True)], None
+                return [
+                    x + total.reshape(x.shape) for x, total in zip(xs, sums, strict=True)
+                ], parts
 
             wide = [jnp.promote_types(leaves[i].dtype, jnp.float32) for i in group.indices]
             xs = [leaves[i].astype(dtype) for i, dtype in zip(group.indices, wide, strict=True)]
             if len(weights_kn) == 1:
-                xs, _ = add_some(xs, (keys_kn2[0], weights_kn[0]))
+                keys_n2 = keys_kn2[0]
+                if squared is not None:
+                    # Never true, which XLA cannot know: it would draw the words of all leaves at once.
+                    keys_n2 = keys_n2 ^ (squared < 0).astype(jnp.uint32)
+                xs, parts = add_some(xs, (keys_n2, weights_kn[0]))
+                for i, words in zip(group.indices, parts, strict=True):
+                    gram = None if squared is None else self._gram_leaf(*flat[i], words)
+                    if gram is None:
+                        squared = None
+                    else:  # rounding can take a sum of zero below it
+                        squared = squared + jnp.maximum(weights @ gram @ weights, 0)
             else:
-                xs, _ = lax.scan(add_some, xs, (keys_kn2, weights_kn))
+                without_words = lambda xs, x, add_some=add_some: (add_some(xs, x)[0], None)
+                xs, _ = lax.scan(without_words, xs, (keys_kn2, weights_kn))
             for i, x in zip(group.indices, xs, strict=True):
                 leaves[i] = self._place(flat[i][0], x.astype(leaves[i].dtype))
-        return jax.tree.unflatten(treedef, leaves)
+        return jax.tree.unflatten(treedef, leaves), squared
 
     def _groups(self, params: Any) -> list[_Group]:
         """The floating leaves in groups, in the order of the stream: first the small ones, all in one."""
@@ -235,6 +270,10 @@ class Perturbation:
         """Σ weights z, float32, of n directions' words [n, ...]."""
         raise NotImplementedError
 
+    def _gram_leaf(self, path, leaf, words_n):
+        """⟨zᵢ, zⱼ⟩ over a leaf, float32 [n, n], from n directions' words; None where they do not tell."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class _Rademacher(Perturbation):
@@ -248,6 +287,9 @@ class _Rademacher(Perturbation):
 
     def _sum_leaf(self, path, leaf, words_n, weights_n):
         return _sum_signs(leaf, words_n, weights_n)
+
+    def _gram_leaf(self, path, leaf, words_n):
+        return noise.agreements(words_n, _width(leaf))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,6 +369,14 @@ class _LowRank(Perturbation):
         # All queries side by side: one matrix product [..., A, n r] @ [..., n r, B].
         side_by_side = lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1)
         return outer(self._everywhere(side_by_side(u)), self._everywhere(side_by_side(v)))
+
+    def _gram_leaf(self, path, leaf, words_n):
+        if not self._is_matrix(path, leaf):
+            return noise.agreements(words_n, _width(leaf))
+        # ⟨u uᵀ', v vᵀ'⟩ of every pair of directions and of their ranks, summed over a stack.
+        u, v = (x.reshape(len(words_n), -1, *x.shape[-2:]) for x in self._factors_of(leaf, words_n))
+        inner = lambda x: jnp.einsum("isak,jsal->ijskl", x, x)
+        return jnp.sum(inner(u) * inner(v), axis=(2, 3, 4)) / self.rank
 
 
 def rademacher() -> Perturbation:

@@ -120,9 +120,10 @@ def make_fo_step(
 
     def fo_step(state: TrainState, tokens_BT: jax.Array) -> tuple[TrainState, StepMetrics]:
         loss, gradient = loss_and_grad(state.params, tokens_BT)
-        usable = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(gradient))
+        norm = optax.global_norm(gradient)
+        usable = jnp.isfinite(loss) & jnp.isfinite(norm)
         key = jax.random.fold_in(base_key(config), state.step)
-        return finish(state, loss, gradient, usable, key)
+        return finish(state, loss, gradient, norm, usable, key)
 
     return jax.jit(fo_step, donate_argnums=0)
 
@@ -197,8 +198,9 @@ def make_guided_step(
             backprop,
         )
         mean_loss = jnp.where(usable, mean_loss, jnp.nan)
-        usable &= jnp.isfinite(optax.global_norm(gradient))
-        state, metrics = finish(state, mean_loss, gradient, usable, key)
+        grad_norm = optax.global_norm(gradient)
+        usable &= jnp.isfinite(grad_norm)
+        state, metrics = finish(state, mean_loss, gradient, grad_norm, usable, key)
         return state, metrics._replace(cosine_target=cosine, noise_scale=noise_scale)
 
     return jax.jit(guided_step, donate_argnums=0)
@@ -246,12 +248,12 @@ def make_step_key(config: Config, layout: Layout | None) -> Callable[[int], jax.
 
 
 def _make_finish(config: Config, scope: Scope, layout: Layout | None) -> Callable[..., Any]:
-    """`updates.descend` of the configured parts: (state, loss, gradient, usable, key) -> (state, metrics)."""
+    """`updates.descend` of the configured parts: (state, loss, gradient, its norm, usable, key) -> (state, metrics)."""
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
 
-    def finish(state, loss, gradient, usable, key):
+    def finish(state, loss, gradient, norm, usable, key):
         new, metrics = updates.descend(
-            optimizer, scope, state, loss, gradient, usable, key, config.optimizer.rounding
+            optimizer, scope, state, loss, gradient, norm, usable, key, config.optimizer.rounding
         )
         return (new if layout is None else layout.constrain(new)), metrics
 

@@ -15,7 +15,7 @@ from zo_jax.model import GPT, make_model
 from zo_jax.resume import open_run, rescue
 from zo_jax.sharding import Layout, MeshError, make_mesh
 from zo_jax.sources import DataError
-from zo_jax.steps import base_key, count_trained
+from zo_jax.steps import base_key, count_trained, init_state
 from zo_jax.stops import CannotWrite, RunStopped
 from zo_jax.updates import TrainState
 from zo_jax.validation import check_mesh, resolve, validate
@@ -58,6 +58,10 @@ def train_and_evaluate(config: Config, workdir: Path, restart: bool = False) -> 
     with hosts.explain_failures(), Workdir(Path(workdir).expanduser()) as folder:
         hosts.first_does(lambda: folder.claim(config, corpus, restart))
         hosts.say(metrics.describe(config, corpus, model, num_trained, folder.path, layout))
+        shapes = jax.eval_shape(lambda: init_state(config, model)).params
+        if layout and (whole := list(layout.replicated(shapes))):
+            size = layout.mesh.shape["model"]
+            hosts.say(f"not divided over model={size}, so replicated: {', '.join(whole)}")
         evaluate_params = lambda params: float(evaluate_fn(params, held_out))
         try:
             with open_run(config, model, folder, layout) as run:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import optax
 
 from zo_jax.estimators import estimate_gradient, typed_key
@@ -38,6 +39,8 @@ def zeroth_order(
     difference: str = "central",
     parallel_batch_size: int = 1,
     batch_per_query: bool = False,
+    mesh: Mesh | None = None,
+    query_axis: str = "query",
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the updates, whatever they are, with a zeroth-order estimate of the gradient.
 
@@ -54,6 +57,7 @@ def zeroth_order(
       difference: "central", "forward" or "jvp".
       parallel_batch_size: queries evaluated at once.
       batch_per_query: the leaves of `batch` have a leading axis num_queries, one slice a query.
+      mesh, query_axis: devices over which the queries are split, as of `estimate_gradient`.
 
     Returns:
       The transformation; its state is a `ZerothOrderState`.
@@ -115,6 +119,8 @@ def zeroth_order(
             difference=difference,
             parallel_batch_size=parallel_batch_size,
             batch_per_query=batch_per_query,
+            mesh=mesh,
+            query_axis=query_axis,
         )
         return estimate.gradient, ZerothOrderState(
             key=state.key,

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import zlib
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import optax
 
-from zo_jax import instruct
+from zo_jax import instruct, noise
 from zo_jax.estimators import mean_weights
 from zo_jax.perturbations import Perturbation
 from zo_jax.scopes import FULL, Scope
@@ -110,11 +111,14 @@ def make_update(
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), scope.select(state.params)
         )
-        gradient = clip(perturbation.on(layout).combine(shapes, keys, weights), clip_norm)
+        family = perturbation.on(layout)
+        gradient, norm = family.combine_with_norm(shapes, keys, weights)
+        if clip_norm:
+            gradient, norm = clip(gradient, clip_norm), jnp.minimum(norm, clip_norm)
         # Told without the gradient, whose leaves can then be made and applied one by one.
         usable = jnp.any(jnp.isfinite(projections_q))
         usable &= jnp.isfinite(_LARGEST_ENTRY * jnp.sum(jnp.abs(weights)))
-        new, metrics = descend(optimizer, scope, state, loss, gradient, usable, key, rounding)
+        new, metrics = descend(optimizer, scope, state, loss, gradient, norm, usable, key, rounding)
         return (new if layout is None else layout.constrain(new)), metrics
 
     return jax.jit(update, donate_argnums=0)
@@ -126,6 +130,7 @@ def descend(
     state: TrainState,
     loss: jax.Array,
     gradient: Any,
+    grad_norm: jax.Array,
     usable: jax.Array,
     key: jax.Array,
     rounding: str,
@@ -155,7 +160,6 @@ def descend(
     )
     nan = jnp.float32(jnp.nan)
     num_updates = state.step - state.num_skipped
-    grad_norm = optax.global_norm(gradient)
     return new, StepMetrics(
         loss, grad_norm, num_updates, new.num_skipped, new.skipped_in_row, nan, nan
     )
@@ -182,13 +186,19 @@ def apply(params: Any, updates: Any, key: jax.Array, rounding: str = "stochastic
             return near
         # One stream a leaf, named by its path, so that it does not depend on what else is trained.
         name = zlib.crc32(jax.tree_util.keystr(path).encode())
-        bits = jax.random.bits(jax.random.fold_in(key, name), p.shape, jnp.uint16)
+        bits = noise.rounding_bits(jax.random.key_data(jax.random.fold_in(key, name)), p.shape)
+        if (
+            p.dtype == jnp.bfloat16
+        ):  # the upper half of float32: a carry out of the lower half rounds up
+            whole = lax.bitcast_convert_type(exact, jnp.uint32) + (bits >> 16)
+            up_or_down = lax.bitcast_convert_type(whole & jnp.uint32(0xFFFF0000), jnp.float32)
+            return jnp.where(jnp.isfinite(exact), up_or_down, exact).astype(p.dtype)
         error = exact - near.astype(jnp.float32)
         toward = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(p.dtype)
         other = jnp.nextafter(near, toward)
         gap = jnp.abs(other.astype(jnp.float32) - near.astype(jnp.float32))
         chance = jnp.where(error == 0, 0, jnp.abs(error) / gap)
-        return jnp.where((bits.astype(jnp.float32) + 0.5) * 2**-16 < chance, other, near)
+        return jnp.where(((bits >> 16).astype(jnp.float32) + 0.5) * 2**-16 < chance, other, near)
 
     return jax.tree.map_with_path(of_leaf, params, updates)
 
