@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 import sys
 
+import jax
+
+from zo_jax import hosts
 from zo_jax.config import Config, ConfigError, walk
 
 
@@ -66,7 +69,6 @@ def fail(error: Exception) -> None:
     code = getattr(error, "exit_code", 2)
     last = "Traceback" in str(error)  # of a config file that raises: its last line says why
     print(f"{'error' if code == 2 else 'stopped'}: {lines[-last]}", file=sys.stderr)
-    if getattr(error, "at_once", False):
-        sys.stderr.flush()
-        os._exit(code)
+    if jax.distributed.is_initialized() and not getattr(error, "together", False):
+        hosts.leave(code)
     sys.exit(code)

@@ -148,30 +148,39 @@ def project(
     devices = _Devices(mesh, query_axis)
     lazy_loss = lazily(lambda p, b: _float32_scalar(loss_fn(p, *b)))
 
-    def evaluator(query):
+    # What `shard_map` hands to its devices must be among its arguments: all that is below is a function of these.
+    operands = params, batch, keys, perturbation, jnp.float32(epsilon)
+
+    def evaluator(operands, query):
         """The direction of a query is drawn; the loss along it is then a function of the scale."""
+        params, batch, keys, perturbation, _ = operands
         b = jax.tree.map(lambda x: x[query], batch) if batch_per_query else batch
         direction = perturbation.draw(params, keys[query])
         return lambda scale: lazy_loss(perturbation.move(params, direction, scale), b)
 
+    evaluate_all = lambda function, *xs: _map(function, operands, xs, parallel_batch_size, devices)
     if difference == "jvp":
-        slope = lambda query: jax.jvp(evaluator(query), (jnp.float32(0),), (jnp.float32(1),))
-        losses, projections = _map(slope, (jnp.arange(num_queries),), parallel_batch_size, devices)
+        slope = lambda operands, query: jax.jvp(
+            evaluator(operands, query), (jnp.float32(0),), (jnp.float32(1),)
+        )
+        losses, projections = evaluate_all(slope, np.arange(num_queries))
         return _masked(losses, projections)
 
     epsilon = jnp.float32(epsilon)
     if difference == "central":
         # A loop over the two sides, so that the loss is compiled once.
-        two_sides = lambda query: lax.map(evaluator(query), jnp.stack([epsilon, -epsilon]))
-        sides = _map(two_sides, (jnp.arange(num_queries),), parallel_batch_size, devices)
+        two_sides = lambda operands, query: lax.map(
+            evaluator(operands, query), jnp.stack([operands[-1], -operands[-1]])
+        )
+        sides = evaluate_all(two_sides, np.arange(num_queries))
         return _masked(jnp.mean(sides, axis=1), (sides[:, 0] - sides[:, 1]) / (2 * epsilon))
     # One list of evaluations: the queries after the unperturbed ones (scale 0).
     num_bases = num_queries if batch_per_query else 1
-    i = jnp.arange(num_bases + num_queries)
-    query = jnp.where(i < num_bases, i, i - num_bases)
-    scale = jnp.where(i < num_bases, 0.0, epsilon)
-    evaluate = lambda query, scale: evaluator(query)(scale)
-    losses = _map(evaluate, (query, scale), parallel_batch_size, devices)
+    i = np.arange(num_bases + num_queries)
+    query = np.where(i < num_bases, i, i - num_bases)
+    moved = (i >= num_bases).astype(np.float32)
+    evaluate = lambda operands, query, moved: evaluator(operands, query)(moved * operands[-1])
+    losses = evaluate_all(evaluate, query, moved)
     base = jnp.broadcast_to(losses[:num_bases], (num_queries,))
     return _masked(base, (losses[num_bases:] - base) / epsilon)
 
@@ -214,24 +223,28 @@ class _Devices(NamedTuple):
 
 
 def _map(
-    function: Callable[..., Any], xs: tuple[jax.Array, ...], batch_size: int, devices: _Devices
+    function: Callable[..., Any],
+    operands: Any,
+    xs: tuple[np.ndarray, ...],
+    batch_size: int,
+    devices: _Devices,
 ) -> Any:
-    """`function` of each of `xs`, some at once, on all devices of the query axis."""
+    """`function(operands, *x)` of each of `xs`, some at once, on all devices of the query axis."""
+    here = lambda operands, *xs: _map_here(lambda *x: function(operands, *x), xs, batch_size)
     if devices.mesh is None:
-        return _map_here(function, xs, batch_size)
-    n = xs[0].shape[0]
+        return here(operands, *map(jnp.asarray, xs))
+    n = len(xs[0])
     # The last groups evaluate the last query again where they have none of their own.
     pad = -n % devices.mesh.shape[devices.axis]
-    xs = tuple(jnp.pad(x, (0, pad), "edge") for x in xs)
     split = PartitionSpec(devices.axis)
     out = jax.shard_map(
-        lambda *xs: _map_here(function, xs, batch_size),
+        here,
         mesh=devices.mesh,
-        in_specs=(split,) * len(xs),
+        in_specs=(PartitionSpec(), *(split for _ in xs)),
         out_specs=split,
         axis_names={devices.axis},
         check_vma=False,
-    )(*xs)
+    )(operands, *(jnp.asarray(np.pad(x, (0, pad), "edge")) for x in xs))
     everywhere = NamedSharding(devices.mesh, PartitionSpec())
     return jax.tree.map(lambda x: lax.with_sharding_constraint(x, everywhere)[:n], out)
 

@@ -5,6 +5,7 @@ coordinates, ‖·‖ the norm over all leaves together.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -99,6 +100,11 @@ def in_support(gradient: Any, support: Support) -> Any:
     return jax.tree.unflatten(treedef, masks)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["gradient", "cosine", "noise_scale", "norm", "support"],
+    meta_fields=["method", "layout"],
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Guided(Perturbation):
     """A family of directions around a gradient, to be used in the trace in which it is made.

@@ -8,6 +8,7 @@ E[z zᵀ] = I, so that E[⟨g, z⟩ z] = g.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar, NamedTuple
 
@@ -275,6 +276,7 @@ class Perturbation:
         return None
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["layout"])
 @dataclasses.dataclass(frozen=True)
 class _Rademacher(Perturbation):
     """Independent signs."""
@@ -292,6 +294,7 @@ class _Rademacher(Perturbation):
         return noise.agreements(words_n, _width(leaf))
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["layout"])
 @dataclasses.dataclass(frozen=True)
 class _Gaussian(Perturbation):
     """Independent normal entries."""
@@ -309,6 +312,7 @@ class _Gaussian(Perturbation):
         return weights_n[0] * noise.normals(words_n[0], _width(leaf))
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["layout"])
 @dataclasses.dataclass(frozen=True)
 class _Sphere(_Gaussian):
     """Uniform on the sphere of radius √d: a Gaussian direction over its norm."""
@@ -323,6 +327,7 @@ class _Sphere(_Gaussian):
         return lax.map(lambda key_2: self.draw(params, key_2).factor, key_words(keys))
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["rank", "layout"])
 @dataclasses.dataclass(frozen=True)
 class _LowRank(Perturbation):
     """Matrices get u vᵀ / √r; other leaves independent signs."""

@@ -12,23 +12,23 @@ class RunStopped(Exception):
 
     Attributes:
       exit_code: of the program.
-      at_once: whether it ends without taking leave of other processes, which may be gone.
+      together: whether all processes of the run end so, and can take leave of each other.
     """
 
     exit_code = 1
-    at_once = False
+    together = False
 
 
 class Interrupted(RunStopped):
     """A signal or a preemption notice came; EX_TEMPFAIL of sysexits.h says: run the same command again."""
 
-    exit_code = 75
+    exit_code, together = 75, True
 
 
 class Diverged(RunStopped):
     """Too many steps in a row had no finite loss."""
 
-    exit_code = 3
+    exit_code, together = 3, True
 
 
 class CannotWrite(RunStopped):
