@@ -255,6 +255,7 @@ def test_replay_equals_training_to_the_bit(tiny_config, tmp_path, optimizer, per
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_replay_equals_numpy(tiny_config, tmp_path):
     tiny_config.optimizer.name = "sgd"
     start, end, there = train_steps(tiny_config, tmp_path)
@@ -317,6 +318,7 @@ def test_command_line(tiny_config, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_hybrid_modes_say_from_where_they_replay(tiny_config, tmp_path, capsys):
     tiny_config.mode, tiny_config.fo.bp_interval = "calibrate", 3
     tiny_config.train.checkpoint_interval = 3

@@ -133,6 +133,7 @@ def test_handlers_are_put_back():
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+@pytest.mark.slow
 def test_full_disk(tiny_config, tmp_path, small_disk, text):
     tiny_config.train.checkpoint_interval = 1
     train.train_and_evaluate(tiny_config, tmp_path / "whole")
@@ -173,6 +174,7 @@ def test_read_only_folder(tmp_path):
     assert "Permission denied" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own
 def test_old_and_damaged_checkpoints(tiny_config, tmp_path, text, capsys):
     whole, folder = tmp_path / "whole", tmp_path / "run"
@@ -207,6 +209,7 @@ def test_old_and_damaged_checkpoints(tiny_config, tmp_path, text, capsys):
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own
 def test_corrupt_and_lost_ledgers(tiny_config, tmp_path, text, capsys):
     whole, folder = tmp_path / "whole", tmp_path / "run"
@@ -253,6 +256,7 @@ def test_corrupt_and_lost_ledgers(tiny_config, tmp_path, text, capsys):
         train.train_and_evaluate(tiny_config, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["calibrate", "instruct"])
 def test_hybrid_runs_go_on_from_between(tiny_config, tmp_path, text, mode, capsys):
     tiny_config.mode, tiny_config.fo.bp_interval = mode, 6
@@ -268,6 +272,7 @@ def test_hybrid_runs_go_on_from_between(tiny_config, tmp_path, text, mode, capsy
     assert_same_run(folder, whole, tiny_config)
 
 
+@pytest.mark.slow
 def test_no_finite_loss(tiny_config, tmp_path, text):
     tiny_config.optimizer.name, tiny_config.optimizer.learning_rate = "sgd", 1e30
     tiny_config.train.num_steps, tiny_config.train.max_skipped = 100, 4
@@ -283,6 +288,7 @@ def test_no_finite_loss(tiny_config, tmp_path, text):
     assert train.train_and_evaluate(tiny_config, tmp_path / "run")["step"] == saved + 2
 
 
+@pytest.mark.slow
 def test_time_between_checkpoints(tiny_config, tmp_path, text, capsys):
     tiny_config.train.checkpoint_interval, tiny_config.train.checkpoint_minutes = 0, 1e-9
     train.train_and_evaluate(tiny_config, tmp_path / "run")
@@ -305,6 +311,7 @@ def test_lock_is_freed_and_the_folder_watched(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_changed_configuration_is_told_field_by_field(tiny_config, tmp_path, text):
     train.train_and_evaluate(tiny_config, tmp_path / "run")
     tiny_config.zo.num_queries, tiny_config.optimizer.learning_rate = 4, 0.5
@@ -322,6 +329,7 @@ def test_changed_configuration_is_told_field_by_field(tiny_config, tmp_path, tex
     assert train.train_and_evaluate(tiny_config, tmp_path / "run")["step"] == 8
 
 
+@pytest.mark.slow
 def test_replaying_is_written_where_it_belongs(tiny_config, tmp_path, text):
     """`ledger.FILE` is the name that the run folder uses."""
     train.train_and_evaluate(tiny_config, tmp_path / "run")

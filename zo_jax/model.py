@@ -59,7 +59,10 @@ class Block(nn.Module):
             y.reshape(B, T, self.num_heads, C // self.num_heads)
             for y in jnp.split(qkv_BTC, 3, axis=-1)
         )
+        if self.dtype == jnp.float16:  # which not all backends can multiply and sum in float32
+            q_BTHD, k_BTHD, v_BTHD = (y.astype(jnp.float32) for y in (q_BTHD, k_BTHD, v_BTHD))
         y_BTHD = jax.nn.dot_product_attention(q_BTHD, k_BTHD, v_BTHD, is_causal=True)
+        y_BTHD = y_BTHD.astype(self.dtype)
         x_BTC = x_BTC + dense(C, "proj", residual_scale)(y_BTHD.reshape(B, T, C))
         h_BTC = nn.gelu(dense(4 * C, "fc")(norm("ln_2")(x_BTC)), approximate=True)
         return x_BTC + dense(C, "fc_proj", residual_scale)(h_BTC), None
