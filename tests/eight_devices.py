@@ -204,13 +204,21 @@ def test_estimator_of_any_loss_on_a_mesh():
     params = {"kernel": jax.random.normal(jax.random.key(1), (6, 4)), "b": jnp.ones(4)}
     x = jax.random.normal(jax.random.key(2), (5, 6))
     loss_fn = lambda p, x: jnp.mean(jnp.tanh(x @ p["kernel"] + p["b"][None]) ** 2)
-    estimate = lambda mesh: jax.jit(
-        lambda p, key: zo_jax.estimate_gradient(loss_fn, p, key, x, num_queries=6, mesh=mesh)
+    estimate = lambda mesh, perturbation=None: jax.jit(
+        lambda p, key: zo_jax.estimate_gradient(
+            loss_fn, p, key, x, num_queries=6, mesh=mesh, perturbation=perturbation
+        )
     )
     alone = estimate(None)(params, jax.random.key(0))
     placed = jax.device_put(params, layout.shardings(params))
-    for mesh in (None, layout.mesh):  # sharded parameters alone, and the queries split too
-        on_mesh = estimate(mesh)(placed, jax.random.key(0))
+    # Sharded parameters alone; the queries split too; and the directions drawn where the parameters live.
+    family = zo_jax.rademacher()
+    for mesh, perturbation in (
+        (None, family),
+        (layout.mesh, family),
+        (layout.mesh, family.on(layout)),
+    ):
+        on_mesh = estimate(mesh, perturbation)(placed, jax.random.key(0))
         np.testing.assert_allclose(on_mesh.projections, alone.projections, rtol=1e-2, atol=1e-3)
         for a, b in zip(
             jax.tree.leaves(on_mesh.gradient), jax.tree.leaves(alone.gradient), strict=True

@@ -6,7 +6,13 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("module", ["lazy", "perturbations", "estimators", "transforms"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("lazy", "perturbations", "estimators", "transforms", "optimizers", "instruct"),
+        *("updates", "ledger", "fingerprint", "sharding"),
+    ],
+)
 def test_docstring_examples(module):
     results = doctest.testmod(importlib.import_module(f"zo_jax.{module}"))
     assert results.attempted > 0 and results.failed == 0

@@ -217,7 +217,7 @@ def instruct_directions(
     >>> import jax, jax.numpy as jnp, zo_jax
     >>> g = jnp.array([3.0, -0.1, 0.2, 4.0])
     >>> z = zo_jax.instruct_directions(g, jax.random.key(0), 2, noise_scale=0.0)
-    >>> z.tolist()
+    >>> (z + 0.0).tolist()
     [[3.0, 0.0, 0.0, 4.0], [3.0, 0.0, 0.0, 4.0]]
     """
     family = guided(gradient, cosine_target, noise_scale, method)
