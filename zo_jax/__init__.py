@@ -1,11 +1,11 @@
 """Training with forward passes only: zeroth-order gradient estimates for JAX."""
 
+from zo_jax.directions import Perturbation
 from zo_jax.estimators import Estimate, estimate_gradient, mean_weights, project
 from zo_jax.instruct import guided, instruct_directions
 from zo_jax.lazy import lazily, record_formed
 from zo_jax.optimizers import MudamwState, mudamw
 from zo_jax.perturbations import (
-    Perturbation,
     apply_directions,
     gaussian,
     low_rank,

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from zo_jax.directions import Perturbation
 from zo_jax.lazy import lazily
-from zo_jax.perturbations import Perturbation, rademacher
+from zo_jax.perturbations import rademacher
 
 DIFFERENCES = ("central", "forward", "jvp")
 

@@ -14,8 +14,9 @@ from jax import lax
 import jax.numpy as jnp
 
 from zo_jax.config import InstructConfig
+from zo_jax.directions import Perturbation
 from zo_jax.estimators import typed_key
-from zo_jax.perturbations import Perturbation, gaussian
+from zo_jax.perturbations import gaussian
 
 METHODS = ("hybrid", "gram_schmidt")
 # Steps whose mean loss the adaptive schedule looks at.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from zo_jax.config import OptimizerConfig
-from zo_jax.perturbations import is_matrix
+from zo_jax.directions import is_matrix
 
 # Coefficients of the quintic Newton-Schulz iteration (Jordan et al., "Muon", 2024).
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

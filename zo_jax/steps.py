@@ -13,6 +13,7 @@ import optax
 
 from zo_jax import estimators, instruct, perturbations, updates
 from zo_jax.config import Config
+from zo_jax.directions import Perturbation
 from zo_jax.losses import next_token_loss
 from zo_jax.model import GPT, init_params
 from zo_jax.optimizers import make_optimizer
@@ -35,7 +36,7 @@ class StepRecord(NamedTuple):
     projections: jax.Array
 
 
-def make_perturbation(config: Config) -> perturbations.Perturbation:
+def make_perturbation(config: Config) -> Perturbation:
     """The family of directions that the configuration names."""
     return perturbations.by_name(config.zo.perturbation, config.zo.rank)
 

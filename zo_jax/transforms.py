@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
+from zo_jax.directions import Perturbation, key_words
 from zo_jax.estimators import estimate_gradient, typed_key
-from zo_jax.perturbations import Perturbation, key_words
 
 
 class ZerothOrderState(NamedTuple):

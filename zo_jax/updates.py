@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from zo_jax import instruct, noise
+from zo_jax.directions import Perturbation
 from zo_jax.estimators import mean_weights
-from zo_jax.perturbations import Perturbation
 from zo_jax.scopes import FULL, Scope
 from zo_jax.sharding import Layout
 
