@@ -22,7 +22,7 @@ from zo_jax.validation import validate
 
 HEADER = {"num_queries": 3, "versions": {"jax": "1"}, "perturbation": "rademacher"}
 FUZZ = settings(
-    max_examples=int(os.environ.get("ZO_JAX_FUZZ_EXAMPLES", "300")),
+    max_examples=int(os.environ.get("ZO_JAX_FUZZ_EXAMPLES", "150")),
     deadline=None,
     derandomize="ZO_JAX_FUZZ_EXAMPLES" not in os.environ,
     suppress_health_check=list(HealthCheck),
@@ -231,6 +231,7 @@ def train_steps(config, tmp_path, num_steps=5):
     return start, jax.tree.map(np.array, state), records.read(tmp_path / "l")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer, perturbation, scope",
     [
@@ -283,6 +284,7 @@ def test_replay_refuses(tiny_config, tmp_path):
         ledger.replay(start, there, optimizer, to_step=3)
 
 
+@pytest.mark.slow
 def test_command_line(tiny_config, tmp_path, capsys):
     train.train_and_evaluate(tiny_config, tmp_path / "run")
     assert ledger.main([str(tmp_path / "run")]) == 0
