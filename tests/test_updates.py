@@ -125,6 +125,28 @@ def test_checkpointed_activations_change_no_gradient(tiny_config):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_chunks_of_a_batch_change_no_projection_and_save_memory(tiny_config):
+    tiny_config.train.batch_size, tiny_config.zo.epsilon = 64, 1e-2
+    tiny_config.model.width, tiny_config.model.num_layers = 32, 2
+    results, needs = [], []
+    for chunks in (1, 16):
+        tiny_config.zo.batch_chunks = chunks
+        corpus = batches.load_corpora(tiny_config)
+        model = make_model(tiny_config.model, corpus.tokenizer.vocab_size)
+        state = steps.init_state(tiny_config, model)
+        tokens, _ = batches.read_batches(tiny_config, corpus.train_NT, 0)
+        args = state.params, steps.base_key(tiny_config), tokens
+        project = steps.make_project(tiny_config, model)
+        results.append(project(*args))
+        needs.append(project.lower(*args).compile().memory_analysis().temp_size_in_bytes)
+    np.testing.assert_allclose(*(loss for loss, _ in results), rtol=1e-6)
+    np.testing.assert_allclose(*(c for _, c in results), rtol=1e-2, atol=1e-3)
+    assert needs[1] < needs[0] / 2
+    tiny_config.zo.batch_chunks = 3
+    with pytest.raises(ConfigError, match=r"divisible by zo.batch_chunks; got 64 and 3"):
+        validate(tiny_config)
+
+
 def test_fingerprint_notices_every_bit():
     rng = np.random.default_rng(0)
     tree = {

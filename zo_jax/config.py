@@ -81,6 +81,9 @@ class ZOConfig:
         "central (2 evaluations a query), forward (1 + q evaluations) or jvp (exact, forward mode)",
     )
     parallel_batch_size: int = _field(1, "queries evaluated at once (memory grows with it)")
+    batch_chunks: int = _field(
+        1, "chunks of a batch that are evaluated one after the other (less memory for activations)"
+    )
     batch_per_query: bool = _field(
         False, "a fresh batch for every query, rather than one batch shared by all"
     )

@@ -127,10 +127,14 @@ def project(
     difference: str = "central",
     parallel_batch_size: int = 1,
     batch_per_query: bool = False,
+    batch_in_chunks: bool = False,
     mesh: Mesh | None = None,
     query_axis: str = "query",
 ) -> tuple[jax.Array, jax.Array]:
     """The forward passes of `estimate_gradient`, whose arguments it takes: (loss, projections).
+
+    With `batch_in_chunks` the leaves of a query's batch have one more leading axis, of chunks, which are evaluated one after the
+    other for the sake of memory; the loss is the mean of theirs.
 
     >>> import jax, jax.numpy as jnp, zo_jax
     >>> loss, c = zo_jax.project(
@@ -157,7 +161,10 @@ def project(
         params, batch, keys, perturbation, _ = operands
         b = jax.tree.map(lambda x: x[query], batch) if batch_per_query else batch
         direction = perturbation.draw(params, keys[query])
-        return lambda scale: lazy_loss(perturbation.move(params, direction, scale), b)
+        loss = lambda scale, b: lazy_loss(perturbation.move(params, direction, scale), b)
+        if batch_in_chunks:
+            return lambda scale: jnp.mean(lax.map(lambda chunk: loss(scale, chunk), b))
+        return lambda scale: loss(scale, b)
 
     evaluate_all = lambda function, *xs: _map(function, operands, xs, parallel_batch_size, devices)
     if difference == "jvp":

@@ -262,7 +262,10 @@ def _make_finish(config: Config, scope: Scope, layout: Layout | None) -> Callabl
 
 
 def _project(config, perturbation, loss, trained, key, tokens, layout, num_queries=None):
-    num_queries = num_queries or config.zo.num_queries
+    num_queries, chunks = num_queries or config.zo.num_queries, config.zo.batch_chunks
+    if chunks > 1:
+        *queries, B, T = tokens.shape
+        tokens = tokens.reshape(*queries, chunks, B // chunks, T)
     return estimators.project(
         loss,
         trained,
@@ -274,6 +277,7 @@ def _project(config, perturbation, loss, trained, key, tokens, layout, num_queri
         difference=config.zo.difference,
         parallel_batch_size=min(config.zo.parallel_batch_size, num_queries),
         batch_per_query=config.zo.batch_per_query,
+        batch_in_chunks=chunks > 1,
         mesh=None if layout is None else layout.mesh,
     )
 

@@ -119,7 +119,7 @@ def _check_ranges(config: Config) -> None:
         (natural, ["model.num_layers", "model.num_heads", "model.width", "data.max_samples"]),
         (natural, ["optimizer.warmup_steps", "train.num_steps", "train.sample_tokens"]),
         (positive, ["model.context_length", "zo.num_queries", "zo.rank"]),
-        (positive, ["zo.parallel_batch_size", "fo.gradient_accumulation_steps"]),
+        (positive, ["zo.batch_chunks", "zo.parallel_batch_size", "fo.gradient_accumulation_steps"]),
         (positive, ["train.num_epochs", "train.batch_size", "train.log_interval"]),
         (positive, ["train.eval_interval", "train.eval_blocks", "train.keep_checkpoints"]),
         (natural, ["train.checkpoint_interval", "train.max_skipped"]),
@@ -211,6 +211,11 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(
             f"zo.rank={zo.rank} is read by zo.perturbation=low_rank alone, but zo.perturbation="
             f"{zo.perturbation}; set one or the other"
+        )
+    if train.batch_size % zo.batch_chunks:
+        raise ConfigError(
+            "train.batch_size must be divisible by zo.batch_chunks; got "
+            f"{train.batch_size} and {zo.batch_chunks}"
         )
     _check_modes(config)
     if optimizer.schedule == "cosine" and optimizer.min_learning_rate > optimizer.learning_rate:
