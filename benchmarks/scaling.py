@@ -60,11 +60,7 @@ def exchanged(compiled: Any) -> tuple[Counter, int]:
                 r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", line
             ):
                 inner, inner_size = of(called)
-                times = (
-                    int(turns[1])
-                    if turns and f"body=%{called}" in line.replace("body=", "body=")
-                    else 1
-                )
+                times = int(turns[1]) if turns and f"body=%{called}" in line else 1
                 for kind, count in inner.items():
                     counts[kind] += count * times
                 size += inner_size * times

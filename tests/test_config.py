@@ -69,6 +69,14 @@ def test_tiny_is_valid(tiny_config):
         (dict(train__checkpoint_interval=-1), "train.checkpoint_interval"),
         (dict(train__keep_checkpoints=0), "train.keep_checkpoints"),
         (dict(zo=3), "zo must be a ZOConfig"),
+        (dict(mode="fo", zo__batch_chunks=2), "only with queries"),
+        (dict(zo__batch_chunks=3), "divisible by zo.batch_chunks"),
+        (dict(model__checkpoint_activations=True), "only with backprop"),
+        (dict(optimizer__rounding="nearest"), "only with model.param_dtype"),
+        (dict(optimizer__rounding="up"), "one of stochastic, nearest"),
+        (dict(mesh__query=0), "mesh.query must be at least 1, or -1"),
+        (dict(train__max_skipped=-1), "train.max_skipped"),
+        (dict(model__param_dtype="float16", zo__epsilon=1e-5), "underflows"),
     ],
 )
 def test_impossible(tiny_config, fields, message):

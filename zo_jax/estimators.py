@@ -154,7 +154,8 @@ def project(
     lazy_loss = lazily(lambda p, b: _float32_scalar(loss_fn(p, *b)))
 
     # What `shard_map` hands to its devices must be among its arguments: all that is below is a function of these.
-    operands = params, batch, keys, perturbation, jnp.float32(epsilon)
+    epsilon = jnp.float32(epsilon)
+    operands = params, batch, keys, perturbation, epsilon
 
     def evaluator(operands, query):
         """The direction of a query is drawn; the loss along it is then a function of the scale."""
@@ -174,7 +175,6 @@ def project(
         losses, projections = evaluate_all(slope, np.arange(num_queries))
         return _masked(losses, projections)
 
-    epsilon = jnp.float32(epsilon)
     if difference == "central":
         # A loop over the two sides, so that the loss is compiled once.
         two_sides = lambda operands, query: lax.map(

@@ -217,6 +217,21 @@ def _check_combinations(config: Config) -> None:
             "train.batch_size must be divisible by zo.batch_chunks; got "
             f"{train.batch_size} and {zo.batch_chunks}"
         )
+    for name, value, default, what, holds in (
+        ("zo.batch_chunks", zo.batch_chunks, 1, "queries: any mode but fo", config.mode != "fo"),
+        (
+            *("model.checkpoint_activations", model.checkpoint_activations, False),
+            *("backprop: any mode but zo", config.mode != "zo"),
+        ),
+        (
+            *("optimizer.rounding", optimizer.rounding, "stochastic"),
+            *("model.param_dtype of 16 bits", model.param_dtype != "float32"),
+        ),
+    ):
+        if value != default and not holds:
+            raise ConfigError(
+                f"{name}={value} has an effect only with {what}; leave it at {default}"
+            )
     _check_modes(config)
     if optimizer.schedule == "cosine" and optimizer.min_learning_rate > optimizer.learning_rate:
         raise ConfigError(
