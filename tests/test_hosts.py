@@ -65,11 +65,14 @@ def test_killed_and_resumed_on_other_numbers_of_processes(tmp_path):
     killed = time.monotonic()
     codes, outputs = end(processes)
     assert time.monotonic() - killed < 60
-    # Who notices by itself says so; the others are ended by JAX, whose message says that another task died.
-    assert codes[2] == -signal.SIGKILL and 0 not in codes and 76 in codes, codes
+    # A process that notices by itself says so and ends with 76; if JAX's coordination service notices first it aborts the
+    # process, and says that another task died. Which of them wins is a race, for each process.
+    assert codes[2] == -signal.SIGKILL
     for i in (0, 1, 3):
+        assert codes[i] in (76, -signal.SIGABRT), (codes, outputs[i])
         text = "another one ended" if codes[i] == 76 else "another task died"
-        assert text in outputs[i], outputs[i]
+        assert text in outputs[i], (codes, outputs[i])
+    print("exit codes", codes, "after", round(time.monotonic() - killed, 1), "seconds")
 
     processes = start(folder, 2)
     wait_for_rows(folder, 60, processes)
