@@ -16,27 +16,28 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from zo_jax import arguments, hosts, train, validation
-from zo_jax.config import ConfigError, default_run_name
+from zo_jax.train import cli, processes, validation
+from zo_jax.train.config import ConfigError, default_run_name
+from zo_jax.train.run import FAILURES, train_and_evaluate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder.")
-_JOIN_OTHERS = hosts.define_flags()
+_JOIN_OTHERS = processes.define_flags()
 _RESTART = flags.DEFINE_bool("restart", False, "Delete the run that the folder holds.")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
     if {"-h", "-help", "--help", "--helpshort", "--helpfull"} & set(argv):
-        print(__doc__ + arguments.help_text())
+        print(__doc__ + cli.help_text())
         sys.exit(0)
     try:
         default = Path(__file__).parent / "configs" / "default.py"
-        sys.argv = argv = [argv[0], *arguments.prepare_arguments(argv[1:], default)]
+        sys.argv = argv = [argv[0], *cli.prepare_arguments(argv[1:], default)]
         if rest := flags.FLAGS(argv)[1:]:
             raise ConfigError(f"{rest[0]!r} is no flag; --help lists them all")
         validation.validate(_CONFIG.value)
     except Exception as error:  # config files and ml_collections raise all kinds
-        arguments.fail(error)
+        cli.fail(error)
     return argv
 
 
@@ -45,9 +46,9 @@ def main(_: list[str]) -> None:
     workdir = Path(_WORKDIR.value or f"runs/{default_run_name(_CONFIG.value)}")
     try:
         _JOIN_OTHERS()
-        train.train_and_evaluate(_CONFIG.value, workdir, _RESTART.value)
-    except train.FAILURES as error:
-        arguments.fail(error)
+        train_and_evaluate(_CONFIG.value, workdir, _RESTART.value)
+    except FAILURES as error:
+        cli.fail(error)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import zo_jax
-from zo_jax.config import DataConfig, ModelConfig
-from zo_jax.data import load_corpus
-from zo_jax.losses import next_token_loss
-from zo_jax.model import count_params, init_params, make_model
+from zo_jax.train.config import DataConfig, ModelConfig
+from zo_jax.train.data.corpus import load_corpus
+from zo_jax.train.losses import next_token_loss
+from zo_jax.train.model import count_params, init_params, make_model
 
 FAMILIES = {
     "rademacher": zo_jax.rademacher(),

@@ -22,8 +22,8 @@ import numpy as np
 import optax
 
 import zo_jax
-from zo_jax.losses import next_token_loss
-from zo_jax.model import GPT, SIZES, init_params
+from zo_jax.train.losses import next_token_loss
+from zo_jax.train.model import GPT, SIZES, init_params
 
 VOCAB_SIZE = 50257
 FAMILIES = {

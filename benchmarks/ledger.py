@@ -13,10 +13,13 @@ import jax
 import numpy as np
 
 from configs import default
-from zo_jax import batches, checkpoint, ledger, records, steps
-from zo_jax.config import Config, ModelConfig, OptimizerConfig, ZOConfig
-from zo_jax.model import make_model
-from zo_jax.validation import resolve
+from zo_jax import ledger
+from zo_jax.train import steps
+from zo_jax.train.config import Config, ModelConfig, OptimizerConfig, ZOConfig
+from zo_jax.train.data import batches
+from zo_jax.train.model import make_model
+from zo_jax.train.run_folder import checkpoint, resume
+from zo_jax.train.validation import resolve
 
 
 def sizes() -> None:
@@ -33,7 +36,7 @@ def sizes() -> None:
             model = make_model(config.model, 50257)
             state = jax.eval_shape(lambda c=config, m=model: steps.init_state(c, m))
             whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-            record = records.record_dtype(q).itemsize
+            record = ledger.record_dtype(q).itemsize
             print(f"| {size}, {optimizer} | {q} | {record} | {whole:,} | {whole // record:,} |")
 
 
@@ -69,7 +72,7 @@ def speed(rounds: int, num_steps: int) -> None:
     step, training, replaying, appending = 0, [], [], []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / ledger.FILE
-        writer = records.Writer(path, ledger.run_header(config, model, state))
+        writer = ledger.Writer(path, resume.run_header(config, model, state))
         for _ in range(rounds + 1):  # the first one compiles
             before = jax.block_until_ready(jax.tree.map(lambda x: x.copy(), state))
             began, first, appended = time.perf_counter(), step, 0.0
@@ -84,7 +87,7 @@ def speed(rounds: int, num_steps: int) -> None:
             jax.block_until_ready(state)
             training.append(time.perf_counter() - began)
             appending.append(appended)
-            there = records.read(path)
+            there = ledger.read(path)
             began = time.perf_counter()
             for record in there.records[first:step]:
                 before, _ = update(before, *ledger.arguments(record))

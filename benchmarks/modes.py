@@ -20,9 +20,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from zo_jax import instruct, steps
-from zo_jax.batches import read_batches
-from zo_jax.config import (
+from zo_jax import trees
+from zo_jax.guided import guided
+from zo_jax.train import steps
+from zo_jax.train.config import (
     Config,
     DataConfig,
     FOConfig,
@@ -32,11 +33,12 @@ from zo_jax.config import (
     TrainConfig,
     ZOConfig,
 )
-from zo_jax.data import load_corpus
-from zo_jax.evaluate import choose_blocks, make_evaluate
-from zo_jax.losses import next_token_loss
-from zo_jax.model import count_params, make_model
-from zo_jax.validation import validate
+from zo_jax.train.data.batches import read_batches
+from zo_jax.train.data.corpus import load_corpus
+from zo_jax.train.evaluate import choose_blocks, make_evaluate
+from zo_jax.train.losses import next_token_loss
+from zo_jax.train.model import count_params, make_model
+from zo_jax.train.validation import validate
 
 PASSES, SECONDS, NUM_EVALUATIONS = 6400, 2.0, 10
 SEEDS = (0, 1, 2)
@@ -147,7 +149,7 @@ def _cosine(config, model, params, key, tokens):
         return jnp.float32(1)
     q, family, parts = config.zo.num_queries, steps.make_perturbation(config), []
     if config.mode == "instruct":
-        guided = instruct.guided(
+        family = guided(
             true, config.instruct.cosine_target, config.instruct.noise_scale, config.instruct.method
         )
         parts.append((guided, config.instruct.num_guided or q))
@@ -159,7 +161,7 @@ def _cosine(config, model, params, key, tokens):
         _, c = steps._project(config, part, loss, params, part_key, tokens, None, n)
         estimates.append(steps._combine(part, params, part_key, c, q))
     estimate = jax.tree.map(lambda *x: sum(x), *estimates)
-    dot = instruct.tree_dot
+    dot = trees.tree_dot
     return dot(estimate, true) / jnp.sqrt(dot(estimate, estimate) * dot(true, true))
 
 

@@ -17,8 +17,9 @@ from jax.extend.random import threefry2x32_p
 import jax.numpy as jnp
 import numpy as np
 
-from zo_jax import instruct, noise
-from zo_jax.perturbations import _sum_signs
+from zo_jax import noise
+from zo_jax.families import _sum_signs
+from zo_jax.guided import largest_coordinates
 from zo_jax.perturbed import outer
 
 ROWS, WIDTH, QUERIES = 50257, 280, 8
@@ -140,7 +141,7 @@ def main() -> None:
     g = jax.random.normal(jax.random.key(5), (121_500, 1024))
     title(f"The largest of {g.size:,} coordinates with 0.81 of the energy")
     fraction = jnp.float32(0.81)
-    report("`instruct.largest_coordinates`", instruct.largest_coordinates, g, fraction)
+    report("`largest_coordinates`", largest_coordinates, g, fraction)
 
 
 if __name__ == "__main__":

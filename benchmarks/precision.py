@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from configs import default
-from zo_jax import batches, evaluate, steps
-from zo_jax.config import Config
-from zo_jax.model import make_model
-from zo_jax.validation import resolve
+from zo_jax.train import evaluate, steps
+from zo_jax.train.config import Config
+from zo_jax.train.data import batches
+from zo_jax.train.model import make_model
+from zo_jax.train.validation import resolve
 
 
 def quantize(params: Any, scales: Any, key: jax.Array) -> tuple[Any, Any]:

@@ -19,11 +19,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from zo_jax import perturbations, steps
-from zo_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, ZOConfig
-from zo_jax.model import make_model
-from zo_jax.sharding import Layout, make_mesh
-from zo_jax.validation import resolve
+from zo_jax import families
+from zo_jax.layout import Layout
+from zo_jax.train import steps
+from zo_jax.train.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    ZOConfig,
+)
+from zo_jax.train.mesh import RULES, make_mesh
+from zo_jax.train.model import make_model
+from zo_jax.train.validation import resolve
 
 _COLLECTIVE = re.compile(
     r"= (\(?)([^=]*?)(all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
@@ -83,7 +92,7 @@ def programs(mode: str, q: int, batch_size: int, shape: tuple[int, int, int]) ->
     config = resolve(config, 1)
     model = make_model(config.model, 50257)
     devices = jax.devices()[: math.prod(shape)]
-    layout = Layout(make_mesh(*shape, devices=devices))
+    layout = Layout(make_mesh(*shape, devices=devices), RULES)
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     state = jax.eval_shape(lambda: steps.init_state(config, model))
     state = jax.tree.map(place, state, layout.shardings(state))
@@ -117,7 +126,7 @@ def recomputation() -> None:
     config = resolve(Config(model=ModelConfig(size="20M"), train=TrainConfig(num_steps=1)), 1)
     params = steps.init_state(config, model).params
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    for family in (perturbations.rademacher(), perturbations.low_rank(1), perturbations.gaussian()):
+    for family in (families.rademacher(), families.low_rank(1), families.gaussian()):
         keys, weights = jax.random.split(jax.random.key(0, impl="threefry2x32"), 8), jnp.ones(8)
         add = jax.jit(family.add, donate_argnums=0)
         params = jax.block_until_ready(add(params, keys, weights))

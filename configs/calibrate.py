@@ -4,7 +4,7 @@ Command: python main.py --config=configs/calibrate.py
 Time: 45 seconds on 2 CPU cores. Loss: validation from 4.14 to 2.87 nats per character.
 """
 
-from zo_jax.config import (
+from zo_jax.train.config import (
     Config,
     DataConfig,
     FOConfig,

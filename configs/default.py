@@ -4,7 +4,7 @@ Command: python main.py
 Time: two minutes on 2 CPU cores. Loss: validation from 4.14 to 2.73 nats per character.
 """
 
-from zo_jax.config import (
+from zo_jax.train.config import (
     Config,
     DataConfig,
     ModelConfig,

@@ -6,7 +6,7 @@ Command: python main.py --config=configs/default_fo.py
 Time: 20 seconds on 2 CPU cores. Loss: validation from 4.14 to 2.18 nats per character.
 """
 
-from zo_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from zo_jax.train.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> Config:

@@ -7,7 +7,7 @@ Time and loss: not measured, for want of a GPU.
 Source: "Zeroth Order Optimization for Pretraining Language Models", ICPRAM 2025.
 """
 
-from zo_jax.config import (
+from zo_jax.train.config import (
     Config,
     DataConfig,
     ModelConfig,

@@ -4,7 +4,7 @@ Command: python main.py --config=configs/instruct.py
 Time: 50 seconds on 2 CPU cores. Loss: validation from 4.14 to 2.91 nats per character.
 """
 
-from zo_jax.config import (
+from zo_jax.train.config import (
     Config,
     DataConfig,
     FOConfig,

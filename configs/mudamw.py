@@ -4,7 +4,7 @@ Command: python main.py --config=configs/mudamw.py
 Time: 45 seconds on 2 CPU cores. Loss: validation from 4.14 to 3.13 nats per character.
 """
 
-from zo_jax.config import (
+from zo_jax.train.config import (
     Config,
     DataConfig,
     ModelConfig,

@@ -15,15 +15,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import pytest
-import tiny
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-@pytest.fixture
-def tiny_config():
-    """A fresh configuration that trains in a second."""
-    return tiny.get_config()
 
 
 @pytest.fixture

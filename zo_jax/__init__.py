@@ -1,25 +1,23 @@
 """Training with forward passes only: zeroth-order gradient estimates for JAX."""
 
-from zo_jax.directions import Perturbation
 from zo_jax.estimators import Estimate, estimate_gradient, mean_weights, project
-from zo_jax.instruct import guided, instruct_directions
-from zo_jax.lazy import lazily, record_formed
-from zo_jax.optimizers import MudamwState, mudamw
-from zo_jax.perturbations import (
-    apply_directions,
-    gaussian,
-    low_rank,
-    rademacher,
-    sphere,
-)
+from zo_jax.families import apply_directions, gaussian, low_rank, rademacher, sphere
+from zo_jax.family import Family
+from zo_jax.guided import guided, instruct_directions
+from zo_jax.interpreter import lazily, record_formed
+from zo_jax.mudamw import MudamwState, mudamw
 from zo_jax.transforms import ZerothOrderState, fill_frozen, zeroth_order
+from zo_jax.update import TrainState, Update, UpdateMetrics, make_update
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Estimate",
+    "Family",
     "MudamwState",
-    "Perturbation",
+    "TrainState",
+    "Update",
+    "UpdateMetrics",
     "ZerothOrderState",
     "apply_directions",
     "estimate_gradient",
@@ -29,6 +27,7 @@ __all__ = [
     "instruct_directions",
     "lazily",
     "low_rank",
+    "make_update",
     "mean_weights",
     "mudamw",
     "project",

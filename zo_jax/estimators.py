@@ -2,7 +2,7 @@
 
 For directions z₁..z_q with E[z zᵀ] = I and projections cᵢ ≈ ⟨∇L(θ), zᵢ⟩ the estimate is ĝ = (1/q) Σᵢ cᵢ zᵢ. It depends on
 the data only through the q scalars c, so it has two halves: `project` evaluates the loss, and
-`Perturbation.combine` sums the directions again from their keys. No direction is ever stored.
+`Family.combine` sums the directions again from their keys. No direction is ever stored.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from zo_jax.directions import Perturbation
-from zo_jax.lazy import lazily
-from zo_jax.perturbations import rademacher
+from zo_jax.families import rademacher
+from zo_jax.family import Family
+from zo_jax.interpreter import lazily
 
 DIFFERENCES = ("central", "forward", "jvp")
 
@@ -45,7 +45,7 @@ def estimate_gradient(
     *batch: Any,
     num_queries: int = 8,
     epsilon: float = 1e-3,
-    perturbation: Perturbation | None = None,
+    perturbation: Family | None = None,
     difference: str = "central",
     parallel_batch_size: int = 1,
     batch_per_query: bool = False,
@@ -77,7 +77,7 @@ def estimate_gradient(
       batch_per_query: the batch leaves have a leading axis of size q, one slice a query.
       mesh: devices, of which those along `query_axis` evaluate different queries. They exchange the losses alone; the
         numbers are the same, to the bit. How parameters and batch are split over the other axes is theirs to say
-        (`jax.device_put`), and `perturbation.on(zo_jax.sharding.Layout(mesh))` draws directions where the parameters live.
+        (`jax.device_put`), and `perturbation.on(zo_jax.layout.Layout(mesh))` draws directions where the parameters live.
       query_axis: the name of that axis.
 
     Returns:
@@ -123,7 +123,7 @@ def project(
     *batch: Any,
     num_queries: int = 8,
     epsilon: float = 1e-3,
-    perturbation: Perturbation | None = None,
+    perturbation: Family | None = None,
     difference: str = "central",
     parallel_batch_size: int = 1,
     batch_per_query: bool = False,

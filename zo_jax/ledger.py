@@ -1,268 +1,172 @@
-"""The ledger: a run as its seed and some scalars a step, and its replay.
+"""The file of a ledger: a header, and a record of one size for every step. Written, read, and mended here.
 
-A zeroth-order step depends on the data only through its q projections, so the initial parameters and, for each step, its key and
-projections are the whole run. Replay calls `update` alone: no loss, no data, every optimiser.
-
-  python -m zo_jax.ledger RUN                          what the ledger of a run folder holds
-  python -m zo_jax.ledger RUN --to-step=N              rebuilds step N from the seed, and compares it with the run's checkpoints
-  python -m zo_jax.ledger RUN --to-step=N --out=DIR    and writes it to DIR as a checkpoint
+Little-endian: the 8 bytes "ZOLEDGER", uint32 length and uint32 CRC-32 of a JSON header; then for every step its number, kind and
+key (uint32 each, the key twice), loss and q projections (float32), and a CRC-32 that begins with the header's. Nothing in it
+is executed.
 """
 
-import argparse
+import json
+import os
 from pathlib import Path
-import sys
-from typing import Any
+import struct
+from typing import Any, NamedTuple
+import zlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-import tqdm
 
-from zo_jax import checkpoint, perturbations, steps, updates
-from zo_jax.config import Config, ConfigError, fixed_fields, from_dict
-from zo_jax.fingerprint import fingerprint
-from zo_jax.model import GPT, make_model
-from zo_jax.records import BACKPROP, LOST, REPLAYABLE, Ledger, LedgerError, Writer, read
-from zo_jax.scopes import make_scope
-from zo_jax.sharding import Layout
-from zo_jax.updates import TrainState
-from zo_jax.validation import validate
+from zo_jax.atomic import read_open, write_atomic, write_whole
 
-__all__ = [
-    "BACKPROP",
-    "LOST",
-    "REPLAYABLE",
-    "Ledger",
-    "LedgerError",
-    "Writer",
-    "make_header",
-    "read",
-    "replay",
-]
-
-FILE = "ledger.bin"
+_MAGIC = b"ZOLEDGER"
+_MAX_HEADER, _MAX_QUERIES = 1 << 20, 1 << 20
+# Kinds of steps: of forward passes alone; with a backprop gradient, or whose record was lost, which none can replay.
+REPLAYABLE, BACKPROP, LOST = 0, 1, 2
 
 
-def make_header(
-    start: TrainState,
-    *,
-    num_queries: int,
-    perturbation: str = "rademacher",
-    rank: int = 1,
-    scope: str = "full",
-    clip_norm: float = 0.0,
-    rounding: str = "stochastic",
-    **info: Any,
-) -> dict[str, Any]:
-    """What fixes a replay, and what is told of it.
+class LedgerError(ValueError):
+    """Something that is no ledger, or cannot be replayed as asked; the message says why."""
 
-    Args:
-      start: the state before step 1, told by its fingerprint.
-      num_queries: q.
-      perturbation, rank: the family of directions, as `perturbations.by_name` knows it.
-      scope: the parameters that are trained, as `scopes.make_scope` knows them.
-      clip_norm, rounding: as in `updates.make_update`.
-      info: anything besides that JSON can hold, such as the configuration of the run and the name of the optimiser.
+
+class Ledger(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+      header: `num_queries`, and what else was written; see `ledger.make_header`.
+      records: of steps 1, 2, ... in order; fields step, kind, key, loss, projections [q].
+      valid: bool, a record each: its checksum is right.
     """
-    device = jax.devices()[0]
-    return {
-        "num_queries": num_queries,
-        "perturbation": perturbation,
-        "rank": rank,
-        "scope": scope,
-        "clip_norm": clip_norm,
-        "rounding": rounding,
-        "fingerprint": int(fingerprint(start)),
-        "versions": {"jax": jax.__version__, "device": f"{device.platform} {device.device_kind}"},
-        **info,
-    }
+
+    header: dict[str, Any]
+    records: np.ndarray
+    valid: np.ndarray
+
+    @property
+    def corrupt(self) -> list[int]:
+        """The steps whose records are damaged."""
+        return [int(i) + 1 for i in np.flatnonzero(~self.valid)]
+
+    def replayable(self, step: int) -> int:
+        """The last step that can be reached from the state after `step` by replay."""
+        usable = self.valid & (self.records["kind"] == REPLAYABLE)
+        blocked = np.flatnonzero(~usable[step:])
+        return step + int(blocked[0]) if len(blocked) else max(step, len(usable))
 
 
-def run_header(config: Config, model: GPT, start: TrainState) -> dict[str, Any]:
-    """The header of a run's ledger, from its resolved configuration."""
-    return make_header(
-        start,
-        num_queries=config.zo.num_queries,
-        perturbation=config.zo.perturbation,
-        rank=config.zo.rank,
-        scope=config.scope,
-        clip_norm=config.instruct.grad_clip_norm,
-        rounding=config.optimizer.rounding,
-        vocab_size=model.vocab_size,
-        config=fixed_fields(config),
-    )
+class Writer:
+    """Appends to a ledger, one system call a record: a killed process leaves whole records, but for the last one."""
+
+    def __init__(self, path: Path, header: dict[str, Any], num_steps: int = 0):
+        """Opens a file, makes it if it is not there, and brings it to `num_steps` records.
+
+        Later records are dropped. Missing and damaged ones are written as lost, which says that they cannot be replayed:
+        `lost` has their steps.
+
+        Raises:
+          LedgerError: the file is no ledger, or its header says more than other `versions`.
+          OSError: the disk.
+        """
+        self.path = Path(path)
+        if not self.path.exists():
+            text = json.dumps(header, sort_keys=True).encode()
+            write_atomic(self.path, _MAGIC + struct.pack("<II", len(text), zlib.crc32(text)) + text)
+        there = read(self.path)
+        if not same_run(there.header, header):
+            raise LedgerError(f"{self.path} is the ledger of another run")
+        text = json.dumps(there.header, sort_keys=True).encode()
+        self._checksum, self._dtype = zlib.crc32(text), there.records.dtype
+        self._start, num_there = len(_MAGIC) + 8 + len(text), len(there.records)
+        self.lost = [step for step in there.corrupt if step <= num_steps]
+        self.lost += range(num_there + 1, num_steps + 1)
+        self._file = self.path.open("r+b", buffering=0)
+        self._file.truncate(self._start + min(num_steps, num_there) * self._dtype.itemsize)
+        nothing = np.full(header["num_queries"], np.nan, np.float32)
+        for step in self.lost:
+            self._file.seek(self._start + (step - 1) * self._dtype.itemsize)
+            self._file.write(self._record(step, LOST, 0, np.nan, nothing))
+        self._file.seek(0, os.SEEK_END)
+
+    def append(self, step: int, kind: int, key: Any, loss: Any, projections_q: Any) -> None:
+        """Writes the record of a step (from 1), whole.
+
+        Args:
+          step: the last one and one more.
+          kind: REPLAYABLE or BACKPROP.
+          key: the words of its key, uint32 [2]; loss: float32; projections_q: float32 [q].
+
+        Raises:
+          OSError: the disk; the file is as before.
+        """
+        write_whole(self._file, self._record(step, kind, key, loss, projections_q))
+
+    def sync(self) -> None:
+        """Returns when the records are on the disk, not only with the kernel."""
+        os.fsync(self._file.fileno())
+
+    def contents(self) -> bytes:
+        """The file, even if it has been deleted."""
+        return read_open(self._file)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _record(self, step: int, kind: int, key: Any, loss: Any, projections_q: Any) -> bytes:
+        record = np.zeros((), self._dtype)
+        record["step"], record["kind"], record["key"] = step, kind, key
+        record["loss"], record["projections"] = loss, projections_q
+        record["crc"] = zlib.crc32(record.tobytes()[:-4], self._checksum)
+        return record.tobytes()
 
 
-def arguments(
-    record: np.void, layout: Layout | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(key, loss, projections): what `update` takes besides the state, on the devices of the layout."""
-    parts = [np.asarray(record[name]) for name in ("key", "loss", "projections")]
-    place = jnp.asarray if layout is None else layout.put_everywhere
-    words, loss, projections = (place(x.astype(x.dtype.newbyteorder("="))) for x in parts)
-    return jax.random.wrap_key_data(words, impl="threefry2x32"), loss, projections
+def same_run(header: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two headers are of one run, which may have gone on with other versions."""
+    as_text = lambda x: json.dumps(x | {"versions": None}, sort_keys=True)
+    return as_text(header) == as_text(other)
 
 
-def replay(
-    start: Any,
-    ledger: Ledger,
-    optimizer: optax.GradientTransformation,
-    *,
-    to_step: int | None = None,
-) -> TrainState:
-    """The state of a run after a step, to the bit, if backend and versions are those of the run.
-
-    Args:
-      start: the parameters before step 1, or the `TrainState` after any step. It is left as it is.
-      ledger: from `read`.
-      optimizer: the run's.
-      to_step: the last one (default: of the ledger).
+def read(path: Path) -> Ledger:
+    """Reads a ledger. A torn last record is left out; damaged ones are marked.
 
     Raises:
-      LedgerError: the parameters are not those that the ledger begins with, or a step between cannot be replayed.
-
-    >>> import jax, jax.numpy as jnp, optax, tempfile, zo_jax
-    >>> from zo_jax import ledger, updates
-    >>> path, optimizer = f"{tempfile.mkdtemp()}/ledger.bin", optax.adam(0.1)
-    >>> params, loss_fn = {"w": jnp.zeros(4)}, lambda p: jnp.sum((p["w"] - 1) ** 2)
-    >>> state = updates.new_state(params, optimizer)
-    >>> update = updates.make_update(optimizer, zo_jax.rademacher())
-    >>> writer = ledger.Writer(path, ledger.make_header(state, num_queries=2, optimizer="adam(0.1)"))
-    >>> for step in range(1, 6):
-    ...     key = jax.random.fold_in(jax.random.key(0), step)
-    ...     loss, c = zo_jax.project(loss_fn, state.params, key, num_queries=2)
-    ...     writer.append(step, ledger.REPLAYABLE, jax.random.key_data(key), loss, c)
-    ...     state, _ = update(state, key, loss, c)
-    >>> again = ledger.replay({"w": jnp.zeros(4)}, ledger.read(path), optimizer)
-    >>> bool(jnp.all(again.params["w"] == state.params["w"]))
-    True
+      LedgerError: the file is no ledger or its header is damaged.
+      OSError: it cannot be read.
     """
-    header = ledger.header
-    is_state = isinstance(start, TrainState)
-    params = start.params if is_state else start
+    data = Path(path).read_bytes()
+    prefix = len(_MAGIC) + 8
+    if data[: len(_MAGIC)] != _MAGIC or len(data) < prefix:
+        raise LedgerError(f"{path} is no ledger: it does not begin with {_MAGIC.decode()}")
+    length, checksum = struct.unpack("<II", data[len(_MAGIC) : prefix])
+    text = data[prefix : prefix + length]
+    if length > _MAX_HEADER or len(text) < length or zlib.crc32(text) != checksum:
+        raise LedgerError(f"{path}: the header is damaged: its checksum is not that of its text")
     try:
-        scope = make_scope(header["scope"], params)
-        family = perturbations.by_name(header["perturbation"], header["rank"])
-        parts = dict(clip_norm=header["clip_norm"], rounding=header["rounding"])
-        update = updates.make_update(optimizer, family, scope=scope, **parts)
-    except (KeyError, TypeError, ValueError) as error:
-        raise LedgerError(f"the header does not say how to replay: {error!r}") from None
-    state = start if is_state else updates.new_state(params, optimizer, scope)
-    if not is_state:
-        check_start(state, ledger)
-    to_step = len(ledger.records) if to_step is None else to_step
-    check_replayable(ledger, int(state.step), to_step)
-    state = jax.tree.map(jnp.copy, state)  # the update donates it
-    for record in ledger.records[int(state.step) : to_step]:
-        state, _ = update(state, *arguments(record))
-    return state
-
-
-def check_start(state: TrainState, ledger: Ledger) -> None:
-    """Raises LedgerError if the state is not that before step 1."""
-    there, here = ledger.header.get("fingerprint"), int(fingerprint(state))
-    if there != here:
-        raise LedgerError(
-            f"the ledger begins with other parameters or another optimiser: its fingerprint is {there}, that of "
-            f"those given {here}; give the ones that the run began with"
-        )
-
-
-def check_replayable(ledger: Ledger, step: int, to_step: int) -> None:
-    """Raises LedgerError if replay cannot go from the state after `step` to `to_step`."""
-    last = len(ledger.records)
-    if not step <= to_step <= last:
-        raise LedgerError(
-            f"step {to_step} is not between {step}, where replay would begin, and {last}, the ledger's last; "
-            "choose another"
-        )
-    reached = ledger.replayable(step)
-    if reached < to_step:
-        record, valid = ledger.records[reached], ledger.valid[reached]
-        why = "its record is damaged"
-        if valid:
-            why = {BACKPROP: "it has a backprop gradient"}.get(
-                int(record["kind"]), "its record is lost"
-            )
-        raise LedgerError(
-            f"step {reached + 1} cannot be replayed: {why}; from step {step} replay reaches step {reached}, and later "
-            "ones from a checkpoint past it"
-        )
-
-
-def main(args: list[str]) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m zo_jax.ledger",
-        description="Tells what the ledger of a run holds, and rebuilds the run's state at a step.",
+        header = json.loads(text)
+        dtype = record_dtype(header["num_queries"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise LedgerError(f"{path}: the header says nothing that can be used ({error!r})") from None
+    body = data[prefix + length :]
+    size = dtype.itemsize
+    records = np.frombuffer(body, dtype, count=len(body) // size)
+    valid = np.array(
+        [
+            zlib.crc32(body[i * size : (i + 1) * size - 4], checksum) == int(record["crc"])
+            and int(record["step"]) == i + 1
+            for i, record in enumerate(records)
+        ],
+        bool,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--to-step", type=int, metavar="N", help="the step to rebuild")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for its checkpoint")
-    options = parser.parse_args(args)
-    try:
-        if options.out and options.to_step is None:
-            raise LedgerError("--out needs --to-step=N, the step to rebuild")
-        return _rebuild(options.run, options.to_step, options.out)
-    except (LedgerError, ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return Ledger(header, records, valid)
 
 
-def _rebuild(run: Path, to_step: int | None, out: Path | None) -> int:
-    ledger = read(run / FILE)
-    header, size = ledger.header, ledger.records.itemsize
-    last = len(ledger.records)
-    print(
-        f"{run / FILE}: {last} steps of {header['num_queries']} {header.get('perturbation')} queries, {size} bytes each"
+def record_dtype(num_queries: Any) -> np.dtype:
+    """Of a record; ValueError if that is no number of queries."""
+    if not isinstance(num_queries, int) or not 1 <= num_queries <= _MAX_QUERIES:
+        raise ValueError(f"num_queries is {num_queries!r}")
+    return np.dtype(
+        [
+            ("step", "<u4"),
+            ("kind", "<u4"),
+            ("key", "<u4", (2,)),
+            ("loss", "<f4"),
+            ("projections", "<f4", (num_queries,)),
+            ("crc", "<u4"),
+        ]
     )
-    if ledger.corrupt:
-        print(f"damaged records: {', '.join(map(str, ledger.corrupt[:20]))}")
-    config = from_dict(header.get("config"))
-    validate(config)
-    if (num_backprop := int(np.sum(ledger.records["kind"] == BACKPROP))) or config.mode != "zo":
-        print(
-            f"mode {config.mode}: {num_backprop} steps have a backprop gradient and cannot be replayed; replay goes from the "
-            "seed or a checkpoint to the step before the next of them"
-        )
-    print(f"replay from the seed reaches step {ledger.replayable(0)}")
-    if to_step is None:
-        return 0
-    model = make_model(config.model, header.get("vocab_size"))
-    state = steps.init_state(config, model)
-    check_start(state, ledger)
-    folder = run / "checkpoints"
-    saved = checkpoint.complete_steps(folder)
-    if ledger.replayable(0) < min(to_step, last):
-        nearest = max((step for step in saved if step <= to_step), default=0)
-        if nearest:
-            state = checkpoint.restore(folder, nearest, state)
-            print(f"beginning at the checkpoint of step {nearest}")
-    check_replayable(ledger, int(state.step), to_step)
-    update = steps.make_update(config, model)
-    same = True
-
-    start = int(state.step)
-    left = tqdm.tqdm(
-        ledger.records[start:to_step], initial=start, total=to_step, unit="step", desc="replay"
-    )
-    for step, record in enumerate(left, start + 1):
-        state, _ = update(state, *arguments(record))
-        if step in saved:
-            there = checkpoint.restore(folder, step, state)
-            equal = int(fingerprint(there)) == int(fingerprint(state))
-            word = "equal to the bit" if equal else "NOT EQUAL"
-            left.write(f"step {step}: parameters and optimiser state are {word} to its checkpoint")
-            same &= equal
-    print(f"replayed to step {to_step}; fingerprint {int(fingerprint(state)):08x}")
-    if out:
-        with checkpoint.open_checkpoints(out, keep=None) as checkpoints:
-            checkpoints.save(to_step, state)
-            checkpoints.wait()
-        print(f"written to {out / str(to_step)}")
-    return 0 if same else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -53,6 +53,11 @@ def _threefry2x32(
     return x0, x1
 
 
+def key_words(key: jax.Array) -> jax.Array:
+    """The two uint32 words of typed or raw Threefry keys, [..., 2]."""
+    return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+
+
 def stream(key: jax.Array, size: int, first: int = 0) -> jax.Array:
     """Consecutive words of a key's stream, uint32 [size].
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
-from zo_jax.directions import Perturbation, key_words
 from zo_jax.estimators import estimate_gradient, typed_key
+from zo_jax.family import Family
+from zo_jax.noise import key_words
 
 
 class ZerothOrderState(NamedTuple):
@@ -35,7 +36,7 @@ def zeroth_order(
     *,
     num_queries: int = 8,
     epsilon: float = 1e-3,
-    perturbation: Perturbation | None = None,
+    perturbation: Family | None = None,
     difference: str = "central",
     parallel_batch_size: int = 1,
     batch_per_query: bool = False,

@@ -1,0 +1,293 @@
+"""What needs several devices; test_sharding.py runs it in a process that has eight virtual ones."""
+
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+import zo_jax
+from zo_jax import families, rounding
+from zo_jax.layout import Layout
+from zo_jax.train import steps
+from zo_jax.train.config import ConfigError
+from zo_jax.train.data import batches
+from zo_jax.train.losses import next_token_loss
+from zo_jax.train.mesh import AXES, RULES, make_mesh
+from zo_jax.train.model import make_model
+from zo_jax.train.run import make_layout, train_and_evaluate
+from zo_jax.train.run_folder import checkpoint, metrics
+
+# Every combination of eight devices, and every axis alone with two.
+MESHES = [m for m in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(m) in (2, 8)]
+
+
+def layout_of(*shape):
+    devices = jax.devices()[: int(np.prod(shape))]
+    return Layout(make_mesh(*shape, devices=devices), RULES)
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = tiny.get_config()
+    path = tmp_path / "bottles.txt"
+    path.write_text(tiny.TEXT)
+    config.data.source, config.data.path = "text", str(path)
+    config.model.width, config.model.context_length = 64, 16
+    config.zo.num_queries, config.train.batch_size = 8, 8
+    return config
+
+
+def setup(config, layout=None):
+    corpus = batches.load_corpora(config)
+    model = make_model(config.model, corpus.tokenizer.vocab_size)
+    state = steps.init_state(config, model, layout)
+    read = lambda step: batches.read_batches(config, corpus.train_NT, step, None, layout)
+    return model, state, read
+
+
+def collectives(compiled):
+    """(kind, dtype, number of entries) of what devices exchange."""
+    pattern = r"= \(?(\w+)\[([\d,]*)\]\S* (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)"
+    return [
+        (kind, dtype, int(np.prod([int(n) for n in dims.split(",") if n] or [1])))
+        for dtype, dims, kind in re.findall(pattern, compiled.as_text())
+    ]
+
+
+def project_on(config, layout):
+    model, state, read = setup(config, layout)
+    place = steps.make_step_key(config, layout)
+    loss, c = steps.make_project(config, model, layout)(state.params, place(0), read(0)[0])
+    return np.asarray(loss), np.asarray(c)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Projections on one device, by configuration."""
+    found = {}
+
+    def of(config):
+        key = str(config.zo)
+        if key not in found:
+            found[key] = project_on(config, None)
+        return found[key]
+
+    return of
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_projections_do_not_depend_on_the_mesh(config, alone, shape):
+    loss, c = project_on(config, layout_of(*shape))
+    expected_loss, expected = alone(config)
+    if shape[1:] == (1, 1):
+        assert c.tobytes() == expected.tobytes() and loss == expected_loss
+    np.testing.assert_allclose(c, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shape, perturbation, difference, per_query, at_once",
+    [
+        ((8, 1, 1), "gaussian", "forward", True, 1),
+        ((2, 2, 2), "gaussian", "forward", True, 1),
+        ((2, 2, 1), "rademacher", "jvp", False, 3),
+        ((2, 2, 2), "low_rank", "central", True, 2),
+    ],
+)
+def test_other_estimates(config, alone, shape, perturbation, difference, per_query, at_once):
+    config.zo.perturbation, config.zo.difference = perturbation, difference
+    config.zo.batch_per_query, config.zo.parallel_batch_size = per_query, at_once
+    config.zo.num_queries = 5  # not divisible by the query axis: padded
+    _, c = project_on(config, layout_of(*shape))
+    _, expected = alone(config)
+    assert c.shape == (5,)
+    if shape[1:] == (1, 1) and at_once == 1:
+        assert c.tobytes() == expected.tobytes()
+    np.testing.assert_allclose(c, expected, rtol=5e-3, atol=5e-3 * np.abs(expected).max())
+
+
+def test_query_groups_exchange_scalars_alone(config):
+    layout = layout_of(8, 1, 1)
+    model, state, read = setup(config, layout)
+    project = steps.make_project(config, model, layout)
+    key = steps.make_step_key(config, layout)(0)
+    found = collectives(project.lower(state.params, key, read(0)[0]).compile())
+    assert found and sum(size for *_, size in found) <= 2 * config.zo.num_queries, found
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("perturbation", ["rademacher", "low_rank"])
+def test_update_gathers_nothing(config, optimizer, perturbation):
+    config.optimizer.name, config.zo.perturbation = optimizer, perturbation
+    config.scope, layout = "full", layout_of(1, 1, 4)
+    model, state, _ = setup(config, layout)
+    kernel = state.params["blocks"]["fc_proj"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (1, 64, 64) and kernel.shape == (1, 256, 64)
+    key = steps.make_step_key(config, layout)(0)
+    c = layout.put_everywhere(np.ones(8, np.float32))
+    update = steps.make_update(config, model, layout)
+    compiled = update.lower(state, key, layout.put_everywhere(np.float32(1)), c).compile()
+    # Inner products of the directions are sums over all devices; nothing else leaves one.
+    found = collectives(compiled)
+    assert all(kind == "all-reduce" and size <= 64 for kind, _, size in found), found
+
+
+@pytest.mark.parametrize("name", ["rademacher", "gaussian", "sphere", "low_rank"])
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)], ids=str)
+def test_directions_do_not_depend_on_the_mesh(config, name, shape):
+    layout = layout_of(*shape)
+    _, state, _ = setup(config)
+    keys, weights = jax.random.split(jax.random.key(5), 3), jnp.array([1.0, -2.0, 0.5])
+    family = families.by_name(name)
+    alone = jax.jit(lambda p: family.combine(p, keys, weights))(state.params)
+    placed = jax.device_put(state.params, layout.shardings(state.params))
+    on_mesh = jax.jit(lambda p: family.on(layout).combine(p, keys, weights))(placed)
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(on_mesh), strict=True):
+        # The norm on the sphere is a sum over devices.
+        np.testing.assert_allclose(
+            a, b, rtol=1e-5 if name == "sphere" else 0, atol=1e-6 if name == "sphere" else 0
+        )
+
+
+def losses_of(folder):
+    rows = metrics.read(folder / "metrics.csv")
+    return np.array([[float(r["loss"] or "nan"), float(r["eval_loss"] or "nan")] for r in rows])
+
+
+def test_a_run_goes_on_on_other_devices(config, tmp_path, capsys):
+    run = lambda name, *mesh: (
+        [setattr(config.mesh, axis, size) for axis, size in zip(AXES, mesh, strict=True)],
+        train_and_evaluate(config, tmp_path / name),
+    )[1]
+    config.train.num_steps = 3
+    run("run", 2, 2, 2)
+    assert "8 of 8: query=2, data=2, model=2" in capsys.readouterr().out
+    config.train.num_steps = 6
+    run("run", 8, 1, 1)
+    assert "continuing from the checkpoint of step 3" in capsys.readouterr().out
+    whole = run("whole", 8, 1, 1)
+    np.testing.assert_allclose(
+        losses_of(tmp_path / "run"), losses_of(tmp_path / "whole"), rtol=2e-3
+    )
+    assert whole["step"] == 6
+    # The run on eight groups of queries is that on one device, to the bit.
+    one = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: one)
+        run("alone", 1, 1, 1)
+    np.testing.assert_array_equal(losses_of(tmp_path / "alone"), losses_of(tmp_path / "whole"))
+    ledgers = [(tmp_path / name / "ledger.bin").read_bytes() for name in ("alone", "whole")]
+    assert ledgers[0] == ledgers[1]
+    assert checkpoint.complete_steps(tmp_path / "alone/checkpoints") == [4, 6]
+
+
+@pytest.mark.parametrize("mode", ["fo", "calibrate", "instruct"])
+def test_every_mode_on_a_mesh(config, mode):
+    config.mode = mode
+    config.fo.bp_interval = 0 if mode == "fo" else 2
+    config.optimizer.name, config.zo.num_queries = "sgd", 4
+    results = []
+    for layout in (None, layout_of(2, 2, 2) if mode != "instruct" else layout_of(2, 2, 1)):
+        model, state, read = setup(config, layout)
+        step_on = steps.make_train_step(config, model, layout)
+        for step in range(2):
+            state, info, _ = step_on(state, step, *read(step))
+        results.append(jax.tree.map(np.asarray, (state.params, info.loss)))
+    apart = [
+        np.abs(a - b) > 2e-5 + 1e-3 * np.abs(b)
+        for a, b in zip(*map(jax.tree.leaves, results), strict=True)
+    ]
+    # A coordinate whose |g| is that of the smallest in the guided set may be in or out of it by rounding.
+    assert sum(x.sum() for x in apart) <= (5 if mode == "instruct" else 0)
+
+
+def test_estimator_of_any_loss_on_a_mesh():
+    layout = layout_of(4, 1, 2)
+    params = {"kernel": jax.random.normal(jax.random.key(1), (6, 4)), "b": jnp.ones(4)}
+    x = jax.random.normal(jax.random.key(2), (5, 6))
+    loss_fn = lambda p, x: jnp.mean(jnp.tanh(x @ p["kernel"] + p["b"][None]) ** 2)
+    estimate = lambda mesh, perturbation=None: jax.jit(
+        lambda p, key: zo_jax.estimate_gradient(
+            loss_fn, p, key, x, num_queries=6, mesh=mesh, perturbation=perturbation
+        )
+    )
+    alone = estimate(None)(params, jax.random.key(0))
+    placed = jax.device_put(params, layout.shardings(params))
+    # Sharded parameters alone; the queries split too; and the directions drawn where the parameters live.
+    family = zo_jax.rademacher()
+    for mesh, perturbation in (
+        (None, family),
+        (layout.mesh, family),
+        (layout.mesh, family.on(layout)),
+    ):
+        on_mesh = estimate(mesh, perturbation)(placed, jax.random.key(0))
+        np.testing.assert_allclose(on_mesh.projections, alone.projections, rtol=1e-2, atol=1e-3)
+        for a, b in zip(
+            jax.tree.leaves(on_mesh.gradient), jax.tree.leaves(alone.gradient), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
+    tx = optax.chain(
+        zo_jax.zeroth_order(jax.random.key(0), num_queries=6, mesh=layout.mesh), optax.sgd(0.1)
+    )
+    step = jax.jit(lambda p, s: tx.update(None, s, p, value_fn=lambda q: loss_fn(q, x)))
+    moved, _ = step(placed, tx.init(placed))
+    assert jax.tree.structure(moved) == jax.tree.structure(params)
+    with pytest.raises(ValueError, match="no axis 'queries'; its axes are query, data, model"):
+        zo_jax.estimate_gradient(
+            loss_fn, params, jax.random.key(0), x, mesh=layout.mesh, query_axis="queries"
+        )
+
+
+def test_stochastic_rounding_does_not_depend_on_the_mesh():
+    layout = layout_of(1, 1, 4)
+    params = {"kernel": jnp.ones((8, 64), jnp.bfloat16)}
+    steps_ = {"kernel": jnp.full((8, 64), 1e-3, jnp.float32)}
+    alone = jax.jit(rounding.apply)(params, steps_, jax.random.key(3))
+    placed = jax.device_put((params, steps_), layout.shardings((params, steps_)))
+    on_mesh = jax.jit(rounding.apply)(*placed, jax.random.key(3))
+    np.testing.assert_array_equal(alone["kernel"], on_mesh["kernel"])
+
+
+def test_meshes_that_do_not_fit(config, tmp_path):
+    for mesh, message in (
+        ((3, 1, 1), "must multiply to the 8 devices; got query=3, data=1, model=1"),
+        ((-1, 3, 1), "must multiply to the 8 devices"),
+        ((-1, -1, 1), "at least 1, or -1 for one of them"),
+        ((0, 1, 1), "at least 1, or -1"),
+        ((1, 8, 1), "train.batch_size must be divisible by mesh.data; got 6 and 8"),
+    ):
+        config.train.batch_size = 6
+        config.mesh.query, config.mesh.data, config.mesh.model = mesh
+        with pytest.raises(ConfigError, match=message):
+            make_layout(config)
+    config.mesh.query, config.mesh.data, config.mesh.model = 1, 4, 2
+    config.train.batch_size, config.mode = 8, "fo"
+    config.fo.gradient_accumulation_steps = 4
+    with pytest.raises(
+        ConfigError, match=r"micro-batch must be divisible by mesh.data; got 2 and 4"
+    ):
+        make_layout(config)
+
+
+def test_leaves_that_do_not_divide_are_replicated(config):
+    config.model.width, config.model.num_heads = 6, 1
+    layout = layout_of(1, 1, 4)
+    _, state, _ = setup(config, layout)
+    assert "blocks/qkv/kernel [1, 6, 18]" in list(layout.replicated(state.params))
+    assert state.params["blocks"]["qkv"]["kernel"].sharding.is_fully_replicated
+    assert not state.params["blocks"]["fc"]["kernel"].sharding.is_fully_replicated
+
+
+def test_loss_is_the_same_on_a_mesh(config):
+    layout = layout_of(2, 2, 2)
+    model, state, _ = setup(config, layout)
+    tokens = np.random.default_rng(0).integers(0, 20, (8, 8)).astype(np.int32)
+    loss = jax.jit(lambda params, tokens_BT: next_token_loss(model, params, tokens_BT))
+    on_mesh = loss(state.params, layout.put_blocks(tokens, np.arange(8)))
+    alone = loss(jax.device_get(state.params), tokens)
+    np.testing.assert_allclose(on_mesh, alone, rtol=1e-6)

@@ -1,0 +1,145 @@
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+
+from zo_jax.train.cli import help_text, prepare_arguments
+from zo_jax.train.config import Config, ConfigError, blocks_per_step, walk
+from zo_jax.train.validation import resolve, validate
+
+DEFAULT = Path(__file__).parents[2] / "configs" / "default.py"
+
+
+def change(config, **fields):
+    for name, value in fields.items():
+        section, _, leaf = name.rpartition("__")
+        setattr(getattr(config, section) if section else config, leaf, value)
+    return config
+
+
+def test_tiny_is_valid(tiny_config):
+    validate(tiny_config)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            dict(mode="zoo"),
+            "mode must be one of zo, fo, calibrate, instruct; got 'zoo'; did you mean zo",
+        ),
+        (dict(optimizer__name="adamm"), "did you mean adam"),
+        (dict(zo__perturbation="gausian"), "did you mean gaussian"),
+        (dict(zo__difference="x"), "central, forward, jvp"),
+        (dict(optimizer__schedule="x"), "constant, cosine"),
+        (dict(model__param_dtype="int8"), "float32"),
+        (dict(model__size="2B"), "20M"),
+        (dict(data__source="wikitext103"), "did you mean wikitext-103"),
+        (dict(data__tokenizer="x"), "char, bpe, gpt2"),
+        (dict(zo__num_queries=0), "zo.num_queries must be an integer of at least 1"),
+        (dict(zo__num_queries="8"), "must be of type int"),
+        (dict(zo__num_queries=True), "must be of type int"),
+        (dict(zo__num_queries=8.0), "must be of type int"),
+        (dict(zo__batch_per_query=1), "must be of type bool"),
+        (dict(zo__epsilon=[1e-3]), "must be of type float"),
+        (dict(zo__epsilon=0.0), "zo.epsilon"),
+        (dict(zo__epsilon=math.nan), "zo.epsilon"),
+        (dict(zo__epsilon=math.inf), "zo.epsilon"),
+        (dict(zo__epsilon=1e-60), "zo.epsilon"),
+        (dict(zo__rank=0), "zo.rank"),
+        (dict(zo__rank=2), "low_rank alone"),
+        (dict(optimizer__learning_rate=-1.0), "optimizer.learning_rate"),
+        (dict(optimizer__b1=1.0), "optimizer.b1"),
+        (dict(data__block_size=1), "at least 2"),
+        (dict(data__block_size=17), "longer than the model can read"),
+        (dict(data__validation_fraction=1.0), "data.validation_fraction"),
+        (dict(data__path="x.txt"), "does not read data.path"),
+        (dict(data__source="text"), "needs data.path"),
+        (dict(data__tokenizer_path="x"), "gpt2 alone"),
+        (dict(model__width=15), "divisible by model.num_heads"),
+        (dict(model__num_layers=0), "needs model.num_layers"),
+        (dict(model__size="gpt2"), "leave it 0"),
+        (dict(mode="fo", fo__gradient_accumulation_steps=3), "divisible"),
+        (dict(fo__gradient_accumulation_steps=2), "no effect in mode zo"),
+        (dict(optimizer__schedule="cosine", optimizer__warmup_steps=6), "less than the run's 6"),
+        (dict(optimizer__schedule="cosine", optimizer__min_learning_rate=9.0), "at most"),
+        (dict(seed=-1), "seed"),
+        (dict(seed=2**32), "seed"),
+        (dict(train__checkpoint_interval=-1), "train.checkpoint_interval"),
+        (dict(train__keep_checkpoints=0), "train.keep_checkpoints"),
+        (dict(zo=3), "zo must be a ZOConfig"),
+        (dict(mode="fo", zo__batch_chunks=2), "only with queries"),
+        (dict(zo__batch_chunks=3), "divisible by zo.batch_chunks"),
+        (dict(model__checkpoint_activations=True), "only with backprop"),
+        (dict(optimizer__rounding="nearest"), "only with model.param_dtype"),
+        (dict(optimizer__rounding="up"), "one of stochastic, nearest"),
+        (dict(mesh__query=0), "mesh.query must be at least 1, or -1"),
+        (dict(train__max_skipped=-1), "train.max_skipped"),
+        (dict(model__param_dtype="float16", zo__epsilon=1e-5), "underflows"),
+    ],
+)
+def test_impossible(tiny_config, fields, message):
+    with pytest.raises(ConfigError) as error:
+        validate(change(tiny_config, **fields))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_not_a_config():
+    with pytest.raises(ConfigError, match=r"must return a zo_jax.train.config.Config; got int"):
+        validate(3)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--config.zo.num_querie=3"], "did you mean zo.num_queries"),
+        (["--config.zo=3"], "is a section"),
+        (["--noconfig.zo.nope"], "is no field"),
+        (["--config=absent.py"], "there is no file 'absent.py'"),
+        (["--config", "absent.py"], "there is no file 'absent.py'"),
+    ],
+)
+def test_arguments(args, message):
+    with pytest.raises(ConfigError, match=message):
+        prepare_arguments(args, DEFAULT)
+
+
+def test_good_arguments():
+    fields = ["--config.zo.epsilon=1", "--workdir", "x.config.y"]
+    for args in ([*fields, f"--config={__file__}"], ["--config", __file__, *fields]):
+        assert prepare_arguments(args, DEFAULT) == [f"--config={__file__}", *fields]
+    assert prepare_arguments(fields, DEFAULT) == [f"--config={DEFAULT}", *fields]
+
+
+def test_help_explains_every_field():
+    text = help_text()
+    for name, field, _ in walk(Config()):
+        assert f"--config.{name} " in text and field.metadata["help"] in text
+
+
+def test_resolve(tiny_config):
+    change(tiny_config, zo__parallel_batch_size=9, train__num_steps=0, train__num_epochs=3)
+    tiny_config.zo.epsilon = 1
+    resolved = resolve(tiny_config, num_train_blocks=10)
+    assert resolved.train.num_steps == 15 and blocks_per_step(resolved) == 2
+    assert resolved.zo.parallel_batch_size == resolved.zo.num_queries == 3
+    assert isinstance(resolved.zo.epsilon, float)
+    assert tiny_config.train.num_steps == 0  # the argument is left alone
+    change(tiny_config, zo__batch_per_query=True)
+    assert resolve(tiny_config, num_train_blocks=10).train.num_steps == 5
+    change(tiny_config, model__size="20M", model__num_layers=0, model__num_heads=0, model__width=0)
+    assert resolve(tiny_config, 10).model.width == 280
+    change(tiny_config, optimizer__schedule="cosine")
+    with pytest.raises(ConfigError, match="warmup_steps=300"):
+        resolve(tiny_config, 10)
+
+
+@pytest.mark.parametrize("path", sorted(DEFAULT.parent.glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_is_valid_and_says_how_to_run_it(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    validate(module.get_config())
+    assert "Command: python main.py" in module.__doc__ and "MEASURE" not in module.__doc__
+    assert "Time" in module.__doc__ and "loss" in module.__doc__.lower()

@@ -1,0 +1,345 @@
+"""What happens to a run when machines, disks and users do their worst: the real thing each time, in a real process."""
+
+import contextlib
+import os
+from pathlib import Path
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from zo_jax import ledger
+from zo_jax.train import steps
+from zo_jax.train.config import ConfigError
+from zo_jax.train.data import batches
+from zo_jax.train.model import make_model
+from zo_jax.train.run import train_and_evaluate
+from zo_jax.train.run_folder import checkpoint, folder, metrics
+from zo_jax.train.run_folder.checkpoint import CheckpointError
+from zo_jax.train.signals import CannotWrite, Diverged, Interrupted, catch_signals
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(folder, *fields, before=()):
+    command = [
+        *before,
+        sys.executable,
+        str(ROOT / "main.py"),
+        f"--config={ROOT / 'tests/train/tiny.py'}",
+    ]
+    command += [f"--workdir={folder}", *(f"--config.{field}" for field in fields)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+
+
+def wait_for_rows(folder, count, process):
+    """Until the process has written `count` rows more."""
+    count += len(metrics.read(folder / "metrics.csv"))
+    deadline = time.monotonic() + 100
+    while process.poll() is None and time.monotonic() < deadline:
+        if len(metrics.read(folder / "metrics.csv")) >= count:
+            return
+        time.sleep(0.002)
+    raise AssertionError(process.communicate())
+
+
+def losses_of(folder):
+    return [(r["step"], r["loss"], r["eval_loss"]) for r in metrics.read(folder / "metrics.csv")]
+
+
+def final_bits(folder, config, step):
+    corpus = batches.load_corpora(config)
+    model = make_model(config.model, corpus.tokenizer.vocab_size)
+    state = checkpoint.restore(folder / "checkpoints", step, steps.init_state(config, model))
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def assert_same_run(one, other, config, step=6):
+    assert losses_of(one) == losses_of(other)
+    assert final_bits(one, config, step) == final_bits(other, config, step)
+    for name in ("ledger.bin", "sample.txt"):
+        if (one / name).exists() or (other / name).exists():
+            assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+@pytest.fixture
+def text(tmp_path, tiny_config):
+    path = tmp_path / "bottles.txt"
+    path.write_text(tiny.TEXT)
+    tiny_config.data.source, tiny_config.data.path = "text", str(path)
+
+
+@pytest.mark.slow
+def test_killed_at_random_and_equal_all_the_same():
+    command = [sys.executable, str(ROOT / "benchmarks/kill.py"), "--kills=3", "--only=zo"]
+    done = subprocess.run([*command, "--num-steps=120"], capture_output=True, text=True)
+    assert done.returncode == 0 and "equal to the bit" in done.stdout, done
+
+
+@pytest.mark.slow
+def test_signals_lock_and_no_folder(tmp_path):
+    length = ("train.num_steps=100000", "train.eval_interval=100000", "train.checkpoint_interval=0")
+    folder = tmp_path / "run"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = start(folder, *length)
+        wait_for_rows(folder, 20, process)
+        if number == signal.SIGTERM:  # the folder is in use meanwhile
+            other = start(folder, *length)
+            _, err = other.communicate(timeout=100)
+            assert other.returncode == 2 and f"is in use by process {process.pid} on" in err
+        process.send_signal(number)
+        out, err = process.communicate(timeout=100)
+        assert process.returncode == Interrupted.exit_code == 75, err
+        assert f"{number.name}: finishing the step" in out
+        saved = checkpoint.complete_steps(folder / "checkpoints")[-1]
+        assert f"stopped: {number.name}: the run is saved at step {saved} in" in err
+        assert len(ledger.read(folder / "ledger.bin").records) == saved
+        assert int(metrics.read(folder / "metrics.csv")[-1]["step"]) == saved
+        shutil.rmtree(folder / "checkpoints")  # the second one goes on from the ledger alone
+    assert "continuing from the seed, replaying steps 1 to" in out
+
+    process = start(folder, *length)
+    wait_for_rows(folder, 5, process)
+    shutil.rmtree(folder)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == CannotWrite.exit_code == 74 and "was saved in" in err
+    rescued = Path(err[err.index("was saved in ") :].split()[3])
+    kept = checkpoint.complete_steps(rescued / "checkpoints")[-1]
+    assert f"the run at step {kept} was saved in {rescued}" in err
+    assert len(ledger.read(rescued / "ledger.bin").records) == kept
+    process = start(rescued, f"train.num_steps={kept + 3}", *length[1:])
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0 and f"checkpoint of step {kept}" in out, err
+    assert [int(row["step"]) for row in metrics.read(rescued / "metrics.csv")] == list(
+        range(kept + 4)
+    )
+    shutil.rmtree(rescued)
+
+
+def test_the_second_signal_ends_at_once():
+    code = (
+        "import os, signal, time\nfrom zo_jax.train.signals import catch_signals\n"
+        "with catch_signals() as came:\n    os.kill(os.getpid(), signal.SIGTERM)\n    assert came(1) == 'SIGTERM'\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == -signal.SIGINT, done
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with contextlib.suppress(RuntimeError), catch_signals() as came:
+        assert came(1) is None and signal.getsignal(signal.SIGINT) != before[1]
+        raise RuntimeError
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+@pytest.mark.slow
+def test_full_disk(tiny_config, tmp_path, small_disk, text):
+    tiny_config.train.checkpoint_interval = 1
+    train_and_evaluate(tiny_config, tmp_path / "whole")
+    folder, filler = small_disk / "run", small_disk / "filler"
+    # Room for nothing, for the files of a run but no checkpoint, for one or two of them.
+    stopped = 0
+    for room in (20_000, 60_000, 90_000, 130_000):
+        with filler.open("wb") as file, contextlib.suppress(OSError):
+            free = os.statvfs(small_disk).f_bavail * 4096
+            file.write(b"x" * max(0, free - room))
+        with contextlib.suppress(CannotWrite, ConfigError):
+            try:
+                train_and_evaluate(tiny_config, folder)
+            except (CannotWrite, ConfigError) as error:
+                assert "No space left on device" in str(error)
+                stopped += 1
+                raise
+        filler.unlink()
+        rows = metrics.read(folder / "metrics.csv")
+        assert [int(row["step"]) for row in rows] == list(range(len(rows)))
+    assert stopped
+    train_and_evaluate(tiny_config, folder)
+    assert_same_run(folder, tmp_path / "whole", tiny_config)
+
+
+@pytest.mark.slow
+def test_read_only_folder(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    folder.chmod(0o555)
+
+    # Root may write anywhere, until it gives up CAP_DAC_OVERRIDE (1) with PR_CAPBSET_DROP (24).
+    code = "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    process = start(folder, before=(sys.executable, "-c", code))
+    _, err = process.communicate(timeout=100)
+    folder.chmod(0o755)
+    assert process.returncode == 2 and "--workdir cannot be written to" in err
+    assert "Permission denied" in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own
+def test_old_and_damaged_checkpoints(tiny_config, tmp_path, text, capsys):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    train_and_evaluate(tiny_config, whole)
+    for damage in ("last is gone", "last is damaged", "all are damaged", "all are gone"):
+        shutil.copytree(whole, folder)
+        for path in sorted((folder / "checkpoints").iterdir())[0 if "all" in damage else 1 :]:
+            if "gone" in damage:
+                shutil.rmtree(path)
+            else:
+                for file in path.rglob("ocdbt*/d/*"):
+                    file.write_bytes(b"\0")
+        # Killed before the last record was whole, and all rows but those of a checkpoint that is there were written.
+        (folder / "ledger.bin").write_bytes((folder / "ledger.bin").read_bytes()[:-3])
+        lines = (folder / "metrics.csv").read_text().splitlines(keepends=True)
+        num_lines = 3 if "all" in damage else 6
+        (folder / "metrics.csv").write_text("".join(lines[:num_lines]) + lines[num_lines][:-10])
+        capsys.readouterr()
+        train_and_evaluate(tiny_config, folder)
+        out, err = capsys.readouterr()
+        origin = (
+            "the seed, replaying steps 1"
+            if "all" in damage
+            else "the checkpoint of step 4, replaying steps 5"
+        )
+        assert f"continuing from {origin} to 5 from the ledger" in out
+        if "damaged" in damage:
+            assert (
+                "the checkpoint of step 6 cannot be used" in err and "trying the one before" in err
+            )
+        assert_same_run(folder, whole, tiny_config)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own
+def test_corrupt_and_lost_ledgers(tiny_config, tmp_path, text, capsys):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    train_and_evaluate(tiny_config, whole)
+    data = (whole / "ledger.bin").read_bytes()
+    size = ledger.read(whole / "ledger.bin").records.itemsize
+
+    def go_on(content, num_checkpoints=1):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(whole, folder)
+        for step in (4, 6)[num_checkpoints:]:
+            shutil.rmtree(folder / "checkpoints" / str(step))
+        (folder / "ledger.bin").unlink()
+        if content is not None:
+            (folder / "ledger.bin").write_bytes(content)
+        capsys.readouterr()
+        train_and_evaluate(tiny_config, folder)
+        assert losses_of(folder) == losses_of(whole)
+        assert final_bits(folder, tiny_config, 6) == final_bits(whole, tiny_config, 6)
+        return "".join(capsys.readouterr())
+
+    flip = lambda step: data[: -size * (7 - step) + 9] + b"?" + data[-size * (7 - step) + 10 :]
+    # After the checkpoint: replayed up to it, the rest is trained again, and the ledger is whole.
+    said = go_on(flip(6))
+    assert "the records of steps 6 are damaged" in said and "replaying steps 5 to 5" in said
+    assert (folder / "ledger.bin").read_bytes() == data
+    # Before it: the run loses nothing, but replay from the seed ends there.
+    said = go_on(flip(2))
+    assert "the records of steps 2 are damaged" in said and "no replay can pass step 2" in said
+    assert ledger.read(folder / "ledger.bin").replayable(0) == 1
+    # No ledger at all, or another's.
+    assert "the ledger lacks 4 of the steps up to 4" in go_on(None)
+    assert ledger.read(folder / "ledger.bin").replayable(4) == 6
+    said = go_on(data[:20] + b"!" + data[21:])
+    assert "the header is damaged" in said and "ledger.bin.damaged" in said
+    assert (folder / "ledger.bin.damaged").exists()
+    # Neither checkpoint nor ledger is no run that could go on.
+    shutil.rmtree(folder)
+    shutil.copytree(whole, folder)
+    (folder / "ledger.bin").unlink()
+    for file in (folder / "checkpoints").rglob("ocdbt*/d/*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="--restart"):
+        train_and_evaluate(tiny_config, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["calibrate", "instruct"])
+def test_hybrid_runs_go_on_from_between(tiny_config, tmp_path, text, mode, capsys):
+    tiny_config.mode, tiny_config.fo.bp_interval = mode, 6
+    tiny_config.instruct.adaptive = mode == "instruct"
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    train_and_evaluate(tiny_config, whole)
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "checkpoints/6")
+    shutil.rmtree(folder / "checkpoints/4")
+    capsys.readouterr()
+    train_and_evaluate(tiny_config, folder)
+    assert "from the seed, replaying steps 1 to 5" in capsys.readouterr().out
+    assert_same_run(folder, whole, tiny_config)
+
+
+@pytest.mark.slow
+def test_no_finite_loss(tiny_config, tmp_path, text):
+    tiny_config.optimizer.name, tiny_config.optimizer.learning_rate = "sgd", 1e30
+    tiny_config.train.num_steps, tiny_config.train.max_skipped = 100, 4
+    with pytest.raises(
+        Diverged, match=r"4 steps had no finite loss; .* lower optimizer.learning_rate"
+    ):
+        train_and_evaluate(tiny_config, tmp_path / "run")
+    rows = metrics.read(tmp_path / "run/metrics.csv")
+    saved = checkpoint.complete_steps(tmp_path / "run/checkpoints")[-1]
+    assert saved == int(rows[-1]["step"]) and int(rows[-1]["skipped_steps"]) >= 4
+    # With a higher limit the same run goes on.
+    tiny_config.train.num_steps, tiny_config.train.max_skipped = saved + 2, 0
+    assert train_and_evaluate(tiny_config, tmp_path / "run")["step"] == saved + 2
+
+
+@pytest.mark.slow
+def test_time_between_checkpoints(tiny_config, tmp_path, text, capsys):
+    tiny_config.train.checkpoint_interval, tiny_config.train.checkpoint_minutes = 0, 1e-9
+    train_and_evaluate(tiny_config, tmp_path / "run")
+    assert "saved the checkpoint of step 3" in capsys.readouterr().out
+
+
+def test_lock_is_freed_and_the_folder_watched(tmp_path):
+    with folder.Workdir(tmp_path / "run") as mine:
+        mine.check()
+        with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on"):
+            folder.Workdir(tmp_path / "run")
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(OSError):
+            mine.check()
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/.lock").write_text("")
+        with pytest.raises(OSError, match="is not the folder"):
+            mine.check()
+    with folder.Workdir(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.slow
+def test_changed_configuration_is_told_field_by_field(tiny_config, tmp_path, text):
+    train_and_evaluate(tiny_config, tmp_path / "run")
+    tiny_config.zo.num_queries, tiny_config.optimizer.learning_rate = 4, 0.5
+    with pytest.raises(ConfigError) as error:
+        train_and_evaluate(tiny_config, tmp_path / "run")
+    for part in (
+        "zo.num_queries (there 3, here 4)",
+        "optimizer.learning_rate (there 0.01, here 0.5)",
+        "may go on with another",
+        "train.num_steps",
+    ):
+        assert part in str(error.value)
+    tiny_config.zo.num_queries, tiny_config.optimizer.learning_rate = 3, 0.01
+    tiny_config.train.num_steps, tiny_config.train.log_interval = 8, 2
+    assert train_and_evaluate(tiny_config, tmp_path / "run")["step"] == 8
+
+
+@pytest.mark.slow
+def test_replaying_is_written_where_it_belongs(tiny_config, tmp_path, text):
+    """`ledger.FILE` is the name that the run folder uses."""
+    train_and_evaluate(tiny_config, tmp_path / "run")
+    assert (tmp_path / "run" / ledger.FILE).exists()

@@ -1,0 +1,257 @@
+"""Directions made from a backprop gradient: the guided half of Instruct.
+
+Formulas: the reference script of "Zeroth Order Optimization for Pretraining Language Models", ICPRAM 2025. d is the number of
+coordinates, ‖·‖ the norm over all leaves together.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from zo_jax.estimators import typed_key
+from zo_jax.families import gaussian
+from zo_jax.family import Family
+from zo_jax.trees import tree_dot
+
+METHODS = ("hybrid", "gram_schmidt")
+# Coordinates of a leaf that are looked at at once, and of a partial sum of them.
+_CHUNK, _ROW = 2**18, 2**9
+# A gradient of at most this norm guides nothing.
+MIN_NORM = 1e-12
+
+
+class Support(NamedTuple):
+    """A set of coordinates: those whose |g| has bits above `bits`, and of those that equal it the first `num_ties`.
+
+    Attributes:
+      bits: uint32, the bits of a float32.
+      tie_end: uint32, the index in all coordinates (leaf after leaf) before which ties are in.
+    """
+
+    bits: jax.Array
+    tie_end: jax.Array
+
+
+def largest_coordinates(gradient: Any, fraction: jax.Array) -> Support:
+    """The smallest set of coordinates, largest |g| first, with at least `fraction` of the energy Σ g².
+
+    Exact, ties included: floats of one sign are ordered as their bits are, so 31 halvings of the range of bits find the smallest
+    |g| in the set, and where it stands more than once as many halvings of the indices find the last one in. A
+    halving is one fused pass over the gradient; nothing of its size is written.
+
+    Args:
+      gradient: pytree of floating arrays.
+      fraction: float32 scalar in [0, 1].
+    """
+    leaves = [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(gradient)]
+    offsets = [sum(leaf.size for leaf in leaves[:i]) for i in range(len(leaves))]
+
+    def halve(is_enough, size):
+        """The largest number below 2 ** size that is enough, given that what is enough is a range from 0."""
+
+        def step(i, low):
+            candidate = low | (jnp.uint32(1) << (jnp.uint32(size - 1) - i.astype(jnp.uint32)))
+            return jnp.where(is_enough(candidate), candidate, low)
+
+        return lax.fori_loop(0, size, step, jnp.uint32(0))
+
+    def energy_from(bits):
+        """Of the coordinates with |x| at least so large."""
+        value = lax.bitcast_convert_type(bits, jnp.float32)
+        energy = lambda x, _: jnp.where(jnp.abs(x) >= value, x * x, 0)
+        return sum(_sum_in_chunks(energy, x, 0) for x in leaves)
+
+    total = energy_from(jnp.uint32(0))
+    wanted = fraction * total
+    bits = halve(lambda bits: energy_from(bits) >= wanted, 31)
+    above = energy_from(bits + jnp.uint32(1))
+    value = lax.bitcast_convert_type(bits, jnp.float32)
+    num_ties = jnp.ceil((wanted - above) / jnp.maximum(value**2, jnp.finfo(jnp.float32).tiny))
+
+    def count_ties(end):
+        is_in = lambda x, index: ((jnp.abs(x) == value) & (index < end)).astype(jnp.uint32)
+        return sum(_sum_in_chunks(is_in, x, i) for x, i in zip(leaves, offsets, strict=True))
+
+    # The largest end before which there are fewer ties than wanted is the index of the last one in.
+    enough = num_ties.astype(jnp.uint32)
+    last = lax.cond(
+        count_ties(jnp.uint32(2**32 - 1)) <= enough,
+        lambda: jnp.uint32(2**32 - 2),
+        lambda: halve(lambda end: count_ties(end) < enough, 32),
+    )
+    return Support(bits, last + 1)
+
+
+def in_support(gradient: Any, support: Support) -> Any:
+    """For each leaf, which coordinates are in the set: a pytree of bool arrays."""
+    leaves, treedef = jax.tree.flatten(gradient)
+    masks, offset = [], 0
+    for leaf in leaves:
+        bits = _bits(jnp.asarray(leaf, jnp.float32))
+        tied = (bits == support.bits) & (_indices(leaf, offset) < support.tie_end)
+        masks.append((bits > support.bits) | tied)
+        offset += leaf.size
+    return jax.tree.unflatten(treedef, masks)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["gradient", "cosine", "noise_scale", "norm", "support"],
+    meta_fields=["method", "layout"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Guided(Family):
+    """A family of directions around a gradient, to be used in the trace in which it is made.
+
+    Attributes:
+      gradient: pytree like the parameters.
+      cosine: float32 scalar, as `instruct_directions` has it after clipping.
+      noise_scale: float32 scalar.
+      method: "hybrid" or "gram_schmidt".
+      norm: float32 scalar, of the gradient.
+      support: of the hybrid directions, else None.
+    """
+
+    gradient: Any
+    cosine: jax.Array
+    noise_scale: jax.Array
+    method: str
+    norm: jax.Array
+    support: Support | None
+
+    def direction(self, params: Any, key: jax.Array) -> Any:
+        n = gaussian().direction(self.gradient, key)
+        as_float32 = lambda g: g.astype(jnp.float32)
+        g = jax.tree.map(as_float32, self.gradient)
+        if self.method == "hybrid":
+            d = sum(leaf.size for leaf in jax.tree.leaves(g))
+            scale = self.noise_scale * self.norm / math.sqrt(d)
+            masks = in_support(g, self.support)
+            return jax.tree.map(lambda m, g, n: jnp.where(m, g, scale * n), masks, g, n)
+        along = tree_dot(n, g) / jnp.maximum(self.norm**2, jnp.finfo(jnp.float32).tiny)
+        u = jax.tree.map(lambda n, g: n - along * g, n, g)
+        sine = jnp.sqrt(1 - self.cosine**2) * self.norm / jnp.sqrt(tree_dot(u, u))
+        return jax.tree.map(lambda g, u: self.cosine * g + sine * u, g, u)
+
+    def draw(self, params: Any, key: jax.Array) -> Any:
+        return self.direction(params, key)
+
+    def move(self, params: Any, direction: Any, scale: Any) -> Any:
+        return jax.tree.map(
+            lambda p, z: (p.astype(jnp.float32) + scale * z).astype(p.dtype), params, direction
+        )
+
+    def add(self, params: Any, keys: jax.Array, weights: jax.Array) -> Any:
+        wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+
+        def step(total, key_and_weight):
+            key, weight = key_and_weight
+            return self.move(total, self.direction(params, key), weight), None
+
+        total, _ = lax.scan(step, wide, (keys, weights))
+        return jax.tree.map(lambda x, p: x.astype(p.dtype), total, params)
+
+
+def guided(
+    gradient: Any, cosine_target: Any = 0.9, noise_scale: Any = 0.5, method: str = "hybrid"
+) -> Guided:
+    """The family of directions around a gradient; see `instruct_directions`.
+
+    Raises:
+      ValueError: the method does not exist, or a cosine target that is known here is outside [-1, 1].
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if not isinstance(cosine_target, jax.core.Tracer) and not -1 <= float(cosine_target) <= 1:
+        raise ValueError(f"cosine_target must be in [-1, 1], got {cosine_target!r}")
+    if not isinstance(noise_scale, jax.core.Tracer) and not 0 <= float(noise_scale) < math.inf:
+        raise ValueError(f"noise_scale must be finite and at least 0, got {noise_scale!r}")
+    cosine = jnp.asarray(cosine_target, jnp.float32)
+    support = None
+    if method == "hybrid":
+        cosine = jnp.clip(jnp.abs(cosine), 0.9, 0.9999)
+        support = largest_coordinates(gradient, cosine**2)
+    else:
+        cosine = jnp.clip(cosine, -0.9999, 0.9999)
+    norm = jnp.sqrt(tree_dot(gradient, gradient))
+    return Guided(gradient, cosine, jnp.asarray(noise_scale, jnp.float32), method, norm, support)
+
+
+def instruct_directions(
+    gradient: Any,
+    key: jax.Array,
+    num_queries: int,
+    cosine_target: Any = 0.9,
+    noise_scale: Any = 0.5,
+    method: str = "hybrid",
+) -> Any:
+    """Directions that a backprop gradient g guides.
+
+    - hybrid: g_j on the smallest set S of coordinates, largest |g_j| first, with Σ_S g_j² ≥ m² ‖g‖², m = clip(|c|, 0.9, 0.9999);
+      elsewhere independent N(0, (s ‖g‖ / √d)²).
+    - gram_schmidt: c g + √(1 - c²) ‖g‖ u, with u a random unit vector orthogonal to g: its cosine to g is c, in [-0.9999, 0.9999].
+
+    They are made one after the other under `lax.map`. Their sum or their effect on a loss needs but one at a time: `guided` is
+    the same as a family of directions, for `estimate_gradient(..., perturbation=guided(gradient))`.
+
+    Args:
+      gradient: pytree of floating arrays.
+      key: a PRNG key; direction i draws from `jax.random.split(key, num_queries)[i]`.
+      num_queries: q.
+      cosine_target: c.
+      noise_scale: s.
+      method: "hybrid" or "gram_schmidt".
+
+    Returns:
+      Like `gradient`, float32, with a leading axis q.
+
+    Raises:
+      ValueError: as `guided`.
+
+    >>> import jax, jax.numpy as jnp, zo_jax
+    >>> g = jnp.array([3.0, -0.1, 0.2, 4.0])
+    >>> z = zo_jax.instruct_directions(g, jax.random.key(0), 2, noise_scale=0.0)
+    >>> (z + 0.0).tolist()
+    [[3.0, 0.0, 0.0, 4.0], [3.0, 0.0, 0.0, 4.0]]
+    """
+    family = guided(gradient, cosine_target, noise_scale, method)
+    keys = jax.random.split(typed_key(key), num_queries)
+    return lax.map(lambda key: family.direction(gradient, key), keys)
+
+
+def _sum_in_chunks(function: Any, x: jax.Array, offset: int) -> jax.Array:
+    """Σ function(x, index) over a leaf whose first index is `offset`, a cache's worth at a time.
+
+    XLA would write the terms of a long sum to memory first, and takes what is the same in every turn of an outer loop
+    out of it, as a copy of the leaf; from a chunk's slice it can do neither.
+    """
+    x = x.reshape(-1)
+
+    def part(start, size):
+        terms = function(
+            lax.dynamic_slice_in_dim(x, start, size),
+            start.astype(jnp.uint32) + lax.iota(jnp.uint32, size) + jnp.uint32(offset),
+        )
+        return jnp.sum(jnp.sum(terms.reshape(-1, _ROW), axis=1) if size % _ROW == 0 else terms)
+
+    num_chunks, rest = divmod(x.size, _CHUNK)
+    total = part(jnp.int32(x.size - rest), rest) if rest else 0
+    if num_chunks:
+        parts = lax.map(lambda i: part(i * _CHUNK, _CHUNK), jnp.arange(num_chunks))
+        total += jnp.sum(parts)
+    return total
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """The bits of |x|, uint32: ordered as |x| is."""
+    return lax.bitcast_convert_type(jnp.abs(x), jnp.uint32)
+
+
+def _indices(leaf: jax.Array, offset: int) -> jax.Array:
+    """The index of each coordinate in all of them, uint32, of the shape of the leaf."""
+    return lax.iota(jnp.uint32, leaf.size).reshape(leaf.shape) + jnp.uint32(offset)

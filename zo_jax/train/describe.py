@@ -1,0 +1,118 @@
+"""What a run is about to do in plain words, and what it has done after so many steps."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from zo_jax import estimators
+from zo_jax.layout import Layout
+from zo_jax.train.config import Config, blocks_per_step
+from zo_jax.train.data.corpus import Corpus
+from zo_jax.train.model import GPT, count_params
+
+
+def passes_until(config: Config, step: int) -> int:
+    """Evaluations of the loss in the first `step` steps; a backprop gradient counts its micro-batches."""
+    zo, num_backprop = config.zo, _num_backprop_steps(config, step)
+    num_queries_steps = {"fo": 0, "calibrate": step - num_backprop}.get(config.mode, step)
+    per_step = estimators.num_evaluations(zo.num_queries, zo.difference, zo.batch_per_query)
+    return num_queries_steps * per_step + num_backprop * config.fo.gradient_accumulation_steps
+
+
+def blocks_until(config: Config, step: int) -> int:
+    """Training blocks read in the first `step` steps, each counted once however many queries evaluate it."""
+    num_backprop = _num_backprop_steps(config, step)
+    num_queries_steps = {"fo": 0, "calibrate": step - num_backprop}.get(config.mode, step)
+    fo_size = config.fo.batch_size or config.train.batch_size
+    return num_queries_steps * blocks_per_step(config) + num_backprop * fo_size
+
+
+def _num_backprop_steps(config: Config, step: int) -> int:
+    interval = {"fo": 1, "zo": 0}.get(config.mode, config.fo.bp_interval)
+    return step // interval if interval else 0
+
+
+def make_row(config: Config, step: int, num_blocks: int, block_size: int) -> dict[str, Any]:
+    """What a row of metrics.csv says about a step without having run it.
+
+    `tokens` are training tokens read, each counted once however many queries evaluate it;
+    `forward_passes` are evaluations of the loss on a batch (fo: on a micro-batch).
+    """
+    has_queries, has_backprop = config.mode != "fo", config.mode != "zo"
+    blocks = blocks_until(config, step)
+    return {
+        "epoch": blocks / num_blocks,
+        "step": step,
+        "mode": config.mode,
+        "scope": config.scope,
+        "q": config.zo.num_queries if has_queries else "",
+        "initial_lr": config.optimizer.learning_rate,
+        "batch_size": config.train.batch_size,
+        "gradient_accumulation_steps": config.fo.gradient_accumulation_steps
+        if has_backprop
+        else "",
+        "effective_batch_size": blocks_per_step(config),
+        "optimizer": config.optimizer.name,
+        "bp_interval": config.fo.bp_interval or "",
+        "forward_passes": passes_until(config, step),
+        "tokens": blocks * block_size,
+    }
+
+
+def describe(
+    config: Config,
+    corpus: Corpus,
+    model: GPT,
+    num_trained: int,
+    workdir: Path,
+    layout: Layout | None = None,
+) -> str:
+    """What a run is about to do, in plain words; `num_trained` of its parameters are trained."""
+    zo, optimizer, train = config.zo, config.optimizer, config.train
+    per_query = " each" if zo.batch_per_query else ", shared by them"
+    ways = {
+        "central": f"central differences of {zo.epsilon:g}",
+        "forward": f"forward differences of {zo.epsilon:g}",
+        "jvp": "exact forward-mode slopes",
+    }
+    batch = f"batches of {train.batch_size} blocks"
+    fo_batch = f"batches of {config.fo.batch_size or train.batch_size} blocks"
+    backprop = f"backprop; {fo_batch} in {config.fo.gradient_accumulation_steps} part(s)"
+    evaluations = estimators.num_evaluations(zo.num_queries, zo.difference, zo.batch_per_query)
+    queries = (
+        f"{zo.num_queries} {zo.perturbation} directions a step, {ways[zo.difference]}, "
+        f"{evaluations} loss evaluations; {batch}{per_query}"
+    )
+    every = f"every {config.fo.bp_interval} steps"
+    guided = config.instruct.num_guided or zo.num_queries
+    how = {
+        "fo": backprop,
+        "zo": f"forward passes only: {queries}",
+        "calibrate": f"{queries}; instead, {every}, {backprop}",
+        "instruct": f"{queries}; {every} {guided} of them guided ({config.instruct.method}) by {backprop}",
+    }[config.mode]
+    rate = f"learning rate {optimizer.learning_rate:g}"
+    if optimizer.schedule == "cosine":
+        rate += (
+            f", {optimizer.warmup_steps} steps of warm-up, cosine to "
+            f"{optimizer.min_learning_rate:g}"
+        )
+    device = jax.devices()[0]
+    devices = f"1 of {jax.device_count()}"
+    if layout:
+        mesh = layout.mesh.shape
+        devices = f"{layout.mesh.size} of {jax.device_count()}: query={mesh['query']}, data={mesh['data']}, model={mesh['model']}"
+    return "\n".join(
+        (
+            f"model:     GPT, {count_params(model):,} parameters ({model.num_layers} layers, "
+            f"{model.num_heads} heads, width {model.width}, {config.model.compute_dtype}); "
+            f"scope {config.scope}: {num_trained:,} trained",
+            f"data:      {corpus.summary}",
+            f"gradient:  {how}",
+            f"optimizer: {optimizer.name}, {rate}",
+            f"length:    {train.num_steps:,} steps on {device.device_kind} "
+            f"({device.platform}, {devices})",
+            f"results:   {workdir}",
+        )
+    )

@@ -1,0 +1,56 @@
+"""Optimisers and learning rates by name: optax's, and MuDaMW."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from zo_jax.mudamw import matrices, mudamw
+from zo_jax.train.config import OptimizerConfig
+
+
+def make_schedule(config: OptimizerConfig, num_steps: int) -> Callable[[jax.Array], jax.Array]:
+    """Learning rate of a step counted from 0, float32: constant, or warm-up to the peak and cosine decay."""
+    if config.schedule == "constant":
+        return lambda step: jnp.full_like(step, config.learning_rate, jnp.float32)
+    cosine = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=num_steps,
+        end_value=config.min_learning_rate,
+    )
+    # η t / warmup_steps with t counted from 1: the first step moves.
+    return lambda step: cosine(step + 1)
+
+
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """The optimiser that a validated configuration names."""
+    schedule = make_schedule(config, num_steps)
+    moments = dict(b1=config.b1, b2=config.b2, eps=config.eps)
+    orthogonalized = lambda params: matrices(params, config.orthogonalize_embedding)
+    if config.name == "sgd":
+        return optax.sgd(schedule, momentum=config.momentum or None)
+    if config.name == "adam":
+        return optax.adam(schedule, **moments)
+    decay = dict(weight_decay=config.weight_decay, mask=matrices)
+    if config.name == "adamw":
+        return optax.adamw(schedule, **moments, **decay)
+    if config.name == "mudamw":
+        return mudamw(
+            schedule, **moments, **decay, cautious=config.cautious, matrix_mask=orthogonalized
+        )
+    dimensions = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    return optax.contrib.muon(
+        schedule,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        weight_decay_mask=matrices,
+        muon_weight_dimension_numbers=lambda params: jax.tree.map(
+            lambda is_orthogonalized: dimensions if is_orthogonalized else None,
+            orthogonalized(params),
+        ),
+    )

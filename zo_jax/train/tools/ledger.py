@@ -1,0 +1,100 @@
+"""What the ledger of a run holds, and the run's state at any step rebuilt from it.
+
+python -m zo_jax.train.tools.ledger RUN                          what the ledger of a run folder holds
+python -m zo_jax.train.tools.ledger RUN --to-step=N              rebuilds step N from the seed, and compares it with the run's checkpoints
+python -m zo_jax.train.tools.ledger RUN --to-step=N --out=DIR    and writes it to DIR as a checkpoint
+"""
+
+import argparse
+from pathlib import Path
+import sys
+
+import numpy as np
+import tqdm
+
+from zo_jax.fingerprint import fingerprint
+from zo_jax.ledger import BACKPROP, LedgerError, read
+from zo_jax.replay import arguments, check_replayable, check_start
+from zo_jax.train import steps
+from zo_jax.train.config import ConfigError, from_dict
+from zo_jax.train.model import make_model
+from zo_jax.train.run_folder import checkpoint
+from zo_jax.train.run_folder.folder import LEDGER
+from zo_jax.train.validation import validate
+
+
+def main(args: list[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m zo_jax.train.tools.ledger",
+        description="Tells what the ledger of a run holds, and rebuilds the run's state at a step.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--to-step", type=int, metavar="N", help="the step to rebuild")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for its checkpoint")
+    options = parser.parse_args(args)
+    try:
+        if options.out and options.to_step is None:
+            raise LedgerError("--out needs --to-step=N, the step to rebuild")
+        return _rebuild(options.run, options.to_step, options.out)
+    except (LedgerError, ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _rebuild(run: Path, to_step: int | None, out: Path | None) -> int:
+    ledger = read(run / LEDGER)
+    header, size = ledger.header, ledger.records.itemsize
+    last = len(ledger.records)
+    print(
+        f"{run / LEDGER}: {last} steps of {header['num_queries']} {header.get('perturbation')} queries, {size} bytes each"
+    )
+    if ledger.corrupt:
+        print(f"damaged records: {', '.join(map(str, ledger.corrupt[:20]))}")
+    config = from_dict(header.get("config"))
+    validate(config)
+    if (num_backprop := int(np.sum(ledger.records["kind"] == BACKPROP))) or config.mode != "zo":
+        print(
+            f"mode {config.mode}: {num_backprop} steps have a backprop gradient and cannot be replayed; replay goes from the "
+            "seed or a checkpoint to the step before the next of them"
+        )
+    print(f"replay from the seed reaches step {ledger.replayable(0)}")
+    if to_step is None:
+        return 0
+    model = make_model(config.model, header.get("vocab_size"))
+    state = steps.init_state(config, model)
+    check_start(state, ledger)
+    folder = run / "checkpoints"
+    saved = checkpoint.complete_steps(folder)
+    if ledger.replayable(0) < min(to_step, last):
+        nearest = max((step for step in saved if step <= to_step), default=0)
+        if nearest:
+            state = checkpoint.restore(folder, nearest, state)
+            print(f"beginning at the checkpoint of step {nearest}")
+    check_replayable(ledger, int(state.step), to_step)
+    update = steps.make_update(config, model)
+    same = True
+
+    start = int(state.step)
+    left = tqdm.tqdm(
+        ledger.records[start:to_step], initial=start, total=to_step, unit="step", desc="replay"
+    )
+    for step, record in enumerate(left, start + 1):
+        state, _ = update(state, *arguments(record))
+        if step in saved:
+            there = checkpoint.restore(folder, step, state)
+            equal = int(fingerprint(there)) == int(fingerprint(state))
+            word = "equal to the bit" if equal else "NOT EQUAL"
+            left.write(f"step {step}: parameters and optimiser state are {word} to its checkpoint")
+            same &= equal
+    print(f"replayed to step {to_step}; fingerprint {int(fingerprint(state)):08x}")
+    if out:
+        with checkpoint.open_checkpoints(out, keep=None) as checkpoints:
+            checkpoints.save(to_step, state)
+            checkpoints.wait()
+        print(f"written to {out / str(to_step)}")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,187 @@
+"""What a step does once its forward passes are done: a function of the key and the projections.
+
+A run replays bit for bit because training and replay call the same compiled function.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from zo_jax import rounding
+from zo_jax.estimators import mean_weights
+from zo_jax.family import Family
+from zo_jax.layout import Layout
+from zo_jax.trees import WHOLE, Subset, tree_dot
+
+# No entry of a direction is larger.
+_LARGEST_ENTRY = 1e3
+# A gradient of at most this norm is not scaled up by a clip.
+_MIN_NORM = 1e-12
+
+
+class TrainState(NamedTuple):
+    """What a step changes. Keys and batches are functions of the seed and the step.
+
+    Attributes:
+      step: int32, steps taken.
+      params: the model's parameters.
+      opt_state: optax's state, of the parameters that are trained.
+      num_skipped: int32, those of the steps that changed nothing, for want of a finite loss.
+      skipped_in_row: int32, those of them since the last step that changed something.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    num_skipped: jax.Array
+    skipped_in_row: jax.Array
+
+
+class UpdateMetrics(NamedTuple):
+    """Scalars of one step.
+
+    Attributes:
+      loss, grad_norm: float32.
+      num_updates: int32, steps of the optimiser before this one, of which its schedule is a function.
+      num_skipped, skipped_in_row: as in `TrainState`, after this step.
+    """
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    num_updates: jax.Array
+    num_skipped: jax.Array
+    skipped_in_row: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """The optimisation of a step: pure functions of the state.
+
+    The optimiser works in float32 whatever the dtype of the parameters: a second moment in bfloat16 could not decay.
+
+    Attributes:
+      optimizer: an optax transformation, of gradients.
+      subset: the parameters that are trained; leaves that are not floating never are.
+      clip_norm: largest global norm of an estimate (0: any).
+      rounding: of parameters of 16 bits, "stochastic" or "nearest"; see `rounding.apply`.
+      layout: where the state lives; each device then sums and applies what it holds.
+    """
+
+    optimizer: optax.GradientTransformation
+    subset: Subset = WHOLE
+    clip_norm: float = 0.0
+    rounding: str = "stochastic"
+    layout: Layout | None = None
+
+    def init(self, params: Any) -> TrainState:
+        """The state before the first step."""
+        zero = lambda: jnp.zeros((), jnp.int32)
+        opt_state = self.optimizer.init(_as_float32(self._trained(params).select(params)))
+        return TrainState(zero(), params, opt_state, zero(), zero())
+
+    def from_projections(
+        self,
+        perturbation: Family,
+        state: TrainState,
+        key: jax.Array,
+        loss: jax.Array,
+        projections_q: jax.Array,
+    ) -> tuple[TrainState, UpdateMetrics]:
+        """A step along ĝ = 1/q Σ cᵢ zᵢ, summed again from the key: of the data only the projections c have a part in it.
+
+        If none of them is finite the step changes nothing, but is counted.
+        """
+        keys = jax.random.split(key, len(projections_q))
+        weights = mean_weights(projections_q)
+        trained = _as_float32_shapes(self._trained(state.params).select(state.params))
+        gradient, norm = perturbation.on(self.layout).combine_with_norm(trained, keys, weights)
+        if self.clip_norm:
+            gradient, norm = clip(gradient, self.clip_norm), jnp.minimum(norm, self.clip_norm)
+        # Told without the gradient, whose leaves can then be made and applied one by one.
+        usable = jnp.any(jnp.isfinite(projections_q))
+        usable &= jnp.isfinite(_LARGEST_ENTRY * jnp.sum(jnp.abs(weights)))
+        return self._descend(state, key, loss, gradient, norm, usable)
+
+    def from_gradient(
+        self, state: TrainState, key: jax.Array, loss: jax.Array, gradient: Any
+    ) -> tuple[TrainState, UpdateMetrics]:
+        """A step along a gradient of the trained parameters; if it or the loss is not finite, only the count of it."""
+        norm = optax.global_norm(gradient)
+        usable = jnp.isfinite(loss) & jnp.isfinite(norm)
+        return self._descend(state, key, loss, gradient, norm, usable)
+
+    def _descend(self, state, key, loss, gradient, norm, usable):
+        subset = self._trained(state.params)
+        old = subset.select(state.params)
+        updates, opt_state = self.optimizer.update(
+            _as_float32(gradient), state.opt_state, _as_float32(old)
+        )
+        trained = rounding.apply(old, updates, key, self.rounding)
+        # Adam's momentum would move the parameters with a zero gradient too.
+        trained, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(usable, new, old).astype(old.dtype),
+            (trained, opt_state),
+            (old, state.opt_state),
+        )
+        skipped = (~usable).astype(jnp.int32)
+        new = TrainState(
+            step=state.step + 1,
+            params=subset.merge(state.params, trained),
+            opt_state=opt_state,
+            num_skipped=state.num_skipped + skipped,
+            skipped_in_row=skipped * (state.skipped_in_row + 1),
+        )
+        if self.layout is not None:
+            new = self.layout.constrain(new)
+        num_updates = state.step - state.num_skipped
+        return new, UpdateMetrics(loss, norm, num_updates, new.num_skipped, new.skipped_in_row)
+
+    def _trained(self, params: Any) -> Subset:
+        return self.subset.floating(params)
+
+
+def make_update(
+    optimizer: optax.GradientTransformation, perturbation: Family, **options: Any
+) -> Callable[..., tuple[TrainState, UpdateMetrics]]:
+    """The jitted optimisation of a step: (state, key, loss, projections [q]) -> (state, metrics), the state donated.
+
+    Args:
+      optimizer: an optax transformation, of gradients.
+      perturbation: the family of the directions.
+      options: of `Update`.
+
+    >>> import jax, jax.numpy as jnp, optax, zo_jax
+    >>> loss_fn, params = lambda p: jnp.sum((p - 1) ** 2), jnp.zeros(4)
+    >>> optimizer = optax.sgd(0.05)
+    >>> state, update = zo_jax.Update(optimizer).init(params), make_update(optimizer, zo_jax.rademacher())
+    >>> for step in range(50):
+    ...     key = jax.random.fold_in(jax.random.key(0), step)
+    ...     state, _ = update(state, key, *zo_jax.project(loss_fn, state.params, key, num_queries=8))
+    >>> bool(loss_fn(state.params) < 1e-2)
+    True
+    """
+    update = Update(optimizer, **options)
+    step = lambda state, *record: update.from_projections(perturbation, state, *record)
+    return jax.jit(step, donate_argnums=0)
+
+
+def clip(gradient: Any, norm: float) -> Any:
+    """The gradient with its global norm brought down to `norm`, unless that is 0."""
+    if not norm:
+        return gradient
+    size = jnp.sqrt(tree_dot(gradient, gradient))
+    factor = jnp.minimum(1.0, norm / jnp.maximum(size, _MIN_NORM))
+    return jax.tree.map(lambda g: (factor * g).astype(g.dtype), gradient)
+
+
+def _as_float32(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def _as_float32_shapes(tree: Any) -> Any:
+    wide = lambda x: jnp.promote_types(x.dtype, jnp.float32)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, wide(x)), tree)
