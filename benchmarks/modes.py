@@ -147,7 +147,7 @@ def _cosine(config, model, params, key, tokens):
     true = jax.grad(loss)(params, tokens)
     if config.mode == "fo":
         return jnp.float32(1)
-    q, family, parts = config.zo.num_queries, steps.make_perturbation(config), []
+    q, family, parts = config.zo.num_queries, steps.make_estimator(config).family, []
     if config.mode == "instruct":
         family = guided(
             true, config.instruct.cosine_target, config.instruct.noise_scale, config.instruct.method

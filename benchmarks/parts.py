@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zo_jax import noise
-from zo_jax.families import _sum_signs
+from zo_jax.families import Signs
 from zo_jax.guided import largest_coordinates
 from zo_jax.perturbed import outer
 
@@ -123,7 +123,7 @@ def main() -> None:
         )
 
     title(f"Adding {QUERIES} directions of signs to the head")
-    in_one_pass = lambda x, words, weights: x + _sum_signs(x, words, weights)
+    in_one_pass = lambda x, words, weights: x + Signs().total(x, words, weights)
     report("one pass, output donated", in_one_pass, x, words, weights, donate=True)
     report("one pass, fresh output", in_one_pass, x, words, weights)
     report("a pass for each direction, donated", sum_one_at_a_time, x, words, weights, donate=True)

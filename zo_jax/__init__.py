@@ -1,10 +1,17 @@
 """Training with forward passes only: zeroth-order gradient estimates for JAX."""
 
-from zo_jax.estimators import Estimate, estimate_gradient, mean_weights, project
-from zo_jax.families import apply_directions, gaussian, low_rank, rademacher, sphere
+from zo_jax.estimators import (
+    Estimate,
+    Estimator,
+    estimate_gradient,
+    mean_weights,
+    project,
+)
+from zo_jax.families import apply_directions, by_name, gaussian, low_rank, rademacher, sphere
 from zo_jax.family import Family
 from zo_jax.guided import guided, instruct_directions
 from zo_jax.interpreter import lazily, record_formed
+from zo_jax.layout import Layout
 from zo_jax.mudamw import MudamwState, mudamw
 from zo_jax.transforms import ZerothOrderState, fill_frozen, zeroth_order
 from zo_jax.update import TrainState, Update, UpdateMetrics, make_update
@@ -13,13 +20,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Estimate",
+    "Estimator",
     "Family",
+    "Layout",
     "MudamwState",
     "TrainState",
     "Update",
     "UpdateMetrics",
     "ZerothOrderState",
     "apply_directions",
+    "by_name",
     "estimate_gradient",
     "fill_frozen",
     "gaussian",

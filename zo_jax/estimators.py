@@ -1,12 +1,16 @@
 """Zeroth-order gradient estimates of any scalar loss of a pytree.
 
 For directions z₁..z_q with E[z zᵀ] = I and projections cᵢ ≈ ⟨∇L(θ), zᵢ⟩ the estimate is ĝ = (1/q) Σᵢ cᵢ zᵢ. It depends on
-the data only through the q scalars c, so it has two halves: `project` evaluates the loss, and
-`Family.combine` sums the directions again from their keys. No direction is ever stored.
+the data only through the q scalars c, so it has two halves: `project` evaluates the loss, and `combine` sums the directions
+again from their keys. No direction is ever stored.
 """
 
 from collections.abc import Callable
+import dataclasses
+import difflib
+import inspect
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +19,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from zo_jax.families import rademacher
+from zo_jax import families
 from zo_jax.family import Family
 from zo_jax.interpreter import lazily
+from zo_jax.trees import as_arrays
 
 DIFFERENCES = ("central", "forward", "jvp")
 
@@ -27,233 +32,290 @@ class Estimate(NamedTuple):
 
     Attributes:
       gradient: like params, Σᵢ cᵢ zᵢ over the number of queries with a finite loss.
-      loss: float32 scalar, the mean over those queries (central: of both sides).
-      projections: float32 [q], the directional derivatives cᵢ; nan where the loss was not finite.
+      loss: float32 scalar (float64 of a float64 loss), the mean over those queries (central: of both sides).
+      projections: [q] of the loss's dtype, the directional derivatives cᵢ; nan where the loss was not finite.
       num_failed: int32 scalar, the queries whose loss was not finite.
+      num_flat: int32 scalar, the queries along which the loss did not change at all. If all did not, either it does not depend
+        on the parameters, or ε is lost in the rounding of its arithmetic: take a larger one.
+      aux: with `has_aux`, what `loss_fn` returned besides, its leaves [q, ...]: at θ + ε zᵢ (jvp: at θ); with `batch_chunks`
+        [q, chunks, ...]. Otherwise None.
     """
 
     gradient: Any
     loss: jax.Array
     projections: jax.Array
     num_failed: jax.Array
+    num_flat: jax.Array
+    aux: Any = None
 
 
-def estimate_gradient(
-    loss_fn: Callable[..., jax.Array],
-    params: Any,
-    key: jax.Array,
-    *batch: Any,
-    num_queries: int = 8,
-    epsilon: float = 1e-3,
-    perturbation: Family | None = None,
-    difference: str = "central",
-    parallel_batch_size: int = 1,
-    batch_per_query: bool = False,
-    mesh: Mesh | None = None,
-    query_axis: str = "query",
-) -> Estimate:
-    """Gradient estimate from loss evaluations alone (Spall 1992; Nesterov and Spokoiny 2017).
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """How a gradient is estimated from loss evaluations alone (Spall 1992; Nesterov and Spokoiny 2017).
 
     ĝ = (1/q) Σᵢ cᵢ zᵢ with, for query i and its key `jax.random.split(key, q)[i]`,
 
     - central: cᵢ = (L(θ + ε zᵢ) − L(θ − ε zᵢ)) / 2ε, two evaluations a query, bias O(ε²);
     - forward: cᵢ = (L(θ + ε zᵢ) − L(θ)) / ε, one evaluation a query and one more, bias O(ε)
       (one more for each query with `batch_per_query`);
-    - jvp: cᵢ = ⟨∇L(θ), zᵢ⟩ by forward-mode differentiation, exact, ε unused.
+    - jvp: cᵢ = ⟨∇L(θ), zᵢ⟩ by forward-mode differentiation, exact, ε unused. Of a loss that is constant piece by piece, such as
+      an accuracy, that is 0; of a `jax.pure_callback` JAX knows none.
 
     Use it under `jax.jit`. The same arguments give the same directions eager, jitted, under `vmap` and for every
-    `parallel_batch_size`.
+    `parallel_batch_size`. A query whose loss is nan or inf is left out of the mean and counted; if all are, the gradient is zero.
 
-    Args:
-      loss_fn: `loss_fn(params, *batch)` -> floating scalar; any JAX code.
-      params: pytree of arrays; the floating leaves are perturbed, the others left alone.
-      key: a PRNG key of the threefry implementation.
-      *batch: pytrees handed to `loss_fn`.
+    Attributes:
       num_queries: q, the directions.
-      epsilon: ε, the perturbation size. With bfloat16 arithmetic inside the loss, 1e-2 is a good choice.
-      perturbation: family of directions; default `rademacher()`.
+      epsilon: ε, the perturbation size; in `zeroth_order` also a schedule of the steps. Where parameters are used in bfloat16,
+        1e-2 is a good choice: numbers near 1, such as the scales of a norm, do not feel 1e-3.
+      perturbation: family of directions, or its name: "rademacher", "gaussian", "sphere", "low_rank".
       difference: "central", "forward" or "jvp".
-      parallel_batch_size: queries evaluated at once; memory grows with it.
+      parallel_batch_size: queries evaluated at once; memory grows with it. A `jax.pure_callback` in the loss then needs a
+        `vmap_method`.
       batch_per_query: the batch leaves have a leading axis of size q, one slice a query.
+      batch_chunks: parts into which the leading axis of a query's batch is cut, evaluated one after the other for the sake of
+        memory; the loss is the mean of theirs.
+      has_aux: `loss_fn` returns (loss, anything besides).
       mesh: devices, of which those along `query_axis` evaluate different queries. They exchange the losses alone; the
         numbers are the same, to the bit. How parameters and batch are split over the other axes is theirs to say
-        (`jax.device_put`), and `perturbation.on(zo_jax.layout.Layout(mesh))` draws directions where the parameters live.
+        (`jax.device_put`), and `perturbation.on(zo_jax.Layout(mesh, rules))` draws directions where the parameters live.
       query_axis: the name of that axis.
 
-    Returns:
-      An `Estimate`. A query whose loss is nan or inf is left out of the mean and counted; if all are,
-      the gradient is zero.
-
     Raises:
-      ValueError: an argument is out of range, the loss is not a floating scalar, no leaf is floating, a
-        batch leaf does not have the leading axis q, or the key is not a threefry key.
+      ValueError: an option is out of range.
 
     >>> import jax, jax.numpy as jnp, zo_jax
+    >>> estimator = zo_jax.Estimator(num_queries=4, perturbation="low_rank")
     >>> loss_fn = lambda params, x: jnp.sum((params["w"] @ x) ** 2)
-    >>> est = zo_jax.estimate_gradient(
-    ...     loss_fn, {"w": jnp.ones((2, 3))}, jax.random.key(0), jnp.ones(3), num_queries=4)
+    >>> est = estimator.estimate(loss_fn, {"w": jnp.ones((2, 3))}, jax.random.key(0), jnp.ones(3))
     >>> est.gradient["w"].shape, est.projections.shape
     ((2, 3), (4,))
     """
-    perturbation = perturbation or rademacher()
-    loss, projections = project(
-        loss_fn,
-        params,
-        key,
-        *batch,
-        num_queries=num_queries,
-        epsilon=epsilon,
-        perturbation=perturbation,
-        difference=difference,
-        parallel_batch_size=parallel_batch_size,
-        batch_per_query=batch_per_query,
-        mesh=mesh,
-        query_axis=query_axis,
-    )
-    keys = jax.random.split(typed_key(key), num_queries)
-    gradient = perturbation.combine(params, keys, mean_weights(projections))
-    num_failed = jnp.sum(~jnp.isfinite(projections), dtype=jnp.int32)
-    return Estimate(gradient, loss, projections, num_failed)
+
+    num_queries: int = 8
+    epsilon: Any = 1e-3
+    perturbation: Family | str = "rademacher"
+    difference: str = "central"
+    parallel_batch_size: int = 1
+    batch_per_query: bool = False
+    batch_chunks: int = 1
+    has_aux: bool = False
+    mesh: Mesh | None = None
+    query_axis: str = "query"
+
+    def __post_init__(self):
+        for name in ("num_queries", "parallel_batch_size", "batch_chunks"):
+            object.__setattr__(self, name, _positive_int(name, getattr(self, name)))
+        if self.difference not in DIFFERENCES:
+            raise ValueError(f"difference must be one of {DIFFERENCES}, got {self.difference!r}")
+        if not callable(self.epsilon) and not isinstance(self.epsilon, jax.core.Tracer):
+            # The scale is float32 inside: what underflows there is no perturbation at all.
+            rounded = float(np.float32(self.epsilon))
+            if not (math.isfinite(rounded) and rounded > 0):
+                raise ValueError(
+                    f"epsilon must be positive and finite in float32, got {self.epsilon!r}"
+                )
+        if self.mesh is not None and self.query_axis not in self.mesh.shape:
+            raise ValueError(
+                f"the mesh has no axis {self.query_axis!r}; its axes are {', '.join(self.mesh.shape)}; name one of "
+                "them as query_axis"
+            )
+        if not isinstance(self.perturbation, Family | str):
+            raise ValueError(
+                f"perturbation must be a Family or one of {', '.join(families.NAMES)}; got {self.perturbation!r}"
+            )
+        if isinstance(self.perturbation, str):
+            object.__setattr__(self, "perturbation", families.by_name(self.perturbation))
+
+    @property
+    def family(self) -> Family:
+        """The family of directions."""
+        assert isinstance(self.perturbation, Family)
+        return self.perturbation
+
+    @property
+    def num_evaluations(self) -> int:
+        """Loss evaluations of one estimate (a jvp counts as one, though it costs two to three)."""
+        num_bases = self.num_queries if self.batch_per_query else 1
+        return {
+            "central": 2 * self.num_queries,
+            "forward": self.num_queries + num_bases,
+            "jvp": self.num_queries,
+        }[self.difference]
+
+    def keys(self, key: jax.Array) -> jax.Array:
+        """The keys of the queries [q], from that of the estimate."""
+        return jax.random.split(typed_key(key), self.num_queries)
+
+    def project(
+        self, loss_fn: Callable[..., Any], params: Any, key: jax.Array, *batch: Any
+    ) -> tuple[jax.Array, ...]:
+        """The forward passes: (loss, projections [q]), or (loss, projections, aux) with `has_aux`; see `Estimate`.
+
+        Raises:
+          ValueError: the loss is not a floating scalar, no leaf is floating, a batch leaf does not have the axes that
+            `batch_per_query` and `batch_chunks` ask for, or the key is not a threefry key.
+        """
+        losses, projections, aux = self._evaluate(loss_fn, as_arrays(params), key, batch)
+        finite = jnp.isfinite(losses) & jnp.isfinite(projections)
+        total = jnp.sum(jnp.where(finite, losses, 0))
+        loss = jnp.where(jnp.any(finite), total / jnp.maximum(jnp.sum(finite), 1), jnp.nan)
+        # Sums and quotients of int32 counts are not to widen it.
+        loss, projections = (x.astype(losses.dtype) for x in (loss, projections))
+        projections = jnp.where(finite, projections, jnp.nan)
+        return (loss, projections, aux) if self.has_aux else (loss, projections)
+
+    def combine(self, params: Any, key: jax.Array, projections: jax.Array) -> Any:
+        """ĝ, like `params`: the directions are summed again from the key."""
+        params = as_arrays(params)
+        return self.family.combine(params, self.keys(key), mean_weights(projections))
+
+    def estimate(
+        self, loss_fn: Callable[..., Any], params: Any, key: jax.Array, *batch: Any
+    ) -> Estimate:
+        """Both halves: `project`, then `combine`."""
+        loss, projections, *aux = self.project(loss_fn, params, key, *batch)
+        return Estimate(
+            gradient=self.combine(params, key, projections),
+            loss=loss,
+            projections=projections,
+            num_failed=jnp.sum(~jnp.isfinite(projections), dtype=jnp.int32),
+            num_flat=jnp.sum(projections == 0, dtype=jnp.int32),
+            aux=aux[0] if aux else None,
+        )
+
+    def _evaluate(
+        self, loss_fn: Callable[..., Any], params: Any, key: jax.Array, batch: tuple[Any, ...]
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """(losses [q], projections [q], aux [q, ...])."""
+        if callable(self.epsilon):
+            raise ValueError(
+                "epsilon is a schedule, but only zeroth_order counts steps; give its value"
+            )
+        _check_batch(self, batch)
+        family, epsilon = self.family, jnp.float32(self.epsilon)
+        # A family that is no pytree has no arrays, and can be closed over.
+        is_leaf = any(leaf is family for leaf in jax.tree.leaves(family))
+        operands = _Operands(params, batch, self.keys(key), None if is_leaf else family, epsilon)
+        at = _line(self, loss_fn, family)
+        queries = np.arange(self.num_queries)
+
+        def central(operands, query):
+            # A loop over the two sides, so that the loss is compiled once.
+            sides = jnp.stack([operands.epsilon, -operands.epsilon])
+            losses, aux = lax.map(at(operands, query), sides)
+            slope = (losses[0] - losses[1]) / (2 * operands.epsilon)
+            return jnp.mean(losses), slope, jax.tree.map(lambda x: x[0], aux)
+
+        def jvp(operands, query):
+            zero, one = jnp.float32(0), jnp.float32(1)
+            return jax.jvp(at(operands, query), (zero,), (one,), has_aux=True)
+
+        if self.difference == "central":
+            return _map_queries(self, central, operands, queries)
+        if self.difference == "jvp":
+            return _map_queries(self, jvp, operands, queries)
+        # One list of evaluations: the queries after the unperturbed ones (scale 0).
+        n = self.num_queries if self.batch_per_query else 1
+        query = np.concatenate([queries[:n], queries])
+        is_moved = np.concatenate([np.zeros(n, np.float32), np.ones(len(queries), np.float32)])
+        evaluate = lambda operands, query, is_moved: at(operands, query)(
+            is_moved * operands.epsilon
+        )
+        losses, aux = _map_queries(self, evaluate, operands, query, is_moved)
+        base = jnp.broadcast_to(losses[:n], queries.shape)
+        return base, (losses[n:] - base) / epsilon, jax.tree.map(lambda x: x[n:], aux)
 
 
-def project(
-    loss_fn: Callable[..., jax.Array],
-    params: Any,
-    key: jax.Array,
-    *batch: Any,
-    num_queries: int = 8,
-    epsilon: float = 1e-3,
-    perturbation: Family | None = None,
-    difference: str = "central",
-    parallel_batch_size: int = 1,
-    batch_per_query: bool = False,
-    batch_in_chunks: bool = False,
-    mesh: Mesh | None = None,
-    query_axis: str = "query",
-) -> tuple[jax.Array, jax.Array]:
-    """The forward passes of `estimate_gradient`, whose arguments it takes: (loss, projections).
+class _Operands(NamedTuple):
+    """What evaluations read: `shard_map` hands its devices nothing but arguments."""
 
-    With `batch_in_chunks` the leaves of a query's batch have one more leading axis, of chunks, which are evaluated one after the
-    other for the sake of memory; the loss is the mean of theirs.
+    params: Any
+    batch: tuple[Any, ...]
+    keys: jax.Array
+    family: Family | None
+    epsilon: jax.Array
 
-    >>> import jax, jax.numpy as jnp, zo_jax
-    >>> loss, c = zo_jax.project(
-    ...     lambda w: jnp.sum(w), jnp.ones(3), jax.random.key(0), num_queries=2, difference="jvp")
-    >>> float(loss), c.shape
-    (3.0, (2,))
-    """
-    perturbation = perturbation or rademacher()
-    key = typed_key(key)
-    _check(params, batch, num_queries, epsilon, difference, parallel_batch_size, batch_per_query)
-    keys = jax.random.split(key, num_queries)
-    if mesh is not None and query_axis not in mesh.shape:
+
+def _line(
+    estimator: Estimator, loss_fn: Callable[..., Any], static_family: Family
+) -> Callable[[_Operands, jax.Array], Callable[[jax.Array], tuple[jax.Array, Any]]]:
+    """(operands, query) -> the loss along the query's direction: scale -> (loss, aux)."""
+    lazy_loss = lazily(lambda params, batch: _loss_and_aux(estimator, loss_fn, params, batch))
+
+    def line(operands: _Operands, query: jax.Array):
+        family = operands.family or static_family
+        batch = operands.batch
+        if estimator.batch_per_query:
+            batch = jax.tree.map(lambda x: x[query], batch)
+        direction = family.draw(operands.params, operands.keys[query])
+
+        def at(scale: jax.Array) -> tuple[jax.Array, Any]:
+            evaluate = lambda part: lazy_loss(family.move(operands.params, direction, scale), part)
+            if estimator.batch_chunks == 1:
+                return evaluate(batch)
+            losses, aux = lax.map(evaluate, _in_chunks(batch, estimator.batch_chunks))
+            return jnp.mean(losses), aux
+
+        return at
+
+    return line
+
+
+def _in_chunks(batch: Any, num_chunks: int) -> Any:
+    return jax.tree.map(lambda x: x.reshape(num_chunks, -1, *x.shape[1:]), batch)
+
+
+def _loss_and_aux(
+    estimator: Estimator, loss_fn: Callable[..., Any], params: Any, batch: tuple[Any, ...]
+) -> tuple[jax.Array, Any]:
+    """(loss in float32 or better, aux or None), of a loss that is what it should be."""
+    out = loss_fn(params, *batch)
+    if estimator.has_aux:
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise ValueError(
+                f"with has_aux loss_fn must return (loss, aux), got {type(out).__name__}; return a tuple of the two"
+            )
+        loss, aux = out
+    else:
+        loss, aux = out, None
+    if isinstance(loss, tuple):
         raise ValueError(
-            f"the mesh has no axis {query_axis!r}; its axes are {', '.join(mesh.shape)}; name one of them as query_axis"
+            f"loss_fn must return a floating scalar, got a tuple of {len(loss)}; if it is (loss, aux), set has_aux=True"
         )
-    devices = _Devices(mesh, query_axis)
-    lazy_loss = lazily(lambda p, b: _float32_scalar(loss_fn(p, *b)))
-
-    # What `shard_map` hands to its devices must be among its arguments: all that is below is a function of these.
-    epsilon = jnp.float32(epsilon)
-    operands = params, batch, keys, perturbation, epsilon
-
-    def evaluator(operands, query):
-        """The direction of a query is drawn; the loss along it is then a function of the scale."""
-        params, batch, keys, perturbation, _ = operands
-        b = jax.tree.map(lambda x: x[query], batch) if batch_per_query else batch
-        direction = perturbation.draw(params, keys[query])
-        loss = lambda scale, b: lazy_loss(perturbation.move(params, direction, scale), b)
-        if batch_in_chunks:
-            return lambda scale: jnp.mean(lax.map(lambda chunk: loss(scale, chunk), b))
-        return lambda scale: loss(scale, b)
-
-    evaluate_all = lambda function, *xs: _map(function, operands, xs, parallel_batch_size, devices)
-    if difference == "jvp":
-        slope = lambda operands, query: jax.jvp(
-            evaluator(operands, query), (jnp.float32(0),), (jnp.float32(1),)
+    if loss is None:
+        raise ValueError("loss_fn must return a floating scalar, got None; return the loss")
+    shape, dtype = jnp.shape(loss), jnp.result_type(loss)
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"loss_fn must return a floating scalar, got shape {shape} and dtype {dtype}; return "
+            "the mean of the losses of the batch"
         )
-        losses, projections = evaluate_all(slope, np.arange(num_queries))
-        return _masked(losses, projections)
-
-    if difference == "central":
-        # A loop over the two sides, so that the loss is compiled once.
-        two_sides = lambda operands, query: lax.map(
-            evaluator(operands, query), jnp.stack([operands[-1], -operands[-1]])
-        )
-        sides = evaluate_all(two_sides, np.arange(num_queries))
-        return _masked(jnp.mean(sides, axis=1), (sides[:, 0] - sides[:, 1]) / (2 * epsilon))
-    # One list of evaluations: the queries after the unperturbed ones (scale 0).
-    num_bases = num_queries if batch_per_query else 1
-    i = np.arange(num_bases + num_queries)
-    query = np.where(i < num_bases, i, i - num_bases)
-    moved = (i >= num_bases).astype(np.float32)
-    evaluate = lambda operands, query, moved: evaluator(operands, query)(moved * operands[-1])
-    losses = evaluate_all(evaluate, query, moved)
-    base = jnp.broadcast_to(losses[:num_bases], (num_queries,))
-    return _masked(base, (losses[num_bases:] - base) / epsilon)
+    return jnp.asarray(loss, jnp.promote_types(dtype, jnp.float32)), aux
 
 
-def mean_weights(projections: jax.Array) -> jax.Array:
-    """The weights of the directions in the mean: cᵢ over the number of finite ones, 0 where cᵢ is not finite.
-
-    Args:
-      projections: float32 [q].
-
-    >>> import jax.numpy as jnp, zo_jax
-    >>> zo_jax.mean_weights(jnp.array([1.0, jnp.nan, 3.0])).tolist()
-    [0.5, 0.0, 1.5]
-    """
-    finite = jnp.isfinite(projections)
-    return jnp.where(finite, projections, 0) / jnp.maximum(jnp.sum(finite), 1).astype(jnp.float32)
-
-
-def num_evaluations(num_queries: int, difference: str, batch_per_query: bool = False) -> int:
-    """Loss evaluations of one estimate (a jvp counts as one, though it costs two to three)."""
-    num_bases = num_queries if batch_per_query else 1
-    return {
-        "central": 2 * num_queries,
-        "forward": num_queries + num_bases,
-        "jvp": num_queries,
-    }[difference]
-
-
-def _masked(losses: jax.Array, projections: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(mean loss of the queries that are finite, projections with nan for the others)."""
-    finite = jnp.isfinite(losses) & jnp.isfinite(projections)
-    total = jnp.sum(jnp.where(finite, losses, 0))
-    loss = jnp.where(jnp.any(finite), total / jnp.maximum(jnp.sum(finite), 1), jnp.nan)
-    return loss.astype(jnp.float32), jnp.where(finite, projections, jnp.nan).astype(jnp.float32)
-
-
-class _Devices(NamedTuple):
-    mesh: Mesh | None
-    axis: str
-
-
-def _map(
-    function: Callable[..., Any],
-    operands: Any,
-    xs: tuple[np.ndarray, ...],
-    batch_size: int,
-    devices: _Devices,
+def _map_queries(
+    estimator: Estimator, function: Callable[..., Any], operands: _Operands, *xs: np.ndarray
 ) -> Any:
     """`function(operands, *x)` of each of `xs`, some at once, on all devices of the query axis."""
+    mesh, axis = estimator.mesh, estimator.query_axis
+    batch_size = min(estimator.parallel_batch_size, estimator.num_queries)
     here = lambda operands, *xs: _map_here(lambda *x: function(operands, *x), xs, batch_size)
-    if devices.mesh is None:
+    if mesh is None:
         return here(operands, *map(jnp.asarray, xs))
     n = len(xs[0])
     # The last groups evaluate the last query again where they have none of their own.
-    pad = -n % devices.mesh.shape[devices.axis]
-    split = PartitionSpec(devices.axis)
+    pad = -n % mesh.shape[axis]
+    split = PartitionSpec(axis)
     out = jax.shard_map(
         here,
-        mesh=devices.mesh,
+        mesh=mesh,
         in_specs=(PartitionSpec(), *(split for _ in xs)),
         out_specs=split,
-        axis_names={devices.axis},
+        axis_names={axis},
         check_vma=False,
     )(operands, *(jnp.asarray(np.pad(x, (0, pad), "edge")) for x in xs))
-    everywhere = NamedSharding(devices.mesh, PartitionSpec())
+    everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda x: lax.with_sharding_constraint(x, everywhere)[:n], out)
 
 
@@ -265,14 +327,103 @@ def _map_here(function: Callable[..., Any], xs: tuple[jax.Array, ...], batch_siz
     return lax.map(lambda x: function(*x), xs, batch_size=batch_size)
 
 
-def _float32_scalar(loss: Any) -> jax.Array:
-    shape, dtype = jnp.shape(loss), jnp.result_type(loss)
-    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            f"loss_fn must return a floating scalar, got shape {shape} and dtype {dtype}; return "
-            "the mean of the losses of the batch"
-        )
-    return jnp.asarray(loss, jnp.float32)
+def takes_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Shows the options of `Estimator` in the signature of a function that takes them as **options.
+
+    Each is None there, "as the estimator has it", so that `optax.inject_hyperparams` takes no static option for a number to inject.
+    """
+    signature = inspect.signature(function)
+    *own, options = signature.parameters.values()
+    assert options.kind is inspect.Parameter.VAR_KEYWORD
+    fields = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=f.type)
+        for f in dataclasses.fields(Estimator)
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *fields])  # pyright: ignore
+    return function
+
+
+def make_estimator(estimator: Estimator | None, options: dict[str, Any]) -> Estimator:
+    """An estimator (default `Estimator()`) with some options replaced: those that are not None.
+
+    Raises:
+      TypeError: there is no such option.
+    """
+    known = [field.name for field in dataclasses.fields(Estimator)]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            raise TypeError(f"{name!r} is no option of Estimator; {hint}")
+    given = {name: value for name, value in options.items() if value is not None}
+    return dataclasses.replace(estimator or Estimator(), **given)
+
+
+@takes_options
+def estimate_gradient(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    key: jax.Array,
+    *batch: Any,
+    estimator: Estimator | None = None,
+    **options: Any,
+) -> Estimate:
+    """Gradient estimate from loss evaluations alone: `Estimator(**options).estimate(loss_fn, params, key, *batch)`.
+
+    Args:
+      loss_fn: `loss_fn(params, *batch)` -> floating scalar; any JAX code.
+      params: pytree of arrays; the floating leaves are perturbed, the others left alone.
+      key: a PRNG key of the threefry implementation.
+      *batch: pytrees handed to `loss_fn`.
+      estimator: an `Estimator`; default `Estimator()`.
+      **options: fields of `Estimator`, which replace those of `estimator`.
+
+    Raises:
+      ValueError: as `Estimator` and `Estimator.project`.
+
+    >>> import jax, jax.numpy as jnp, zo_jax
+    >>> loss_fn = lambda params, x: jnp.sum((params["w"] @ x) ** 2)
+    >>> est = zo_jax.estimate_gradient(
+    ...     loss_fn, {"w": jnp.ones((2, 3))}, jax.random.key(0), jnp.ones(3), num_queries=4)
+    >>> est.gradient["w"].shape, est.projections.shape
+    ((2, 3), (4,))
+    """
+    return make_estimator(estimator, options).estimate(loss_fn, params, key, *batch)
+
+
+@takes_options
+def project(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    key: jax.Array,
+    *batch: Any,
+    estimator: Estimator | None = None,
+    **options: Any,
+) -> tuple[jax.Array, ...]:
+    """The forward passes of `estimate_gradient`, whose arguments it takes: `Estimator.project`.
+
+    >>> import jax, jax.numpy as jnp, zo_jax
+    >>> loss, c = zo_jax.project(
+    ...     lambda w: jnp.sum(w), jnp.ones(3), jax.random.key(0), num_queries=2, difference="jvp")
+    >>> float(loss), c.shape
+    (3.0, (2,))
+    """
+    return make_estimator(estimator, options).project(loss_fn, params, key, *batch)
+
+
+def mean_weights(projections: jax.Array) -> jax.Array:
+    """The weights of the directions in the mean: cᵢ over the number of finite ones, 0 where cᵢ is not finite.
+
+    Args:
+      projections: floating [q].
+
+    >>> import jax.numpy as jnp, zo_jax
+    >>> zo_jax.mean_weights(jnp.array([1.0, jnp.nan, 3.0])).tolist()
+    [0.5, 0.0, 1.5]
+    """
+    finite = jnp.isfinite(projections)
+    count = jnp.maximum(jnp.sum(finite), 1).astype(projections.dtype)
+    return jnp.where(finite, projections, 0) / count
 
 
 def typed_key(key: jax.Array) -> jax.Array:
@@ -294,26 +445,35 @@ def typed_key(key: jax.Array) -> jax.Array:
     return key
 
 
-def _check(
-    params, batch, num_queries, epsilon, difference, parallel_batch_size, batch_per_query
-) -> None:
-    leaves = jax.tree.leaves(params)
-    if not any(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves):
-        raise ValueError(f"params must have a floating leaf to perturb, got {len(leaves)} leaves")
-    for name, value in (("num_queries", num_queries), ("parallel_batch_size", parallel_batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    if difference not in DIFFERENCES:
-        raise ValueError(f"difference must be one of {DIFFERENCES}, got {difference!r}")
-    if not isinstance(epsilon, jax.core.Tracer):
-        # The scale is float32 inside: what underflows there is no perturbation at all.
-        rounded = float(np.float32(epsilon))
-        if not (math.isfinite(rounded) and rounded > 0):
-            raise ValueError(f"epsilon must be positive and finite in float32, got {epsilon!r}")
-    if batch_per_query:
-        for leaf in jax.tree.leaves(batch):
-            if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != num_queries:
-                raise ValueError(
-                    "with batch_per_query every leaf of the batch needs a leading axis of size "
-                    f"num_queries = {num_queries}, got shape {jnp.shape(leaf)}"
-                )
+def _positive_int(name: str, value: Any) -> int:
+    """A Python or NumPy integer of at least 1."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"{name} must be known when the step is traced, got a traced value; make it static, as by "
+            f"static_argnames or by optax.inject_hyperparams(..., static_args=({name!r},))"
+        )
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if isinstance(value, bool | np.bool_) or number < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return number
+
+
+def _check_batch(estimator: Estimator, batch: tuple[Any, ...]) -> None:
+    """Whether the leaves of a batch have the axes that the options ask for."""
+    q, chunks = estimator.num_queries, estimator.batch_chunks
+    for leaf in jax.tree.leaves(batch):
+        shape = jnp.shape(leaf)
+        if estimator.batch_per_query and shape[:1] != (q,):
+            raise ValueError(
+                "with batch_per_query every leaf of the batch needs a leading axis of size "
+                f"num_queries = {q}, got shape {shape}"
+            )
+        own = shape[1:] if estimator.batch_per_query else shape
+        if chunks > 1 and (not own or own[0] % chunks):
+            raise ValueError(
+                f"with batch_chunks={chunks} the leading axis of every leaf of a query's batch must be divisible by it, "
+                f"got shape {own}"
+            )

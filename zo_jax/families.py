@@ -1,5 +1,6 @@
-"""Families of random directions, each with E[z zᵀ] = I, so that E[⟨g, z⟩ z] = g."""
+"""Families of random directions: signs, normals, the sphere, low rank. Each has E[z zᵀ] = I."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -10,48 +11,118 @@ from jax import lax
 import jax.numpy as jnp
 
 from zo_jax import noise
-from zo_jax.family import UNROLLED, Family, is_matrix, width_of
+from zo_jax.family import UNROLLED, Entries, Family, WordFamily
+from zo_jax.layout import Layout
 from zo_jax.noise import key_words
 from zo_jax.perturbed import Dense, LowRank, outer
+from zo_jax.trees import matrices, path_name
 
 # Normal numbers that stay in cache while their norm is taken.
 _IN_CACHE = 2**18
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["layout"])
-@dataclasses.dataclass(frozen=True)
-class _Rademacher(Family):
-    """Independent signs."""
+class Signs(Entries):
+    """Independent fair signs, a bit an entry."""
 
-    def _words_shape(self, path, leaf):
-        return _sign_words_shape(leaf)
+    def words_shape(self, leaf):
+        return (*leaf.shape[:-1], noise.sign_words_per_row(_width(leaf)))
 
-    def _move_leaf(self, path, leaf, words, scale):
+    def move(self, leaf, words, scale):
         return _dense(leaf, words, scale, "rademacher")
 
-    def _sum_leaf(self, path, leaf, words_n, weights_n):
-        return _sum_signs(leaf, words_n, weights_n)
+    def total(self, leaf, words_n, weights_n):
+        z = lambda words: noise.sign_bits(words, _width(leaf))
+        n = len(weights_n)
+        if n <= UNROLLED:
+            return sum(noise.with_signs(weights_n[i], z(words_n[i])) for i in range(n))
+        add = lambda total, x: (total + noise.with_signs(x[0], z(x[1])), None)
+        zero = jnp.zeros((*words_n.shape[1:-1], _width(leaf)), jnp.float32)
+        return lax.scan(add, zero, (weights_n, words_n))[0]
 
-    def _gram_leaf(self, path, leaf, words_n):
-        return noise.agreements(words_n, width_of(leaf))
+    def gram(self, leaf, words_n):
+        return noise.agreements(words_n, _width(leaf))
+
+
+class Normals(Entries):
+    """Independent standard normal numbers, two words a row."""
+
+    def words_shape(self, leaf):
+        return (*leaf.shape[:-1], noise.NORMAL_WORDS_PER_ROW)
+
+    def move(self, leaf, words, scale):
+        return _dense(leaf, words, scale, "gaussian")
+
+    def total(self, leaf, words_n, weights_n):
+        z = (w * noise.normals(x, _width(leaf)) for w, x in zip(weights_n, words_n, strict=True))
+        return sum(z)
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors(Entries):
+    """u vᵀ / √r for each matrix of a leaf [..., A, B], with u [A, r] and v [B, r] of independent signs.
+
+    Attributes:
+      rank: r.
+      layout: of the parameters.
+    """
+
+    rank: int
+    layout: Layout | None = None
+
+    # Of the factors there are too few to split.
+    follows_leaf: ClassVar[bool] = False
+
+    def words_shape(self, leaf):
+        *stack, a, b = leaf.shape
+        return (*stack, noise.sign_words_per_row((a + b) * self.rank))
+
+    def move(self, leaf, words, scale):
+        u, v = self._factors(leaf, words)
+        return LowRank(leaf, u, v, scale / math.sqrt(self.rank), leaf.dtype)
+
+    def total(self, leaf, words_n, weights_n):
+        u, v = self._factors(leaf, words_n)
+        u = u * (weights_n / math.sqrt(self.rank)).reshape(-1, *(1,) * leaf.ndim)
+        # All directions side by side: one matrix product [..., A, n r] @ [..., n r, B].
+        side_by_side = lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1)
+        return outer(self._everywhere(side_by_side(u)), self._everywhere(side_by_side(v)))
+
+    def gram(self, leaf, words_n):
+        # ⟨u uᵀ', v vᵀ'⟩ of every pair of directions and of their ranks, summed over a stack.
+        u, v = (x.reshape(len(words_n), -1, *x.shape[-2:]) for x in self._factors(leaf, words_n))
+        inner = lambda x: jnp.einsum("isak,jsal->ijskl", x, x)
+        return jnp.sum(inner(u) * inner(v), axis=(2, 3, 4)) / self.rank
+
+    def _factors(self, leaf, words):
+        """u float32 [..., A, r] and v float32 [..., B, r], from one row of signs [(A + B) r]."""
+        a, b = leaf.shape[-2:]
+        both = noise.signs(words, (a + b) * self.rank)
+        both = self._everywhere(both.reshape(*both.shape[:-1], a + b, self.rank))
+        return self._everywhere(both[..., :a, :]), self._everywhere(both[..., a:, :])
+
+    def _everywhere(self, x):
+        return x if self.layout is None else self.layout.everywhere(x)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["layout"])
 @dataclasses.dataclass(frozen=True)
-class _Gaussian(Family):
+class _Rademacher(WordFamily):
+    """Independent signs."""
+
+    def entries(self, params):
+        return [Signs()] * len(jax.tree.leaves(params))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["layout"])
+@dataclasses.dataclass(frozen=True)
+class _Gaussian(WordFamily):
     """Independent normal entries."""
 
     # Each is a long program: written out for several they would take long to compile.
-    _queries_at_once: ClassVar[int] = 1
+    _directions_at_once: ClassVar[int] = 1
 
-    def _words_shape(self, path, leaf):
-        return (*leaf.shape[:-1], noise.NORMAL_WORDS_PER_ROW)
-
-    def _move_leaf(self, path, leaf, words, scale):
-        return _dense(leaf, words, scale, "gaussian")
-
-    def _sum_leaf(self, path, leaf, words_n, weights_n):
-        return weights_n[0] * noise.normals(words_n[0], width_of(leaf))
+    def entries(self, params):
+        return [Normals()] * len(jax.tree.leaves(params))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["layout"])
@@ -59,71 +130,45 @@ class _Gaussian(Family):
 class _Sphere(_Gaussian):
     """Uniform on the sphere of radius √d: a Gaussian direction over its norm."""
 
-    def _factor(self, leaves, words):
-        floating = [(leaf, w) for leaf, w in zip(leaves, words, strict=True) if w is not None]
+    def _factor(self, params, words):
+        leaves = jax.tree.leaves(params)
+        floating = [(x, w) for x, w in zip(leaves, words, strict=True) if w is not None]
         at_once = _IN_CACHE if self.layout is None else math.inf
-        squares = [_sum_of_squares(w, width_of(leaf), at_once) for leaf, w in floating]
+        squares = [_sum_of_squares(w, _width(leaf), at_once) for leaf, w in floating]
         return jnp.sqrt(sum(leaf.size for leaf, _ in floating) / sum(squares))
 
     def _factors(self, params, keys):
         return lax.map(lambda key_2: self.draw(params, key_2).factor, key_words(keys))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["rank", "layout"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=[], meta_fields=["rank", "is_matrix", "layout"]
+)
 @dataclasses.dataclass(frozen=True)
-class _LowRank(Family):
+class _LowRank(WordFamily):
     """Matrices get u vᵀ / √r; other leaves independent signs."""
 
     rank: int
+    is_matrix: Callable[[str, Any], bool] | None = None
 
     # The sum is one matrix product over the directions.
-    _queries_at_once: ClassVar[int] = 64
+    _directions_at_once: ClassVar[int] = 64
 
-    def _words_shape(self, path, leaf):
-        if not self._is_matrix(path, leaf):
-            return _sign_words_shape(leaf)
-        *stack, a, b = leaf.shape
-        return (*stack, noise.sign_words_per_row((a + b) * self.rank))
+    def entries(self, params):
+        factors, signs = Factors(self.rank, self.layout), Signs()
+        return [
+            factors if is_matrix and self._is_worth_it(leaf) else signs
+            for leaf, is_matrix in zip(jax.tree.leaves(params), self._matrices(params), strict=True)
+        ]
 
-    def _words_place(self, path, leaf, words_shape):
-        if self._is_matrix(path, leaf):
-            return None  # of the factors: too few to split
-        return super()._words_place(path, leaf, words_shape)
+    def _matrices(self, params) -> list[bool]:
+        if self.is_matrix is None:
+            return jax.tree.leaves(matrices(params))
+        of_leaf = jax.tree.leaves_with_path(params)
+        return [x.ndim >= 2 and bool(self.is_matrix(path_name(path), x)) for path, x in of_leaf]
 
-    def _factors_of(self, leaf, words):
-        """u float32 [..., A, r] and v float32 [..., B, r] of independent signs, from one row [(A + B) r]."""
-        a, b = leaf.shape[-2:]
-        both = noise.signs(words, (a + b) * self.rank)
-        both = self._everywhere(both.reshape(*both.shape[:-1], a + b, self.rank))
-        return self._everywhere(both[..., :a, :]), self._everywhere(both[..., a:, :])
-
-    def _is_matrix(self, path, leaf) -> bool:
-        return is_matrix(path, leaf) and self.rank * sum(leaf.shape[-2:]) < math.prod(
-            leaf.shape[-2:]
-        )
-
-    def _move_leaf(self, path, leaf, words, scale):
-        if not self._is_matrix(path, leaf):
-            return _dense(leaf, words, scale, "rademacher")
-        u, v = self._factors_of(leaf, words)
-        return LowRank(leaf, u, v, scale / math.sqrt(self.rank), leaf.dtype)
-
-    def _sum_leaf(self, path, leaf, words_n, weights_n):
-        if not self._is_matrix(path, leaf):
-            return _sum_signs(leaf, words_n, weights_n)
-        u, v = self._factors_of(leaf, words_n)
-        u = u * (weights_n / math.sqrt(self.rank)).reshape(-1, *(1,) * leaf.ndim)
-        # All queries side by side: one matrix product [..., A, n r] @ [..., n r, B].
-        side_by_side = lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1)
-        return outer(self._everywhere(side_by_side(u)), self._everywhere(side_by_side(v)))
-
-    def _gram_leaf(self, path, leaf, words_n):
-        if not self._is_matrix(path, leaf):
-            return noise.agreements(words_n, width_of(leaf))
-        # ⟨u uᵀ', v vᵀ'⟩ of every pair of directions and of their ranks, summed over a stack.
-        u, v = (x.reshape(len(words_n), -1, *x.shape[-2:]) for x in self._factors_of(leaf, words_n))
-        inner = lambda x: jnp.einsum("isak,jsal->ijskl", x, x)
-        return jnp.sum(inner(u) * inner(v), axis=(2, 3, 4)) / self.rank
+    def _is_worth_it(self, leaf) -> bool:
+        return self.rank * sum(leaf.shape[-2:]) < math.prod(leaf.shape[-2:])
 
 
 def rademacher() -> Family:
@@ -159,12 +204,18 @@ def sphere() -> Family:
     return _Sphere()
 
 
-def low_rank(rank: int = 1) -> Family:
+def low_rank(rank: int = 1, is_matrix: Callable[[str, Any], bool] | None = None) -> Family:
     """u vᵀ / √rank with factors of independent signs, unit variance per entry, never formed in matrix products.
 
-    Every matrix of a leaf [..., A, B] gets its own factors. Vectors, leaves named "bias" or "scale", and matrices for which
-    rank · (A + B) ≥ A · B get dense signs. After Sarkar et al., "Evolution strategies at the hyperscale", 2025
-    (EGGROLL), which uses Gaussian factors; with signs, ‖z‖² = d for rank 1, so the estimate's variance is that of dense signs.
+    Every matrix of a leaf [..., A, B] gets its own factors; vectors, and matrices for which rank · (A + B) ≥ A · B, get dense
+    signs. After Sarkar et al., "Evolution strategies at the hyperscale", 2025 (EGGROLL), which uses Gaussian factors; with
+    signs, ‖z‖² = d for rank 1, so the estimate's variance is that of dense signs.
+
+    Args:
+      rank: of the directions of a matrix.
+      is_matrix: `is_matrix(path, leaf)` says whether a leaf of two or more axes, at a path like "blocks/fc/kernel", is a matrix
+        or a stack of them; default by shape (`zo_jax.trees.matrices`): yes, unless it is [L, B] in a subtree of which all
+        leaves are stacks of L.
 
     Raises:
       ValueError: `rank` is not a positive integer.
@@ -174,19 +225,33 @@ def low_rank(rank: int = 1) -> Family:
     >>> int(jnp.linalg.matrix_rank(z))
     1
     """
-    if not isinstance(rank, int) or rank < 1:
+    if isinstance(rank, bool) or not hasattr(rank, "__index__") or rank < 1:
         raise ValueError(f"rank must be a positive integer, got {rank!r}")
-    return _LowRank(rank=rank)
+    return _LowRank(rank=int(rank), is_matrix=is_matrix)
+
+
+# The names of families that take no arguments.
+_BY_NAME = {"rademacher": rademacher, "gaussian": gaussian, "sphere": sphere}
+NAMES = (*_BY_NAME, "low_rank")
 
 
 def by_name(name: str, rank: int = 1) -> Family:
-    """The family that a configuration or a ledger names: rademacher, gaussian, sphere, or low_rank of a rank."""
-    families = {"rademacher": rademacher, "gaussian": gaussian, "sphere": sphere}
-    return low_rank(rank) if name == "low_rank" else families[name]()
+    """The family of a name: "rademacher", "gaussian", "sphere", or "low_rank" of a rank.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    if name == "low_rank":
+        return low_rank(rank)
+    if name not in _BY_NAME:
+        raise ValueError(
+            f"perturbation must be a Family or one of {', '.join(NAMES)}; got {name!r}"
+        )
+    return _BY_NAME[name]()
 
 
 def apply_directions(
-    params: Any, keys: jax.Array, weights: jax.Array, perturbation: Family | None = None
+    params: Any, keys: jax.Array, weights: jax.Array, perturbation: Family | str = "rademacher"
 ) -> Any:
     """params + Σᵢ weightsᵢ zᵢ, leaf by leaf: the whole SGD update without a gradient buffer.
 
@@ -194,7 +259,7 @@ def apply_directions(
       params: pytree of arrays.
       keys: [q] typed PRNG keys, as of `jax.random.split(key, q)`.
       weights: float32 [q]; for SGD, -learning_rate · projections / q.
-      perturbation: the family of directions; default `rademacher()`.
+      perturbation: the family of directions, or its name.
 
     Returns:
       Like `params`; sums in float32, rounded once.
@@ -204,28 +269,19 @@ def apply_directions(
     >>> zo_jax.apply_directions(jnp.zeros(3), keys, jnp.zeros(2)).tolist()
     [0.0, 0.0, 0.0]
     """
-    return (perturbation or rademacher()).add(params, keys, weights)
+    family = perturbation if isinstance(perturbation, Family) else by_name(perturbation)
+    return family.add(params, keys, weights)
 
 
-def _sign_words_shape(leaf: jax.Array) -> tuple[int, ...]:
-    return (*leaf.shape[:-1], noise.sign_words_per_row(width_of(leaf)))
+def _width(leaf: Any) -> int:
+    """Entries of a row; a scalar is a row of one."""
+    return leaf.shape[-1] if leaf.ndim else 1
 
 
 def _dense(leaf: jax.Array, words: jax.Array, scale: jax.Array, kind: str) -> Any:
     if leaf.ndim == 0:  # too small for a lazy form
         return Dense(leaf.reshape(1), words, scale, kind, leaf.dtype).form()[0]
     return Dense(leaf, words, scale, kind, leaf.dtype)
-
-
-def _sum_signs(leaf: jax.Array, words_n: jax.Array, weights_n: jax.Array) -> jax.Array:
-    """Σ weights z, float32 [..., B], of sign words [n, ..., W]."""
-    z = lambda words: noise.sign_bits(words, width_of(leaf))
-    n = len(weights_n)
-    if n <= UNROLLED:
-        return sum(noise.with_signs(weights_n[i], z(words_n[i])) for i in range(n))
-    add = lambda total, x: (total + noise.with_signs(x[0], z(x[1])), None)
-    zero = jnp.zeros((*words_n.shape[1:-1], width_of(leaf)), jnp.float32)
-    return lax.scan(add, zero, (weights_n, words_n))[0]
 
 
 def _sum_of_squares(words: jax.Array, width: int, at_once: float) -> jax.Array:

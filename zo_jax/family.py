@@ -1,31 +1,108 @@
-"""A direction as a key, and what every family of directions has in common: drawing, perturbing, summing.
+"""A family of directions: what every family promises, and how those of this library keep it.
 
-A direction is a key, which names a stream of random words (`zo_jax.noise`). Every floating leaf of the parameters owns
-a part of the stream, and every row of a leaf a part of that, so a stack of layers [L, ...] has fresh noise for every
-layer, whether the layers are scanned or indexed. Leaves that are not floating are left alone.
+A direction is a key. It is never stored: a family draws what is random of it, moves parameters along it, and sums many of
+them again from their keys. `Family` is that contract, and all that one of your own needs. `WordFamily` is how the families of
+this library keep it: a key names a stream of random words (`zo_jax.noise`), of which every floating leaf owns a part and every
+row of a leaf a part of that, so a stack of layers [L, ...] has fresh noise for every layer, scanned or indexed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
+import itertools
 import math
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from zo_jax import noise
 from zo_jax.layout import Layout
 from zo_jax.noise import key_words
 from zo_jax.trees import is_floating
 
-# Leaves whose name says that they are vectors, though a stack of layers [L, A] of them has the shape of a matrix.
-_VECTOR_NAMES = ("bias", "scale", "b")
 # A sum over directions makes one pass over a leaf for so many of them, written out: XLA fuses these.
 UNROLLED = 8
 # Leaves with more words than this are summed one after the other, the smaller ones together.
 _LARGE_WORDS = 2**15
+
+
+class Family:
+    """Directions z with E[z zᵀ] = I, so that E[⟨g, z⟩ z] = g. Each is named by a key.
+
+    A family of your own is a class with `draw` and `move`, pure functions that work under `jit` and `vmap`; `add` is there for
+    the sake of speed. If it holds arrays it is a registered pytree, as `jax.tree_util.register_dataclass` makes one.
+
+    >>> import jax, jax.numpy as jnp, zo_jax
+    >>> class OneCoordinate(zo_jax.Family):
+    ...     '''√d e_j for a random coordinate j of a vector [d].'''
+    ...     def draw(self, params, key):
+    ...         return jax.random.randint(key, (), 0, params.size)
+    ...     def move(self, params, j, scale):
+    ...         return params.at[j].add(scale * params.size**0.5)
+    >>> loss_fn = lambda w: jnp.sum(w * jnp.array([1.0, 2.0, 3.0]))
+    >>> est = zo_jax.estimate_gradient(
+    ...     loss_fn, jnp.zeros(3), jax.random.key(0), num_queries=999, perturbation=OneCoordinate())
+    >>> bool(jnp.allclose(est.gradient, jnp.array([1.0, 2.0, 3.0]), rtol=0.2))
+    True
+    """
+
+    def draw(self, params: Any, key: jax.Array) -> Any:
+        """What is random of the direction that `key` names: a pytree of arrays, drawn once for all scales."""
+        raise NotImplementedError(f"{type(self).__name__} must define draw(params, key)")
+
+    def move(self, params: Any, direction: Any, scale: Any) -> Any:
+        """params + scale · z, for a drawn direction; its leaves are arrays, or `Perturbed` ones that are not formed."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define move(params, direction, scale)"
+        )
+
+    def add(self, params: Any, keys: jax.Array, weights: jax.Array) -> Any:
+        """params + Σᵢ weightsᵢ zᵢ, summed in float32 and rounded once: an update without a gradient buffer."""
+        wide = jax.tree.map(_widened, params)
+
+        def step(total, key_and_weight):
+            key, weight = key_and_weight
+            moved = self.move(total, self.draw(params, key), weight)
+            form = lambda x: x.form() if hasattr(x, "form") else x
+            formed = jax.tree.map(form, moved, is_leaf=lambda x: hasattr(x, "form"))
+            return jax.tree.map(lambda x, old: x.astype(old.dtype), formed, total), None
+
+        total, _ = lax.scan(step, wide, (keys, jnp.asarray(weights, jnp.float32)))
+        return jax.tree.map(lambda x, p: x.astype(p.dtype) if is_floating(p) else p, total, params)
+
+    def on(self, layout: Layout | None) -> "Family":
+        """The same directions, to the bit, for parameters that are placed so."""
+        del layout
+        return self
+
+    def perturb(self, params: Any, key: jax.Array, scale: Any) -> Any:
+        """`move` along the direction that `key` names, for functions under `lazily`."""
+        return self.move(params, self.draw(params, key), scale)
+
+    def direction(self, params: Any, key: jax.Array) -> Any:
+        """The direction that `key` names, as plain float32 arrays (zeros for leaves that are not floating)."""
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros_like(x, jnp.float32 if is_floating(x) else None), params
+        )
+        return self.add(zeros, key[None], jnp.ones(1))
+
+    def combine(self, params: Any, keys: jax.Array, weights: jax.Array) -> Any:
+        """Σᵢ weightsᵢ zᵢ, with the shapes and dtypes of `params`, summed in float32.
+
+        Args:
+          params: pytree of arrays or their shapes; their values do not matter.
+          keys: [q] typed PRNG keys.
+          weights: float32 [q].
+        """
+        return self.add(jax.tree.map(jnp.zeros_like, params), keys, weights)
+
+    def combine_with_norm(
+        self, params: Any, keys: jax.Array, weights: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        """`combine`, and the global norm of the sum, float32."""
+        total = self.combine(params, keys, weights)
+        return total, jnp.sqrt(_sum_of_squares(total))
 
 
 class Direction(NamedTuple):
@@ -40,44 +117,66 @@ class Direction(NamedTuple):
     factor: jax.Array
 
 
-class _Group(NamedTuple):
-    """Leaves whose words are drawn together.
+class Entries:
+    """How the entries of a direction in one leaf come from the leaf's words; n stands for several directions."""
+
+    # Whether the words of a leaf that is split over devices are split as it is.
+    follows_leaf: ClassVar[bool] = True
+
+    def words_shape(self, leaf: Any) -> tuple[int, ...]:
+        """Of the words of a leaf."""
+        raise NotImplementedError
+
+    def move(self, leaf: jax.Array, words: jax.Array, scale: jax.Array) -> Any:
+        """The leaf moved by scale · z, `Perturbed`."""
+        raise NotImplementedError
+
+    def total(self, leaf: Any, words_n: jax.Array, weights_n: jax.Array) -> jax.Array:
+        """Σ weights z, float32, of words [n, ...]."""
+        raise NotImplementedError
+
+    def gram(self, leaf: Any, words_n: jax.Array) -> jax.Array | None:
+        """⟨zᵢ, zⱼ⟩ over the leaf, float32 [n, n]; None where the words do not tell."""
+        del leaf, words_n
+        return None
+
+
+class _Leaf(NamedTuple):
+    """A floating leaf: its place among all leaves, its path, itself, and its share of a direction."""
+
+    index: int
+    path: tuple[Any, ...]
+    value: Any
+    entries: Entries
+
+    @property
+    def words_shape(self) -> tuple[int, ...]:
+        return self.entries.words_shape(self.value)
+
+    @property
+    def num_words(self) -> int:
+        return math.prod(self.words_shape)
+
+
+class _Span(NamedTuple):
+    """Consecutive words of the stream, and the leaves that own them, one after the other.
 
     Attributes:
-      indices: of the leaves.
-      shapes: of their words.
-      starts: where each begins in the group.
-      first: index in the stream of the first word.
+      leaves: in order.
+      starts: where the words of each begin in the span.
+      first: index in the stream of the first word, even, as words come in blocks of two.
       size: number of words.
-      place: puts the words where they belong, if parameters are placed at all.
-      is_split: whether there is one leaf alone, which is split over devices.
     """
 
-    indices: list[int]
-    shapes: list[tuple[int, ...]]
+    leaves: list[_Leaf]
     starts: list[int]
     first: int
     size: int
-    place: Callable[[jax.Array], jax.Array] = lambda words: words
-    is_split: bool = False
-
-    def draw(self, key: jax.Array) -> list[jax.Array]:
-        """Each leaf's words, from the two words of a key."""
-        if self.is_split:
-            return [noise.table(key, self.shapes[0], self.first, self.place)]
-        return self.split(self.place(noise.stream(key, self.size, self.first)))
-
-    def split(self, words: jax.Array) -> list[jax.Array]:
-        """Each leaf's part of [..., size]."""
-        return [
-            words[..., start : start + math.prod(shape)].reshape(*words.shape[:-1], *shape)
-            for start, shape in zip(self.starts, self.shapes, strict=True)
-        ]
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
-    """A family of directions; make one with `rademacher`, `gaussian`, `sphere` or `low_rank`.
+class WordFamily(Family):
+    """A family whose directions are words of a stream; each subclass says by `entries` what they mean for a leaf.
 
     Attributes:
       layout: where parameters live that are split over devices; their words are then drawn where they are.
@@ -86,59 +185,38 @@ class Family:
     layout: Layout | None = dataclasses.field(default=None, kw_only=True)
 
     # Directions whose words exist at once while they are summed.
-    _queries_at_once: ClassVar[int] = UNROLLED
+    _directions_at_once: ClassVar[int] = UNROLLED
 
-    def on(self, layout: Layout | None) -> "Family":
-        """The same directions, to the bit, for parameters that are placed so."""
+    def entries(self, params: Any) -> list[Entries]:
+        """The entries of each leaf of the parameters, in order."""
+        raise NotImplementedError
+
+    def on(self, layout: Layout | None) -> "WordFamily":
         return dataclasses.replace(self, layout=layout)
 
-    def direction(self, params: Any, key: jax.Array) -> Any:
-        """The direction z that `key` names, as plain float32 arrays (zeros for leaves that are not floating)."""
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros_like(x, jnp.float32 if is_floating(x) else None), params
-        )
-        return self.add(zeros, key[None], jnp.ones(1))
-
-    def perturb(self, params: Any, key: jax.Array, scale: Any) -> Any:
-        """params + scale · z, each floating leaf a `Perturbed` array for functions under `lazily`."""
-        return self.move(params, self.draw(params, key), scale)
-
     def draw(self, params: Any, key: jax.Array) -> Direction:
-        """The direction that `key` names, for `move`: drawn once for several scales."""
-        leaves = jax.tree.leaves(params)
-        groups = self._groups(params)
-        words: list[jax.Array | None] = [None] * len(leaves)
-        # In one call, which compiles faster than many, unless they are placed.
-        apart = self.layout is not None
-        stream = None if apart else noise.stream(key_words(key), groups[-1].first + groups[-1].size)
-        for group in groups:
-            if apart:
-                parts = group.draw(key_words(key))
-            else:
-                parts = group.split(stream[group.first : group.first + group.size])
-            for i, part in zip(group.indices, parts, strict=True):
-                words[i] = part
-        return Direction(words, self._factor(leaves, words))
+        spans = self._spans(params)
+        words: list[jax.Array | None] = [None] * len(jax.tree.leaves(params))
+        key = key_words(key)
+        # In one call, which compiles faster than one for each span, unless they are placed.
+        stream = None
+        if self.layout is None:
+            stream = noise.stream(key, spans[-1].first + spans[-1].size)
+        for span in spans:
+            for leaf, part in zip(span.leaves, self._draw(key, span, stream), strict=True):
+                words[leaf.index] = part
+        return Direction(words, self._factor(params, words))
 
     def move(self, params: Any, direction: Direction, scale: Any) -> Any:
-        """`perturb`, given the direction's words."""
         scale = jnp.asarray(scale, jnp.float32) * direction.factor
-        flat, treedef = jax.tree.flatten_with_path(params)
-        moved = [
-            leaf if words is None else self._move_leaf(path, jnp.asarray(leaf), words, scale)
-            for (path, leaf), words in zip(flat, direction.words, strict=True)
-        ]
-        return jax.tree.unflatten(treedef, moved)
+        leaves, treedef = jax.tree.flatten(params)
+        for leaf in self._leaves(params):
+            words = direction.words[leaf.index]
+            leaves[leaf.index] = leaf.entries.move(jnp.asarray(leaf.value), words, scale)
+        return jax.tree.unflatten(treedef, leaves)
 
-    def combine(self, params: Any, keys: jax.Array, weights: jax.Array) -> Any:
-        """Σᵢ weightsᵢ zᵢ, with the shapes and dtypes of `params`, summed in float32 leaf by leaf.
-
-        Args:
-          params: pytree; only its shapes and dtypes matter.
-          keys: [q] typed PRNG keys.
-          weights: float32 [q].
-        """
-        return self.add(jax.tree.map(jnp.zeros_like, params), keys, weights)
+    def add(self, params: Any, keys: jax.Array, weights: jax.Array) -> Any:
+        return self._add(params, keys, weights, with_norm=False)[0]
 
     def combine_with_norm(
         self, params: Any, keys: jax.Array, weights: jax.Array
@@ -148,143 +226,147 @@ class Family:
         For few directions of signs or low rank the norm comes from their inner products, which their words tell, so that no
         pass over the sum is needed and it need never exist.
         """
-        total, squared = self._add(jax.tree.map(jnp.zeros_like, params), keys, weights, True)
-        if squared is None:
-            leaves = [x for x in jax.tree.leaves(total) if is_floating(x)]
-            squared = sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves)
-        return total, jnp.sqrt(squared)
-
-    def add(self, params: Any, keys: jax.Array, weights: jax.Array) -> Any:
-        """params + Σᵢ weightsᵢ zᵢ, summed in float32 and rounded once: an update without a gradient buffer."""
-        return self._add(params, keys, weights)[0]
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        total, squared = self._add(zeros, keys, weights, with_norm=True)
+        return total, jnp.sqrt(_sum_of_squares(total) if squared is None else squared)
 
     def _add(
-        self, params: Any, keys: jax.Array, weights: jax.Array, with_norm: bool = False
+        self, params: Any, keys: jax.Array, weights: jax.Array, with_norm: bool
     ) -> tuple[Any, jax.Array | None]:
-        """(`add`, ‖Σᵢ weightsᵢ zᵢ‖² if it is asked for and needs no pass over the sum)."""
-        flat, treedef = jax.tree.flatten_with_path(params)
-        leaves = [leaf for _, leaf in flat]
+        """(`add`, ‖Σᵢ weightsᵢ zᵢ‖² if it is asked for and the words tell it)."""
+        leaves, treedef = jax.tree.flatten(params)
         weights = jnp.asarray(weights, jnp.float32) * self._factors(params, keys)
-        num_queries = weights.shape[0]
-        n = min(num_queries, self._queries_at_once)
-        pad = -num_queries % n
-        # Words of directions with the weight 0 are drawn in vain, and change nothing.
-        keys_kn2 = jnp.pad(key_words(keys), ((0, pad), (0, 0)), "edge").reshape(-1, n, 2)
-        weights_kn = jnp.pad(weights, (0, pad)).reshape(-1, n)
-        cheap = with_norm and num_queries == n <= UNROLLED
-        squared = jnp.zeros((), jnp.float32) if cheap else None
-        for group in self._groups(params):
-
-            def add_some(xs, keys_and_weights, group=group):
-                keys_n2, weights_n = keys_and_weights
-                parts = jax.vmap(group.draw)(keys_n2)
-                sums = [
-                    self._sum_leaf(*flat[i], words, weights_n)
-                    for i, words in zip(group.indices, parts, strict=True)
-                ]
-                return [
-                    x + total.reshape(x.shape) for x, total in zip(xs, sums, strict=True)
-                ], parts
-
-            wide = [jnp.promote_types(leaves[i].dtype, jnp.float32) for i in group.indices]
-            xs = [leaves[i].astype(dtype) for i, dtype in zip(group.indices, wide, strict=True)]
-            if len(weights_kn) == 1:
+        keys_kn2, weights_kn = self._chunks(key_words(keys), weights)
+        in_one = len(weights_kn) == 1
+        few = with_norm and in_one and len(weights) <= UNROLLED
+        squared = jnp.zeros((), jnp.float32) if few else None
+        for span in self._spans(params):
+            totals = [_widened(leaf.value) for leaf in span.leaves]
+            if in_one:
                 keys_n2 = keys_kn2[0]
                 if squared is not None:
                     # Never true, which XLA cannot know: it would draw the words of all leaves at once.
                     keys_n2 = keys_n2 ^ (squared < 0).astype(jnp.uint32)
-                xs, parts = add_some(xs, (keys_n2, weights_kn[0]))
-                for i, words in zip(group.indices, parts, strict=True):
-                    gram = None if squared is None else self._gram_leaf(*flat[i], words)
-                    if gram is None:
-                        squared = None
-                    else:  # rounding can take a sum of zero below it
-                        squared = squared + jnp.maximum(weights @ gram @ weights, 0)
+                words = jax.vmap(lambda key, span=span: self._draw(key, span))(keys_n2)
+                totals = _add_span(span, totals, words, weights_kn[0])
+                squared = _add_squares(span, squared, words, weights_kn[0])
             else:
-                without_words = lambda xs, x, add_some=add_some: (add_some(xs, x)[0], None)
-                xs, _ = lax.scan(without_words, xs, (keys_kn2, weights_kn))
-            for i, x in zip(group.indices, xs, strict=True):
-                leaves[i] = self._place(flat[i][0], x.astype(leaves[i].dtype))
+
+                def add_chunk(totals, chunk, span=span):
+                    keys_n2, weights_n = chunk
+                    words = jax.vmap(lambda key: self._draw(key, span))(keys_n2)
+                    return _add_span(span, totals, words, weights_n), None
+
+                totals, _ = lax.scan(add_chunk, totals, (keys_kn2, weights_kn))
+            for leaf, total in zip(span.leaves, totals, strict=True):
+                leaves[leaf.index] = self._placed(leaf.path, total.astype(leaf.value.dtype))
         return jax.tree.unflatten(treedef, leaves), squared
 
-    def _groups(self, params: Any) -> list[_Group]:
-        """The floating leaves in groups, in the order of the stream: first the small ones, all in one."""
-        small, large = [], []
-        for i, (path, leaf) in enumerate(jax.tree.leaves_with_path(params)):
-            if is_floating(leaf):
-                shape = self._words_shape(path, leaf)
-                member = i, shape, self._words_place(path, leaf, shape)
-                (large if math.prod(shape) > _LARGE_WORDS else small).append(member)
-        groups, first = [], 0
-        for members in [small, *([member] for member in large)]:
-            together, start = [], 0
-            for i, shape, place in members:
-                if place is None:
-                    together.append((i, shape, start))
-                else:
-                    size = math.prod(shape)
-                    groups.append(_Group([i], [shape], [0], first + start, size, place, True))
-                start += math.prod(shape)
-            if together:
-                parts = map(list, zip(*together, strict=True))
-                groups.append(_Group(*parts, first, start, self._everywhere))
-            first += start + start % 2
-        return groups
+    def _chunks(self, keys_q2: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys [k, n, 2] and weights [k, n] of the directions that are summed at once."""
+        n = min(len(weights), self._directions_at_once)
+        # Words of directions with the weight 0 are drawn in vain, and change nothing.
+        pad = -len(weights) % n
+        keys_q2 = jnp.pad(keys_q2, ((0, pad), (0, 0)), "edge")
+        return keys_q2.reshape(-1, n, 2), jnp.pad(weights, (0, pad)).reshape(-1, n)
 
-    def _words_place(self, path, leaf, words_shape):
-        """Puts the words of a leaf where they belong, if it is split over devices; otherwise None."""
-        layout = self.layout
-        if layout is None or layout.axis(path, leaf.shape) is None:
-            return None
-        return lambda x: layout.place(x, layout.words_spec(path, leaf, words_shape))
+    def _leaves(self, params: Any) -> list[_Leaf]:
+        flat = jax.tree.leaves_with_path(params)
+        of_leaf = zip(range(len(flat)), flat, self.entries(params), strict=True)
+        return [_Leaf(i, *x, entries) for i, x, entries in of_leaf if is_floating(x[1])]
 
-    def _everywhere(self, x):
+    def _spans(self, params: Any) -> list[_Span]:
+        """The stream, span by span: first the small leaves together, then every large one alone."""
+        leaves = self._leaves(params)
+        small = [leaf for leaf in leaves if leaf.num_words <= _LARGE_WORDS]
+        large = [[leaf] for leaf in leaves if leaf.num_words > _LARGE_WORDS]
+        spans, first = [], 0
+        for together in filter(None, [small, *large]):
+            *starts, size = itertools.accumulate((x.num_words for x in together), initial=0)
+            spans.append(_Span(together, starts, first, size))
+            first += size + size % 2
+        return spans
+
+    def _draw(
+        self, key: jax.Array, span: _Span, stream: jax.Array | None = None
+    ) -> list[jax.Array]:
+        """The words of each leaf of a span, cut from the stream if there is one, each where its leaf lives."""
+        if stream is None:
+            own = self._everywhere(noise.stream(key, span.size, span.first))
+        else:
+            own = stream[span.first : span.first + span.size]
+        words = []
+        for leaf, start in zip(span.leaves, span.starts, strict=True):
+            shape = leaf.words_shape
+            if self._is_split(leaf):
+                place = lambda x, leaf=leaf: self._place_words(leaf, x)
+                words.append(noise.table(key, shape, span.first + start, place))
+            else:
+                words.append(own[start : start + leaf.num_words].reshape(shape))
+        return words
+
+    def _is_split(self, leaf: _Leaf) -> bool:
+        """Whether the words of a leaf are split over devices, as the leaf is."""
+        if self.layout is None or not leaf.entries.follows_leaf:
+            return False
+        return self.layout.axis(leaf.path, leaf.value.shape) is not None
+
+    def _place_words(self, leaf: _Leaf, x: jax.Array) -> jax.Array:
+        spec = self.layout.words_spec(leaf.path, leaf.value, leaf.words_shape)
+        return self.layout.place(x, spec)
+
+    def _everywhere(self, x: jax.Array) -> jax.Array:
         """On every device, so that XLA does not split what is cheaper to have."""
-        return x if self.layout is None else self.layout.place(x, PartitionSpec())
+        return x if self.layout is None else self.layout.everywhere(x)
 
-    def _place(self, path, x):
+    def _placed(self, path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         """A leaf where it belongs."""
         if self.layout is None:
             return x
         return self.layout.place(x, self.layout.sharding(path, x.shape).spec)
 
-    def _factors(self, params: Any, keys: jax.Array) -> Any:
-        """The factors of many directions: 1, or float32 [q]."""
-        return 1
-
-    def _factor(self, leaves: Sequence[jax.Array], words: list[jax.Array | None]) -> jax.Array:
+    def _factor(self, params: Any, words: Sequence[jax.Array | None]) -> jax.Array:
         """The factor of a direction."""
+        del params, words
         return jnp.ones((), jnp.float32)
 
-    def _words_shape(self, path, leaf) -> tuple[int, ...]:
-        """Shape of the words of a leaf."""
-        raise NotImplementedError
-
-    def _move_leaf(self, path, leaf, words, scale):
-        """The leaf moved by scale · z, `Perturbed`."""
-        raise NotImplementedError
-
-    def _sum_leaf(self, path, leaf, words_n, weights_n):
-        """Σ weights z, float32, of n directions' words [n, ...]."""
-        raise NotImplementedError
-
-    def _gram_leaf(self, path, leaf, words_n):
-        """⟨zᵢ, zⱼ⟩ over a leaf, float32 [n, n], from n directions' words; None where they do not tell."""
-        return None
+    def _factors(self, params: Any, keys: jax.Array) -> Any:
+        """The factors of many directions: 1, or float32 [q]."""
+        del params, keys
+        return 1
 
 
-def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
-    """Whether a leaf is a matrix or a stack of them, by its shape and the last name of its path."""
-    return leaf.ndim >= 2 and _name(path) not in _VECTOR_NAMES
+def _add_span(
+    span: _Span, totals: list[jax.Array], words: list[jax.Array], weights_n: jax.Array
+) -> list[jax.Array]:
+    """totals + Σ weights z of each leaf of a span."""
+    sums = [
+        leaf.entries.total(leaf.value, words_n, weights_n)
+        for leaf, words_n in zip(span.leaves, words, strict=True)
+    ]
+    return [x + total.reshape(x.shape) for x, total in zip(totals, sums, strict=True)]
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    """The last named part of a leaf's path ("value" is the box of Flax NNX)."""
-    names = [str(getattr(p, "key", getattr(p, "name", ""))) for p in path]
-    names = [name for name in names if name and name != "value"]
-    return names[-1] if names else ""
+def _add_squares(
+    span: _Span, squared: jax.Array | None, words: list[jax.Array], weights_n: jax.Array
+) -> jax.Array | None:
+    """squared + ‖Σ weights z‖² over the leaves of a span, or None where the words do not tell."""
+    for leaf, words_n in zip(span.leaves, words, strict=True):
+        gram = None if squared is None else leaf.entries.gram(leaf.value, words_n)
+        if gram is None:
+            return None
+        # Rounding can take a sum of zero below it.
+        squared = squared + jnp.maximum(weights_n @ gram @ weights_n, 0)
+    return squared
 
 
-def width_of(leaf: jax.Array) -> int:
-    """Entries of a row; a scalar is a row of one."""
-    return leaf.shape[-1] if leaf.ndim else 1
+def _widened(leaf: Any) -> Any:
+    """A floating leaf in float32 or better."""
+    if not is_floating(leaf):
+        return leaf
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def _sum_of_squares(tree: Any) -> jax.Array:
+    leaves = [_widened(x) for x in jax.tree.leaves(tree) if is_floating(x)]
+    return sum(jnp.sum(jnp.square(x)) for x in leaves)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from zo_jax.estimators import typed_key
 from zo_jax.families import gaussian
 from zo_jax.family import Family
-from zo_jax.trees import tree_dot
+from zo_jax.layout import Layout
+from zo_jax.trees import is_floating, tree_dot
 
 METHODS = ("hybrid", "gram_schmidt")
 # Coordinates of a leaf that are looked at at once, and of a partial sum of them.
@@ -48,7 +49,7 @@ def largest_coordinates(gradient: Any, fraction: jax.Array) -> Support:
       gradient: pytree of floating arrays.
       fraction: float32 scalar in [0, 1].
     """
-    leaves = [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(gradient)]
+    leaves = _leaves(gradient)
     offsets = [sum(leaf.size for leaf in leaves[:i]) for i in range(len(leaves))]
 
     def halve(is_enough, size):
@@ -109,7 +110,7 @@ class Guided(Family):
     """A family of directions around a gradient, to be used in the trace in which it is made.
 
     Attributes:
-      gradient: pytree like the parameters.
+      gradient: pytree like the parameters; leaves that are not floating guide nothing.
       cosine: float32 scalar, as `instruct_directions` has it after clipping.
       noise_scale: float32 scalar.
       method: "hybrid" or "gram_schmidt".
@@ -123,38 +124,42 @@ class Guided(Family):
     method: str
     norm: jax.Array
     support: Support | None
+    layout: Layout | None = None
 
-    def direction(self, params: Any, key: jax.Array) -> Any:
-        n = gaussian().direction(self.gradient, key)
-        as_float32 = lambda g: g.astype(jnp.float32)
-        g = jax.tree.map(as_float32, self.gradient)
+    def on(self, layout: Layout | None) -> "Guided":
+        return dataclasses.replace(self, layout=layout)
+
+    def draw(self, params: Any, key: jax.Array) -> list[jax.Array | None]:
+        """The direction itself, float32, leaf by leaf; None where the gradient is not floating."""
+        del params
+        g = _leaves(self.gradient)
+        n = _leaves(gaussian().on(self.layout).direction(g, key))
         if self.method == "hybrid":
-            d = sum(leaf.size for leaf in jax.tree.leaves(g))
-            scale = self.noise_scale * self.norm / math.sqrt(d)
+            scale = self.noise_scale * self.norm / math.sqrt(sum(x.size for x in g))
             masks = in_support(g, self.support)
-            return jax.tree.map(lambda m, g, n: jnp.where(m, g, scale * n), masks, g, n)
-        along = tree_dot(n, g) / jnp.maximum(self.norm**2, jnp.finfo(jnp.float32).tiny)
-        u = jax.tree.map(lambda n, g: n - along * g, n, g)
-        sine = jnp.sqrt(1 - self.cosine**2) * self.norm / jnp.sqrt(tree_dot(u, u))
-        return jax.tree.map(lambda g, u: self.cosine * g + sine * u, g, u)
+            z = [jnp.where(m, g, scale * n) for m, g, n in zip(masks, g, n, strict=True)]
+        else:
+            along = tree_dot(n, g) / jnp.maximum(self.norm**2, jnp.finfo(jnp.float32).tiny)
+            u = [n - along * g for n, g in zip(n, g, strict=True)]
+            sine = jnp.sqrt(1 - self.cosine**2) * self.norm / jnp.sqrt(tree_dot(u, u))
+            z = [self.cosine * g + sine * u for g, u in zip(g, u, strict=True)]
+        z = iter(z)
+        return [next(z) if is_floating(x) else None for x in jax.tree.leaves(self.gradient)]
 
-    def draw(self, params: Any, key: jax.Array) -> Any:
-        return self.direction(params, key)
+    def move(self, params: Any, direction: list[jax.Array | None], scale: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(params)
 
-    def move(self, params: Any, direction: Any, scale: Any) -> Any:
-        return jax.tree.map(
-            lambda p, z: (p.astype(jnp.float32) + scale * z).astype(p.dtype), params, direction
-        )
+        def move_leaf(p, z):
+            if z is None or not is_floating(p):
+                return p
+            return (p.astype(jnp.promote_types(p.dtype, jnp.float32)) + scale * z).astype(p.dtype)
 
-    def add(self, params: Any, keys: jax.Array, weights: jax.Array) -> Any:
-        wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        return jax.tree.unflatten(treedef, map(move_leaf, leaves, direction))
 
-        def step(total, key_and_weight):
-            key, weight = key_and_weight
-            return self.move(total, self.direction(params, key), weight), None
 
-        total, _ = lax.scan(step, wide, (keys, weights))
-        return jax.tree.map(lambda x, p: x.astype(p.dtype), total, params)
+def _leaves(gradient: Any) -> list[jax.Array]:
+    """The floating leaves of a gradient, float32."""
+    return [jnp.asarray(g, jnp.float32) for g in jax.tree.leaves(gradient) if is_floating(g)]
 
 
 def guided(
@@ -178,7 +183,8 @@ def guided(
         support = largest_coordinates(gradient, cosine**2)
     else:
         cosine = jnp.clip(cosine, -0.9999, 0.9999)
-    norm = jnp.sqrt(tree_dot(gradient, gradient))
+    leaves = _leaves(gradient)
+    norm = jnp.sqrt(tree_dot(leaves, leaves))
     return Guided(gradient, cosine, jnp.asarray(noise_scale, jnp.float32), method, norm, support)
 
 

@@ -62,6 +62,10 @@ class Layout:
         mesh = self.mesh if inside.empty else inside
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
+    def everywhere(self, x: jax.Array) -> jax.Array:
+        """The same array, which XLA is told to keep whole on every device."""
+        return self.place(x, PartitionSpec())
+
     def words_spec(
         self, path: tuple[Any, ...], leaf: Any, words_shape: Sequence[int]
     ) -> PartitionSpec:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zo_jax.family import is_matrix
+from zo_jax import trees
 
 # Coefficients of the quintic Newton-Schulz iteration (Jordan et al., "Muon", 2024).
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -20,11 +20,10 @@ def matrices(params: Any, embeddings: bool = True) -> Any:
       embeddings: whether leaves named "embedding" count.
     """
 
-    def of_leaf(path: Any, leaf: Any) -> bool:
-        is_embedding = getattr(path[-1], "key", None) == "embedding" if path else False
-        return is_matrix(path, leaf) and (embeddings or not is_embedding)
+    def counts(path: Any, is_matrix: bool) -> bool:
+        return is_matrix and (embeddings or not trees.path_name(path).endswith("embedding"))
 
-    return jax.tree.map_with_path(of_leaf, params)
+    return jax.tree.map_with_path(counts, trees.matrices(params))
 
 
 class MudamwState(NamedTuple):

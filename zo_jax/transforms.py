@@ -1,15 +1,14 @@
 """The estimator as an optax gradient transformation: the first link of a chain, in place of backpropagation."""
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 import optax
 
-from zo_jax.estimators import estimate_gradient, typed_key
-from zo_jax.family import Family
+from zo_jax.estimators import Estimator, make_estimator, takes_options, typed_key
 from zo_jax.noise import key_words
 
 
@@ -31,17 +30,9 @@ class ZerothOrderState(NamedTuple):
     num_failed: jax.Array
 
 
+@takes_options
 def zeroth_order(
-    key: jax.Array,
-    *,
-    num_queries: int = 8,
-    epsilon: float = 1e-3,
-    perturbation: Family | None = None,
-    difference: str = "central",
-    parallel_batch_size: int = 1,
-    batch_per_query: bool = False,
-    mesh: Mesh | None = None,
-    query_axis: str = "query",
+    key: jax.Array, *, estimator: Estimator | None = None, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the updates, whatever they are, with a zeroth-order estimate of the gradient.
 
@@ -52,19 +43,16 @@ def zeroth_order(
 
     Args:
       key: a PRNG key of the threefry implementation.
-      num_queries: directions of a step.
-      epsilon: perturbation size.
-      perturbation: family of directions; default `rademacher()`.
-      difference: "central", "forward" or "jvp".
-      parallel_batch_size: queries evaluated at once.
-      batch_per_query: the leaves of `batch` have a leading axis num_queries, one slice a query.
-      mesh, query_axis: devices over which the queries are split, as of `estimate_gradient`.
+      estimator: an `Estimator`; default `Estimator()`.
+      **options: fields of `Estimator`, which replace those of `estimator`. `epsilon` may be an optax schedule of the steps taken, or
+        a number that `optax.inject_hyperparams` injects.
 
     Returns:
       The transformation; its state is a `ZerothOrderState`.
 
     Raises:
-      ValueError: as `estimate_gradient`; or, from `update`, `params` or `value_fn` is missing.
+      ValueError: as `Estimator`; `has_aux` is set, which a transformation has no place for; or, from `update`, `params` or
+        `value_fn` is missing.
 
     >>> import jax, jax.numpy as jnp, optax, zo_jax
     >>> loss_fn = lambda p: jnp.sum((p - 1) ** 2)
@@ -78,14 +66,21 @@ def zeroth_order(
     True
     """
     words = key_words(typed_key(key))
+    configured = make_estimator(estimator, options)
+    if configured.has_aux:
+        raise ValueError(
+            "zeroth_order returns updates alone: set has_aux=False, and return the loss from value_fn"
+        )
 
     def init_fn(params: Any) -> ZerothOrderState:
-        del params
+        # Of a float64 loss the state is float64, and all losses are unless JAX is told to have such.
+        dtypes = [jnp.float32, *(x.dtype for x in jax.tree.leaves(params) if hasattr(x, "dtype"))]
+        dtype = jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32
         return ZerothOrderState(
             key=words,
             count=jnp.zeros((), jnp.int32),
-            loss=jnp.full((), jnp.inf, jnp.float32),
-            projections=jnp.zeros(num_queries, jnp.float32),
+            loss=jnp.full((), jnp.inf, dtype),
+            projections=jnp.zeros(configured.num_queries, dtype),
             num_failed=jnp.zeros((), jnp.int32),
         )
 
@@ -109,25 +104,17 @@ def zeroth_order(
                 "zeroth_order evaluates the loss itself: pass it to update as "
                 "value_fn=lambda params: loss_fn(params, *batch)"
             )
-        estimate = estimate_gradient(
-            value_fn,
-            params,
-            jax.random.fold_in(typed_key(state.key), state.count),
-            *batch,
-            num_queries=num_queries,
-            epsilon=epsilon,
-            perturbation=perturbation,
-            difference=difference,
-            parallel_batch_size=parallel_batch_size,
-            batch_per_query=batch_per_query,
-            mesh=mesh,
-            query_axis=query_axis,
+        epsilon = configured.epsilon
+        if callable(epsilon):
+            epsilon = epsilon(state.count)
+        estimate = dataclasses.replace(configured, epsilon=epsilon).estimate(
+            value_fn, params, jax.random.fold_in(typed_key(state.key), state.count), *batch
         )
         return estimate.gradient, ZerothOrderState(
             key=state.key,
             count=optax.safe_increment(state.count),
-            loss=estimate.loss,
-            projections=estimate.projections,
+            loss=estimate.loss.astype(state.loss.dtype),
+            projections=estimate.projections.astype(state.projections.dtype),
             num_failed=estimate.num_failed,
         )
 

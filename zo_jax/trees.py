@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # All of a leaf, or of a tree.
 ALL = ...
@@ -52,13 +53,75 @@ WHOLE = Subset(ALL)
 
 def path_name(path: tuple[Any, ...]) -> str:
     """The names of a leaf's path joined by slashes, like "blocks/fc/kernel"; of indices their numbers."""
-    names = (str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", "")))) for p in path)
-    return "/".join(names)
+    return "/".join(_names(path))
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", "")))) for p in path)
 
 
 def is_floating(leaf: Any) -> bool:
     """Whether a leaf has a real floating dtype."""
     return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
+def as_arrays(params: Any) -> Any:
+    """Parameters with numbers and NumPy arrays as JAX arrays.
+
+    Raises:
+      ValueError: a leaf is no array, or is complex, or none is floating.
+    """
+    flat, treedef = jax.tree.flatten_with_path(params)
+    for path, leaf in flat:
+        where = path_name(path) or "params"
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
+            raise ValueError(
+                f"params must hold arrays alone, got {type(leaf).__name__} at {where}; split off what is none, as by "
+                "eqx.partition(model, eqx.is_inexact_array) or nnx.split(model, nnx.Param, ...)"
+            )
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+            raise ValueError(
+                f"params must be real, got {jnp.result_type(leaf)} at {where}; hand in its real and imaginary parts, "
+                "and put them together in loss_fn"
+            )
+    if not any(is_floating(leaf) for _, leaf in flat):
+        raise ValueError(f"params must have a floating leaf to perturb, got {len(flat)} leaves")
+    return jax.tree.unflatten(treedef, [jnp.asarray(leaf) for _, leaf in flat])
+
+
+def matrices(params: Any) -> Any:
+    """Which leaves are matrices [A, B] or stacks of them [..., A, B], by shape: a pytree of bools.
+
+    A leaf [L, B] is a stack of vectors if it stands in a subtree in which every leaf is a stack of L and some leaf has three axes
+    or more: then the subtree is a stack of layers, as a scan over them or a vmapped constructor makes it.
+
+    Args:
+      params: pytree of arrays or their shapes.
+
+    >>> import jax.numpy as jnp
+    >>> blocks = {"fc": {"kernel": jnp.ones((3, 4, 5)), "bias": jnp.ones((3, 5))}, "norm": {"scale": jnp.ones((3, 4))}}
+    >>> matrices({"blocks": blocks, "head": jnp.ones((4, 7)), "bias": jnp.ones(7)})
+    {'bias': False, 'blocks': {'fc': {'bias': False, 'kernel': True}, 'norm': {'scale': False}}, 'head': True}
+    """
+    flat, treedef = jax.tree.flatten_with_path(params)
+    subtrees: dict[tuple[str, ...], list[Any]] = {}
+    for path, leaf in flat:
+        names = _names(path)
+        for depth in range(len(names)):
+            subtrees.setdefault(names[:depth], []).append(leaf)
+
+    def is_stack(leaves: list[Any]) -> bool:
+        sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
+        return len(sizes) == 1 and any(leaf.ndim >= 3 for leaf in leaves)
+
+    stacks = {prefix for prefix, leaves in subtrees.items() if is_stack(leaves)}
+
+    def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
+        names = _names(path)
+        stacked = any(names[:depth] in stacks for depth in range(len(names)))
+        return leaf.ndim >= 3 or (leaf.ndim == 2 and not stacked)
+
+    return jax.tree.unflatten(treedef, [is_matrix(path, leaf) for path, leaf in flat])
 
 
 def tree_dot(a: Any, b: Any) -> jax.Array:

@@ -83,7 +83,7 @@ def test_guided_step_equals_numpy(tiny_config, method, num_guided):
     key, k = jax.random.fold_in(steps.base_key(config), 0), num_guided or q
     made = instruct_directions(g_tree, jax.random.fold_in(key, 0), k, 0.6, 0.5, method)
     z = [flat(jax.tree.map(lambda x: x[i], made)) for i in range(k)]
-    family = steps.make_perturbation(config)
+    family = steps.make_estimator(config).family
     z += (
         [
             flat(family.direction(start, r))
@@ -305,7 +305,7 @@ def test_a_stack_in_part_is_perturbed_layer_by_layer(tiny_config, perturbation, 
     assert not [f for f in formed if f.primitive in ("scatter", "scan")]
     trained = scope.select(state.params)
     loss = jax.jit(lambda t: next_token_loss(model, scope.merge(state.params, t), tokens))
-    family = steps.make_perturbation(config)
+    family = steps.make_estimator(config).family
     z = [flat(family.direction(trained, k)) for k in jax.random.split(key, 3)]
     if difference == "central":
         expected = central(loss, trained, z, 1e-2)

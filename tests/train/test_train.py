@@ -60,7 +60,7 @@ def test_zo_step_equals_numpy(tiny_config, perturbation, difference):
     key = jax.random.fold_in(steps.base_key(tiny_config), 0)
     new, info, _ = steps.make_train_step(tiny_config, model)(state, 0, tokens, None)
 
-    family = steps.make_perturbation(tiny_config)
+    family = steps.make_estimator(tiny_config).family
     loss = jax.jit(lambda params: next_token_loss(model, params, tokens))
     gradient = jax.tree.map(np.zeros_like, start)
     for query_key in jax.random.split(key, 3):

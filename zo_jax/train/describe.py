@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from zo_jax import estimators
+from zo_jax.estimators import Estimator
 from zo_jax.layout import Layout
 from zo_jax.train.config import Config, blocks_per_step
 from zo_jax.train.data.corpus import Corpus
@@ -14,10 +14,18 @@ from zo_jax.train.model import GPT, count_params
 
 def passes_until(config: Config, step: int) -> int:
     """Evaluations of the loss in the first `step` steps; a backprop gradient counts its micro-batches."""
-    zo, num_backprop = config.zo, _num_backprop_steps(config, step)
+    num_backprop = _num_backprop_steps(config, step)
     num_queries_steps = {"fo": 0, "calibrate": step - num_backprop}.get(config.mode, step)
-    per_step = estimators.num_evaluations(zo.num_queries, zo.difference, zo.batch_per_query)
+    per_step = _evaluations_per_step(config)
     return num_queries_steps * per_step + num_backprop * config.fo.gradient_accumulation_steps
+
+
+def _evaluations_per_step(config: Config) -> int:
+    zo = config.zo
+    estimator = Estimator(
+        num_queries=zo.num_queries, difference=zo.difference, batch_per_query=zo.batch_per_query
+    )
+    return estimator.num_evaluations
 
 
 def blocks_until(config: Config, step: int) -> int:
@@ -79,7 +87,7 @@ def describe(
     batch = f"batches of {train.batch_size} blocks"
     fo_batch = f"batches of {config.fo.batch_size or train.batch_size} blocks"
     backprop = f"backprop; {fo_batch} in {config.fo.gradient_accumulation_steps} part(s)"
-    evaluations = estimators.num_evaluations(zo.num_queries, zo.difference, zo.batch_per_query)
+    evaluations = _evaluations_per_step(config)
     queries = (
         f"{zo.num_queries} {zo.perturbation} directions a step, {ways[zo.difference]}, "
         f"{evaluations} loss evaluations; {batch}{per_query}"

@@ -4,14 +4,15 @@ Axes: B blocks of a batch, T tokens of a block, q queries.
 """
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zo_jax import estimators, families
-from zo_jax.family import Family
+from zo_jax import families
+from zo_jax.estimators import Estimator
 from zo_jax.layout import Layout
 from zo_jax.train import hybrid
 from zo_jax.train.config import Config
@@ -75,9 +76,19 @@ class StepRecord(NamedTuple):
     projections: jax.Array
 
 
-def make_perturbation(config: Config) -> Family:
-    """The family of directions that the configuration names."""
-    return families.by_name(config.zo.perturbation, config.zo.rank)
+def make_estimator(config: Config, layout: Layout | None = None) -> Estimator:
+    """The estimator that the configuration names."""
+    zo = config.zo
+    return Estimator(
+        num_queries=zo.num_queries,
+        epsilon=zo.epsilon,
+        perturbation=families.by_name(zo.perturbation, zo.rank).on(layout),
+        difference=zo.difference,
+        parallel_batch_size=zo.parallel_batch_size,
+        batch_per_query=zo.batch_per_query,
+        batch_chunks=zo.batch_chunks,
+        mesh=None if layout is None else layout.mesh,
+    )
 
 
 def base_key(config: Config) -> jax.Array:
@@ -140,12 +151,11 @@ def make_project(
     """
     scope = scope_of(config, model)
     loss = make_loss(model, scope)
-    perturbation = make_perturbation(config).on(layout)
+    estimator = make_estimator(config, layout)
 
     @jax.jit
-    def project(params: Any, key: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        trained = scope.select(params)
-        return _project(config, perturbation, loss(params), trained, key, tokens, layout)
+    def project(params: Any, key: jax.Array, tokens: jax.Array) -> tuple[jax.Array, ...]:
+        return estimator.project(loss(params), scope.select(params), key, tokens)
 
     return project
 
@@ -158,14 +168,12 @@ def make_update(
     The state is donated. Replay calls the same function.
     """
     rules, tell = make_rules(config, model, layout), _make_tell(config)
-    perturbation = make_perturbation(config)
+    family = make_estimator(config).family
 
     def update(
         state: RunState, key: jax.Array, loss: jax.Array, projections: jax.Array
     ) -> tuple[RunState, StepMetrics]:
-        return tell(
-            state, *rules.from_projections(perturbation, state.train, key, loss, projections)
-        )
+        return tell(state, *rules.from_projections(family, state.train, key, loss, projections))
 
     return jax.jit(update, donate_argnums=0)
 
@@ -192,7 +200,7 @@ def make_guided_step(
     rules, tell = make_rules(config, model, layout), _make_tell(config)
     loss = make_loss(model, rules.subset)
     loss_and_grad = _make_loss_and_grad(config, model, rules.subset)
-    random = make_perturbation(config).on(layout)
+    estimator = make_estimator(config, layout)
 
     def guided_step(
         state: RunState, key: jax.Array, tokens: jax.Array, fo_tokens_BT: jax.Array
@@ -202,24 +210,18 @@ def make_guided_step(
 
         def project_part(part: hybrid.Part) -> tuple[jax.Array, jax.Array]:
             own = tokens[part.first : part.end] if config.zo.batch_per_query else tokens
-            return _project(
-                config,
-                part.family,
-                loss(state.params),
-                trained,
-                part.key,
-                own,
-                layout,
-                part.end - part.first,
+            some = dataclasses.replace(
+                estimator, perturbation=part.family, num_queries=part.end - part.first
             )
+            return some.project(loss(state.params), trained, part.key, own)
 
         mean_loss, gradient, cosine, noise_scale = hybrid.estimate_guided(
             config.instruct,
             backprop,
             state.history,
-            random,
+            estimator.family,
             key,
-            config.zo.num_queries,
+            estimator.num_queries,
             project_part,
         )
         new = rules.from_gradient(state.train, key, mean_loss, gradient)
@@ -292,27 +294,6 @@ def _make_tell(config: Config) -> Callable[..., tuple[RunState, StepMetrics]]:
         )
 
     return tell
-
-
-def _project(config, perturbation, loss, trained, key, tokens, layout, num_queries=None):
-    num_queries, chunks = num_queries or config.zo.num_queries, config.zo.batch_chunks
-    if chunks > 1:
-        *queries, B, T = tokens.shape
-        tokens = tokens.reshape(*queries, chunks, B // chunks, T)
-    return estimators.project(
-        loss,
-        trained,
-        key,
-        tokens,
-        num_queries=num_queries,
-        epsilon=config.zo.epsilon,
-        perturbation=perturbation,
-        difference=config.zo.difference,
-        parallel_batch_size=min(config.zo.parallel_batch_size, num_queries),
-        batch_per_query=config.zo.batch_per_query,
-        batch_in_chunks=chunks > 1,
-        mesh=None if layout is None else layout.mesh,
-    )
 
 
 def _make_loss_and_grad(config: Config, model: GPT, scope: Subset) -> Callable[..., Any]:
