@@ -147,20 +147,11 @@ def _cosine(config, model, params, key, tokens):
     true = jax.grad(loss)(params, tokens)
     if config.mode == "fo":
         return jnp.float32(1)
-    q, family, parts = config.zo.num_queries, steps.make_estimator(config).family, []
+    estimator, settings = steps.make_estimator(config), config.instruct
     if config.mode == "instruct":
-        family = guided(
-            true, config.instruct.cosine_target, config.instruct.noise_scale, config.instruct.method
-        )
-        parts.append((guided, config.instruct.num_guided or q))
-    if not parts:
-        parts.append((family, q))
-    estimates = []
-    for i, (part, n) in enumerate(parts):
-        part_key = jax.random.fold_in(key, i)
-        _, c = steps._project(config, part, loss, params, part_key, tokens, None, n)
-        estimates.append(steps._combine(part, params, part_key, c, q))
-    estimate = jax.tree.map(lambda *x: sum(x), *estimates)
+        family = guided(true, settings.cosine_target, settings.noise_scale, settings.method)
+        estimator = dataclasses.replace(estimator, perturbation=family)
+    estimate = estimator.estimate(loss, params, jax.random.fold_in(key, 0), tokens).gradient
     dot = trees.tree_dot
     return dot(estimate, true) / jnp.sqrt(dot(estimate, estimate) * dot(true, true))
 

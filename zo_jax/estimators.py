@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+from jax.core import Tracer
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
@@ -108,7 +109,7 @@ class Estimator:
             object.__setattr__(self, name, _positive_int(name, getattr(self, name)))
         if self.difference not in DIFFERENCES:
             raise ValueError(f"difference must be one of {DIFFERENCES}, got {self.difference!r}")
-        if not callable(self.epsilon) and not isinstance(self.epsilon, jax.core.Tracer):
+        if not callable(self.epsilon) and not isinstance(self.epsilon, Tracer):
             # The scale is float32 inside: what underflows there is no perturbation at all.
             rounded = float(np.float32(self.epsilon))
             if not (math.isfinite(rounded) and rounded > 0):
@@ -447,7 +448,7 @@ def typed_key(key: jax.Array) -> jax.Array:
 
 def _positive_int(name: str, value: Any) -> int:
     """A Python or NumPy integer of at least 1."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise ValueError(
             f"{name} must be known when the step is traced, got a traced value; make it static, as by "
             f"static_argnames or by optax.inject_hyperparams(..., static_args=({name!r},))"

@@ -6,7 +6,7 @@ this library keep it: a key names a stream of random words (`zo_jax.noise`), of 
 row of a leaf a part of that, so a stack of layers [L, ...] has fresh noise for every layer, scanned or indexed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import itertools
 import math
@@ -212,6 +212,7 @@ class WordFamily(Family):
         leaves, treedef = jax.tree.flatten(params)
         for leaf in self._leaves(params):
             words = direction.words[leaf.index]
+            assert words is not None, "the direction is of other parameters"
             leaves[leaf.index] = leaf.entries.move(jnp.asarray(leaf.value), words, scale)
         return jax.tree.unflatten(treedef, leaves)
 
@@ -297,23 +298,22 @@ class WordFamily(Family):
             own = stream[span.first : span.first + span.size]
         words = []
         for leaf, start in zip(span.leaves, span.starts, strict=True):
-            shape = leaf.words_shape
-            if self._is_split(leaf):
-                place = lambda x, leaf=leaf: self._place_words(leaf, x)
+            shape, place = leaf.words_shape, self._words_place(leaf)
+            if place is not None:
                 words.append(noise.table(key, shape, span.first + start, place))
             else:
                 words.append(own[start : start + leaf.num_words].reshape(shape))
         return words
 
-    def _is_split(self, leaf: _Leaf) -> bool:
-        """Whether the words of a leaf are split over devices, as the leaf is."""
-        if self.layout is None or not leaf.entries.follows_leaf:
-            return False
-        return self.layout.axis(leaf.path, leaf.value.shape) is not None
-
-    def _place_words(self, leaf: _Leaf, x: jax.Array) -> jax.Array:
-        spec = self.layout.words_spec(leaf.path, leaf.value, leaf.words_shape)
-        return self.layout.place(x, spec)
+    def _words_place(self, leaf: _Leaf) -> Callable[[jax.Array], jax.Array] | None:
+        """Puts the words of a leaf where they belong, if they are split over devices as the leaf is; otherwise None."""
+        layout = self.layout
+        if layout is None or not leaf.entries.follows_leaf:
+            return None
+        if layout.axis(leaf.path, leaf.value.shape) is None:
+            return None
+        spec = layout.words_spec(leaf.path, leaf.value, leaf.words_shape)
+        return lambda x: layout.place(x, spec)
 
     def _everywhere(self, x: jax.Array) -> jax.Array:
         """On every device, so that XLA does not split what is cheaper to have."""
@@ -353,7 +353,7 @@ def _add_squares(
     """squared + ‖Σ weights z‖² over the leaves of a span, or None where the words do not tell."""
     for leaf, words_n in zip(span.leaves, words, strict=True):
         gram = None if squared is None else leaf.entries.gram(leaf.value, words_n)
-        if gram is None:
+        if squared is None or gram is None:
             return None
         # Rounding can take a sum of zero below it.
         squared = squared + jnp.maximum(weights_n @ gram @ weights_n, 0)
@@ -369,4 +369,4 @@ def _widened(leaf: Any) -> Any:
 
 def _sum_of_squares(tree: Any) -> jax.Array:
     leaves = [_widened(x) for x in jax.tree.leaves(tree) if is_floating(x)]
-    return sum(jnp.sum(jnp.square(x)) for x in leaves)
+    return sum((jnp.sum(jnp.square(x)) for x in leaves), jnp.zeros(()))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+from jax.core import Tracer
 import jax.numpy as jnp
 
 from zo_jax.estimators import typed_key
@@ -134,7 +135,7 @@ class Guided(Family):
         del params
         g = _leaves(self.gradient)
         n = _leaves(gaussian().on(self.layout).direction(g, key))
-        if self.method == "hybrid":
+        if self.support is not None:
             scale = self.noise_scale * self.norm / math.sqrt(sum(x.size for x in g))
             masks = in_support(g, self.support)
             z = [jnp.where(m, g, scale * n) for m, g, n in zip(masks, g, n, strict=True)]
@@ -172,9 +173,9 @@ def guided(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    if not isinstance(cosine_target, jax.core.Tracer) and not -1 <= float(cosine_target) <= 1:
+    if not isinstance(cosine_target, Tracer) and not -1 <= float(cosine_target) <= 1:
         raise ValueError(f"cosine_target must be in [-1, 1], got {cosine_target!r}")
-    if not isinstance(noise_scale, jax.core.Tracer) and not 0 <= float(noise_scale) < math.inf:
+    if not isinstance(noise_scale, Tracer) and not 0 <= float(noise_scale) < math.inf:
         raise ValueError(f"noise_scale must be finite and at least 0, got {noise_scale!r}")
     cosine = jnp.asarray(cosine_target, jnp.float32)
     support = None
@@ -250,7 +251,7 @@ def _sum_in_chunks(function: Any, x: jax.Array, offset: int) -> jax.Array:
     if num_chunks:
         parts = lax.map(lambda i: part(i * _CHUNK, _CHUNK), jnp.arange(num_chunks))
         total += jnp.sum(parts)
-    return total
+    return jnp.asarray(total)
 
 
 def _bits(x: jax.Array) -> jax.Array:

@@ -41,7 +41,7 @@ class Layout:
 
     def split(self, ndim: int, axis: int | None, name: str = "model") -> NamedSharding:
         """An array with one of its axes split over an axis of the mesh."""
-        names = [None] * ndim
+        names: list[str | None] = [None] * ndim
         if axis is not None:
             names[axis] = name
         return NamedSharding(self.mesh, PartitionSpec(*names))
@@ -82,7 +82,7 @@ class Layout:
         return jax.make_array_from_callback(
             shape,
             self.split(len(shape), -2, "data"),
-            lambda index: blocks_NT[indices[index[:-1]]],
+            lambda index: blocks_NT[indices[(index or ())[:-1]]],
         )
 
     def put_everywhere(self, x: Any) -> Any:

@@ -85,7 +85,7 @@ def mudamw(
         zeros = lambda: jax.tree.map(jnp.zeros_like, params)
         return MudamwState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
-    def update_fn(updates: Any, state: MudamwState, params: Any = None) -> tuple[Any, MudamwState]:
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, MudamwState]:
         if params is None:
             raise ValueError(
                 "mudamw needs the parameters, for their decay and their names: "
@@ -95,7 +95,7 @@ def mudamw(
         mu = jax.tree.map(average(b1), state.mu, updates)
         nu = jax.tree.map(lambda v, g: average(b2)(v, g**2), state.nu, updates)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         t = count.astype(jnp.float32)
         corrected = rate * jnp.sqrt(1 - b2**t) / (1 - b1**t)
 

@@ -86,7 +86,7 @@ def zeroth_order(
 
     def update_fn(
         updates: Any,
-        state: ZerothOrderState,
+        state: Any,
         params: Any = None,
         *,
         value_fn: Callable[..., jax.Array] | None = None,
@@ -112,7 +112,7 @@ def zeroth_order(
         )
         return estimate.gradient, ZerothOrderState(
             key=state.key,
-            count=optax.safe_increment(state.count),
+            count=jnp.asarray(optax.safe_increment(state.count)),
             loss=estimate.loss.astype(state.loss.dtype),
             projections=estimate.projections.astype(state.projections.dtype),
             num_failed=estimate.num_failed,

@@ -1,13 +1,12 @@
 """Pytrees of parameters: which leaves count, what they are called, and a part of them as a tree of its own."""
 
-from types import EllipsisType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# All of a leaf, or of a tree.
+# All of a leaf.
 ALL = ...
 
 
@@ -15,14 +14,14 @@ class Subset(NamedTuple):
     """A part of parameters: whole leaves, or layers of a stack.
 
     Attributes:
-      indices: for each leaf the indices of its chosen layers, or ALL of it, or None for none; or ALL leaves.
+      indices: for each leaf the indices of its chosen layers, or ALL of it, or None for none of it; None for all leaves.
     """
 
-    indices: tuple[Any, ...] | EllipsisType
+    indices: tuple[Any, ...] | None
 
     def select(self, params: Any) -> Any:
         """The part: `params` with None for a leaf outside; of a stack in part the chosen layers [k, ...]."""
-        if self.indices is ALL:
+        if self.indices is None:
             return params
         leaves, treedef = jax.tree.flatten(params)
         pick = lambda leaf, i: leaf if i is ALL else None if i is None else leaf[i]
@@ -31,7 +30,7 @@ class Subset(NamedTuple):
 
     def merge(self, params: Any, part: Any) -> Any:
         """`params` with the part in its place."""
-        if self.indices is ALL:
+        if self.indices is None:
             return part
         leaves, treedef = jax.tree.flatten(params)
         new = jax.tree.leaves(part, is_leaf=lambda x: x is None)
@@ -43,12 +42,12 @@ class Subset(NamedTuple):
         leaves = jax.tree.leaves(params)
         if all(map(is_floating, leaves)):
             return self
-        indices = [ALL] * len(leaves) if self.indices is ALL else self.indices
+        indices = (ALL,) * len(leaves) if self.indices is None else self.indices
         pairs = zip(leaves, indices, strict=True)
         return Subset(tuple(i if is_floating(leaf) else None for leaf, i in pairs))
 
 
-WHOLE = Subset(ALL)
+WHOLE = Subset(None)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -127,7 +126,7 @@ def matrices(params: Any) -> Any:
 def tree_dot(a: Any, b: Any) -> jax.Array:
     """⟨a, b⟩ over all leaves, float32."""
     products = jax.tree.map(lambda x, y: _sum(x.astype(jnp.float32) * y.astype(jnp.float32)), a, b)
-    return sum(jax.tree.leaves(products))
+    return sum(jax.tree.leaves(products), jnp.zeros(()))
 
 
 def _sum(x: jax.Array) -> jax.Array:
