@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from zo_jax.train.cli import help_text, prepare_arguments
+from zo_jax.train import experiment
+from zo_jax.train.arguments import Parser, add_experiment, help_text, parse, read_experiment
 from zo_jax.train.config import Config, ConfigError, blocks_per_step, walk
 from zo_jax.train.validation import resolve, validate
 
@@ -90,32 +91,76 @@ def test_not_a_config():
         validate(3)
 
 
+def read(*args, default="default"):
+    parser = Parser()
+    add_experiment(parser, default)
+    return read_experiment(parse(parser, args))
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--config.zo.num_querie=3"], "did you mean zo.num_queries"),
+        (["--config.zo.num_querie=3"], "did you mean --config.zo.num_queries"),
+        (["--config.zo.NUM_QUERIES=3"], "did you mean --config.zo.num_queries"),
         (["--config.zo=3"], "is a section"),
-        (["--noconfig.zo.nope"], "is no field"),
+        (["--noconfig.zo.nope"], "is no flag"),
+        (["--config.zo.num_queries=abc"], "--config.zo.num_queries=abc: .* type int"),
+        (["--config.zo.epsilon=[1,2]"], r"--config.zo.epsilon=\[1,2\]: .* type float"),
+        (["--config.zo.batch_per_query=maybe"], "must be true or false"),
+        (["--config.zo.epsilon"], "expected one argument"),
         (["--config=absent.py"], "there is no file 'absent.py'"),
         (["--config", "absent.py"], "there is no file 'absent.py'"),
+        (["--config=defualt"], "did you mean default"),
+        (["--config=default:20M"], "cannot be called with the argument '20M'"),
+        ([f"--config={Path(__file__).with_suffix('')}"], "there is no file"),
+        (["stray"], "'stray' is no flag"),
     ],
 )
 def test_arguments(args, message):
-    with pytest.raises(ConfigError, match=message):
-        prepare_arguments(args, DEFAULT)
+    with pytest.raises(ConfigError, match=message) as error:
+        read(*args)
+    assert "\n" not in str(error.value)
 
 
-def test_good_arguments():
-    fields = ["--config.zo.epsilon=1", "--workdir", "x.config.y"]
-    for args in ([*fields, f"--config={__file__}"], ["--config", __file__, *fields]):
-        assert prepare_arguments(args, DEFAULT) == [f"--config={__file__}", *fields]
-    assert prepare_arguments(fields, DEFAULT) == [f"--config={DEFAULT}", *fields]
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("x = 1", "has no function get_config"),
+        (
+            "def get_config():\n    x = 1\n    raise RuntimeError('boo')",
+            "line 3: RuntimeError: boo",
+        ),
+        ("import nothing_of_the_sort", "line 1: ModuleNotFoundError: No module"),
+        ("x = (", "line 1: SyntaxError"),
+        ("def get_config(size):\n    return size", "cannot be called with no argument"),
+    ],
+)
+def test_the_users_file_is_named(tmp_path, text, message):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        experiment.load(str(file))
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_flags_replace_fields():
+    config = read("--config.zo.epsilon=1", "--config.data.path", "x", "--config.train.num_steps=7")
+    expected = experiment.load("default")
+    expected.zo.epsilon, expected.data.path, expected.train.num_steps = 1.0, "x", 7
+    assert config == expected and isinstance(config.zo.epsilon, float)
+    assert read("--config=icpram2025:200M").model.size == "200M"
+    for flag, value in (
+        ("--config.zo.batch_per_query", True),
+        ("--config.zo.batch_per_query=False", False),
+        ("--noconfig.zo.batch_per_query", False),
+    ):
+        assert read(flag, default="icpram2025").zo.batch_per_query is value
 
 
 def test_help_explains_every_field():
-    text = help_text()
+    text = " ".join(help_text().split())
     for name, field, _ in walk(Config()):
-        assert f"--config.{name} " in text and field.metadata["help"] in text
+        assert f"--config.{name} " in text and " ".join(field.metadata["help"].split()) in text
 
 
 def test_resolve(tiny_config):
