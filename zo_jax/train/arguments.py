@@ -11,7 +11,11 @@ from typing import Any, NoReturn
 import jax
 
 from zo_jax.train import experiment, processes
-from zo_jax.train.config import Config, ConfigError, walk
+from zo_jax.train.config import SETTINGS, Config
+from zo_jax.train.settings import ConfigError, Setting, as_word, replace_value
+from zo_jax.train.validation import check_values, without_effect
+
+_INDENT = " " * 6
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,9 +64,9 @@ def add_experiment(parser: Parser, default: str) -> None:
         f"after a colon, its argument, as in icpram2025:200M (default {default})",
     )
     parser.epilog = help_text()
-    for name, field, _ in walk(Config()):
+    for name, one in SETTINGS.items():
         flag, hidden = f"--config.{name}", dict(default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        if field.type is bool:
+        if one.kind is bool:
             parser.add_argument(flag, nargs="?", const="true", **hidden)
             parser.add_argument(
                 f"--noconfig.{name}",
@@ -75,58 +79,73 @@ def add_experiment(parser: Parser, default: str) -> None:
             parser.add_argument(flag, **hidden)
 
 
-def read_experiment(options: argparse.Namespace) -> Any:
-    """The experiment that the flags of `add_experiment` name, which `validate` has not seen yet.
+def read_experiment(options: argparse.Namespace) -> Config:
+    """The experiment that the flags of `add_experiment` name, each field one of the values that it may have.
+
+    What the experiment's own file sets but the flags leave without effect, as --config.mode=fo does with its zo.num_queries,
+    is left at its default, with a word about it. What is without effect in the file, or a flag, is left for `validate` to refuse.
 
     Raises:
-      ConfigError: there is none, or a flag's value is not of the field's type.
+      ConfigError: there is no such experiment, or a field has a value that it cannot have.
     """
     config = experiment.load(options.config)
-    given = {name: text for name, text in vars(options).items() if name.startswith("config.")}
-    if not isinstance(config, Config):
-        return config
-    for name, field, _ in walk(Config()):
-        if (text := given.get(f"config.{name}")) is not None:
-            section, _, leaf = name.rpartition(".")
-            setattr(getattr(config, section) if section else config, leaf, _read(name, field, text))
+    check_values(config)
+    of_file = without_effect(config)
+    given = {name.removeprefix("config."): x for name, x in vars(options).items() if "." in name}
+    for name, text in given.items():
+        replace_value(config, name, _read(SETTINGS[name], text))
+    check_values(config)
+    dropped = []
+    while new := [x for x in without_effect(config) if x not in given and x not in of_file]:
+        for name in new:
+            replace_value(config, name, SETTINGS[name].default)
+        dropped += new
+    if dropped:
+        print(
+            f"left at their defaults, for the flags leave them without effect: {', '.join(dropped)}"
+        )
     return config
 
 
-def _read(name: str, field: dataclasses.Field, text: str) -> Any:
-    if field.type is bool:
+def _read(one: Setting, text: str) -> Any:
+    if one.kind is bool:
         values = {"true": True, "1": True, "false": False, "0": False}
         if text.lower() in values:
             return values[text.lower()]
-        raise ConfigError(f"--config.{name}={text}: it must be true or false")
+        raise ConfigError(f"--config.{one.name}={text}: it must be true or false")
     try:
-        return field.type(text)  # type: ignore[operator]
+        return one.kind(text)
     except ValueError:
         raise ConfigError(
-            f"--config.{name}={text}: it must be a number of type {field.type.__name__}"  # type: ignore[union-attr]
+            f"--config.{one.name}={text}: it must be a number of type {one.kind.__name__}"
         ) from None
 
 
 def help_text() -> str:
-    """Every field with its type, default and meaning, one paragraph a section."""
+    """Every field: its type, default, values and meaning, and when it has an effect; a paragraph a section."""
     return "\n".join(_help_lines())
 
 
 def _help_lines() -> Iterator[str]:
-    section = None
     sections = {f.name: f.metadata["help"] for f in dataclasses.fields(Config)}
-    for name, field, _ in walk(Config()):
-        head = name.rpartition(".")[0]
-        if head != section:
-            yield (
-                f"\n{head}: {sections[head]}"
-                if head
-                else "--config.FIELD=VALUE replaces a field of the experiment:"
+    head = None
+    for name, one in SETTINGS.items():
+        before, head = head, name.rpartition(".")[0]
+        if head != before:
+            what = (
+                f"\n{head}: {sections[head]}" if head else "--config.FIELD=VALUE replaces a field:"
             )
-            section = head
-        default = repr(field.default) if field.type is str else str(field.default)
-        yield f"  --config.{name} ({field.type.__name__}, default {default})"  # type: ignore[union-attr]
+            yield what
+        yield f"  --config.{name} ({one.kind.__name__}, default {as_word(one.default)})"
+        about = [one.help]
+        if one.choices:
+            about.append(f"one of {', '.join(as_word(choice) for choice in one.choices)}")
+        if one.allowed:
+            about.append(one.allowed)
+        if one.only_if:
+            about.append(f"only if {one.only_if}")
         yield textwrap.fill(
-            field.metadata["help"], 100, initial_indent=" " * 6, subsequent_indent=" " * 6
+            "; ".join(about), 100, initial_indent=_INDENT, subsequent_indent=_INDENT
         )
 
 

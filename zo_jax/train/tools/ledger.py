@@ -20,7 +20,7 @@ from zo_jax.train.config import ConfigError, from_dict
 from zo_jax.train.model import make_model
 from zo_jax.train.run_folder import checkpoint
 from zo_jax.train.run_folder.folder import LEDGER
-from zo_jax.train.validation import validate
+from zo_jax.train.validation import check_possible
 
 
 def main(args: Sequence[str]) -> int:
@@ -52,7 +52,7 @@ def _rebuild(run: Path, to_step: int | None, out: Path | None) -> int:
     if ledger.corrupt:
         print(f"damaged records: {', '.join(map(str, ledger.corrupt[:20]))}")
     config = from_dict(header.get("config"))
-    validate(config)
+    check_possible(config)
     if (num_backprop := int(np.sum(ledger.records["kind"] == BACKPROP))) or config.mode != "zo":
         print(
             f"mode {config.mode}: {num_backprop} steps have a backprop gradient and cannot be replayed; replay goes from the "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from zo_jax.train import processes
 from zo_jax.train.arguments import Parser, add_experiment, fail, parse, read_experiment
-from zo_jax.train.config import ConfigError, default_run_name
+from zo_jax.train.describe import default_run_name
 from zo_jax.train.run import FAILURES, train_and_evaluate
 from zo_jax.train.validation import validate
 
@@ -28,7 +28,7 @@ def main(args: Sequence[str]) -> int:
         if options.distributed:
             processes.join(options.coordinator, options.num_processes, options.process_id)
         train_and_evaluate(config, workdir, options.restart)
-    except (ConfigError, *FAILURES) as error:
+    except FAILURES as error:
         return fail(error)
     return 0
 
@@ -44,7 +44,7 @@ def _make_parser() -> Parser:
         "--workdir",
         default="",
         metavar="DIR",
-        help="run folder (default: one under runs/, named after the settings); a run that is there goes on",
+        help="run folder (default: runs/ and a name that says and hashes the settings); a run that is there goes on",
     )
     parser.add_argument(
         "--restart",
