@@ -64,7 +64,7 @@ def make_config(mode: str, optimizer: str, seed: int) -> Config:
         seed=seed,
         model=ModelConfig(num_layers=2, num_heads=2, width=32, context_length=64),
         data=DataConfig(block_size=64),
-        zo=ZOConfig(num_queries=16, epsilon=1e-2),
+        zo=ZOConfig() if mode == "fo" else ZOConfig(num_queries=16, epsilon=1e-2),
         fo=FOConfig(bp_interval=10 if hybrid else 0),
         instruct=InstructConfig(method=method) if method else InstructConfig(),
         optimizer=OptimizerConfig(

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from zo_jax.train.cli import help_text, prepare_arguments
-from zo_jax.train.config import Config, ConfigError, blocks_per_step, walk
+from zo_jax.train import experiment
+from zo_jax.train.arguments import Parser, add_experiment, help_text, parse, read_experiment
+from zo_jax.train.config import SETTINGS, ConfigError, blocks_per_step
 from zo_jax.train.validation import resolve, validate
 
 DEFAULT = Path(__file__).parents[2] / "configs" / "default.py"
@@ -29,6 +30,8 @@ def test_tiny_is_valid(tiny_config):
             dict(mode="zoo"),
             "mode must be one of zo, fo, calibrate, instruct; got 'zoo'; did you mean zo",
         ),
+        (dict(mode="ZO"), "did you mean zo?"),
+        (dict(model__size="1b"), "did you mean 1B?"),
         (dict(optimizer__name="adamm"), "did you mean adam"),
         (dict(zo__perturbation="gausian"), "did you mean gaussian"),
         (dict(zo__difference="x"), "central, forward, jvp"),
@@ -38,6 +41,9 @@ def test_tiny_is_valid(tiny_config):
         (dict(data__source="wikitext103"), "did you mean wikitext-103"),
         (dict(data__tokenizer="x"), "char, bpe, gpt2"),
         (dict(zo__num_queries=0), "zo.num_queries must be an integer of at least 1"),
+        (dict(zo__num_queries=10**9), "at least 1 and at most 1048576; got 1000000000"),
+        (dict(train__num_steps=2**31), "train.num_steps"),
+        (dict(zo__perturbation="low_rank", zo__rank=9), "no low rank for matrices of width 8"),
         (dict(zo__num_queries="8"), "must be of type int"),
         (dict(zo__num_queries=True), "must be of type int"),
         (dict(zo__num_queries=8.0), "must be of type int"),
@@ -48,20 +54,26 @@ def test_tiny_is_valid(tiny_config):
         (dict(zo__epsilon=math.inf), "zo.epsilon"),
         (dict(zo__epsilon=1e-60), "zo.epsilon"),
         (dict(zo__rank=0), "zo.rank"),
-        (dict(zo__rank=2), "low_rank alone"),
+        (
+            dict(zo__rank=2),
+            "zo.rank=2 has no effect: it is read only if zo.perturbation is low_rank",
+        ),
         (dict(optimizer__learning_rate=-1.0), "optimizer.learning_rate"),
         (dict(optimizer__b1=1.0), "optimizer.b1"),
         (dict(data__block_size=1), "at least 2"),
         (dict(data__block_size=17), "longer than the model can read"),
         (dict(data__validation_fraction=1.0), "data.validation_fraction"),
-        (dict(data__path="x.txt"), "does not read data.path"),
+        (
+            dict(data__path="x.txt"),
+            "only if data.source is text or disk, but data.source is shakespeare",
+        ),
         (dict(data__source="text"), "needs data.path"),
-        (dict(data__tokenizer_path="x"), "gpt2 alone"),
+        (dict(data__tokenizer_path="x"), "only if data.tokenizer is gpt2"),
         (dict(model__width=15), "divisible by model.num_heads"),
         (dict(model__num_layers=0), "needs model.num_layers"),
-        (dict(model__size="gpt2"), "leave it 0"),
-        (dict(mode="fo", fo__gradient_accumulation_steps=3), "divisible"),
-        (dict(fo__gradient_accumulation_steps=2), "no effect in mode zo"),
+        (dict(model__size="gpt2"), "or leave them at 0, 0, 0"),
+        (dict(mode="calibrate", fo__bp_interval=2, fo__gradient_accumulation_steps=3), "divisible"),
+        (dict(fo__gradient_accumulation_steps=2), "no effect: it is read only if mode is not zo"),
         (dict(optimizer__schedule="cosine", optimizer__warmup_steps=6), "less than the run's 6"),
         (dict(optimizer__schedule="cosine", optimizer__min_learning_rate=9.0), "at most"),
         (dict(seed=-1), "seed"),
@@ -69,10 +81,13 @@ def test_tiny_is_valid(tiny_config):
         (dict(train__checkpoint_interval=-1), "train.checkpoint_interval"),
         (dict(train__keep_checkpoints=0), "train.keep_checkpoints"),
         (dict(zo=3), "zo must be a ZOConfig"),
-        (dict(mode="fo", zo__batch_chunks=2), "only with queries"),
+        (dict(mode="fo", zo__batch_chunks=2), "zo.num_queries=3, zo.batch_chunks=2 have no effect"),
         (dict(zo__batch_chunks=3), "divisible by zo.batch_chunks"),
-        (dict(model__checkpoint_activations=True), "only with backprop"),
-        (dict(optimizer__rounding="nearest"), "only with model.param_dtype"),
+        (dict(model__checkpoint_activations=True), "only if mode is not zo"),
+        (
+            dict(optimizer__rounding="nearest"),
+            "only if model.param_dtype is not float32, but model.param_dtype is float32",
+        ),
         (dict(optimizer__rounding="up"), "one of stochastic, nearest"),
         (dict(mesh__query=0), "mesh.query must be at least 1, or -1"),
         (dict(train__max_skipped=-1), "train.max_skipped"),
@@ -90,32 +105,77 @@ def test_not_a_config():
         validate(3)
 
 
+def read(*args, default="default"):
+    parser = Parser()
+    add_experiment(parser, default)
+    return read_experiment(parse(parser, args))
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--config.zo.num_querie=3"], "did you mean zo.num_queries"),
+        (["--config.zo.num_querie=3"], "did you mean --config.zo.num_queries"),
+        (["--config.zo.NUM_QUERIES=3"], "did you mean --config.zo.num_queries"),
         (["--config.zo=3"], "is a section"),
-        (["--noconfig.zo.nope"], "is no field"),
+        (["--noconfig.zo.nope"], "is no flag"),
+        (["--config.zo.num_queries=abc"], "--config.zo.num_queries=abc: .* type int"),
+        (["--config.zo.epsilon=[1,2]"], r"--config.zo.epsilon=\[1,2\]: .* type float"),
+        (["--config.zo.batch_per_query=maybe"], "must be true or false"),
+        (["--config.zo.epsilon"], "expected one argument"),
         (["--config=absent.py"], "there is no file 'absent.py'"),
         (["--config", "absent.py"], "there is no file 'absent.py'"),
+        (["--config=defualt"], "did you mean default"),
+        (["--config=default:20M"], "cannot be called with the argument '20M'"),
+        ([f"--config={Path(__file__).with_suffix('')}"], "there is no file"),
+        (["stray"], "'stray' is no flag"),
     ],
 )
 def test_arguments(args, message):
-    with pytest.raises(ConfigError, match=message):
-        prepare_arguments(args, DEFAULT)
+    with pytest.raises(ConfigError, match=message) as error:
+        read(*args)
+    assert "\n" not in str(error.value)
 
 
-def test_good_arguments():
-    fields = ["--config.zo.epsilon=1", "--workdir", "x.config.y"]
-    for args in ([*fields, f"--config={__file__}"], ["--config", __file__, *fields]):
-        assert prepare_arguments(args, DEFAULT) == [f"--config={__file__}", *fields]
-    assert prepare_arguments(fields, DEFAULT) == [f"--config={DEFAULT}", *fields]
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("x = 1", "has no function get_config"),
+        (
+            "def get_config():\n    x = 1\n    raise RuntimeError('boo')",
+            "line 3: RuntimeError: boo",
+        ),
+        ("import nothing_of_the_sort", "line 1: ModuleNotFoundError: No module"),
+        ("x = (", "line 1: SyntaxError"),
+        ("def get_config(size):\n    return size", "cannot be called with no argument"),
+    ],
+)
+def test_the_users_file_is_named(tmp_path, text, message):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        experiment.load(str(file))
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_flags_replace_fields():
+    config = read("--config.zo.epsilon=1", "--config.data.path", "x", "--config.train.num_steps=7")
+    expected = experiment.load("default")
+    expected.zo.epsilon, expected.data.path, expected.train.num_steps = 1.0, "x", 7
+    assert config == expected and isinstance(config.zo.epsilon, float)
+    assert read("--config=icpram2025:200M").model.size == "200M"
+    for flag, value in (
+        ("--config.zo.batch_per_query", True),
+        ("--config.zo.batch_per_query=False", False),
+        ("--noconfig.zo.batch_per_query", False),
+    ):
+        assert read(flag, default="icpram2025").zo.batch_per_query is value
 
 
 def test_help_explains_every_field():
-    text = help_text()
-    for name, field, _ in walk(Config()):
-        assert f"--config.{name} " in text and field.metadata["help"] in text
+    text = " ".join(help_text().split())
+    for one in SETTINGS.values():
+        assert f"--config.{one.name} " in text and one.help in text
+        assert one.allowed in text and one.only_if in text and ", ".join(one.choices[1:]) in text
 
 
 def test_resolve(tiny_config):

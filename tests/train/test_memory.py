@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -22,7 +19,7 @@ def test_ways_of_training_compare_as_they_should():
         zo=ZOConfig(num_queries=2),
         train=TrainConfig(num_steps=1, batch_size=8),
     )
-    lines = memory.table(config, 1000, ["config"]).splitlines()[2:]
+    lines = list(memory.table(config, 1000, ["config"]))[2:]
     rows = {cells[1]: [float(x) for x in cells[3:5]] for cells in
             ([c.strip() for c in line.strip("|").split("|")] for line in lines)}  # fmt: skip
     assert rows["inference"] == [1, 1]
@@ -33,11 +30,20 @@ def test_ways_of_training_compare_as_they_should():
 
 
 @pytest.mark.slow
-def test_command_line():
-    run = lambda *args: subprocess.run(
-        [sys.executable, "-m", "zo_jax.train.tools.memory", *args], capture_output=True, text=True
-    )
-    done = run("--sizes=config", "--config=tests/train/tiny.py", "--vocab_size=100")
-    assert done.returncode == 0 and "| config | ZO-SGD |" in done.stdout, done
-    done = run("--sizes=3B")
-    assert done.returncode == 2 and "--sizes must be of" in done.stderr
+def test_command_line(capsys):
+    args = ["--sizes=config", "--config=tests/train/tiny.py", "--vocab_size=100"]
+    assert memory.main(args) == 0 and "| config | ZO-SGD |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--sizes=3B"], "--sizes must be of"),
+        (["--vocab_size=0"], "--vocab_size must be at least 1"),
+        (["--sises=1B"], "did you mean --sizes"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(args, message, capsys):
+    assert memory.main(args) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1

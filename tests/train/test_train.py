@@ -143,7 +143,8 @@ def test_cosine_schedule_is_logged_as_used(tiny_config):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["zo", "fo"])
 def test_run_resumes_bit_exactly(tiny_config, tmp_path, mode, capsys):
-    tiny_config.mode = mode
+    if mode == "fo":
+        tiny.to_backprop(tiny_config)
     whole = train_and_evaluate(tiny_config, tmp_path / "whole")
     again = train_and_evaluate(tiny_config, tmp_path / "again")
     assert whole == again and losses_of(tmp_path / "whole") == losses_of(tmp_path / "again")
@@ -179,7 +180,7 @@ def test_run_folder(tiny_config, tmp_path, capsys):
 
 
 def test_torn_log_and_later_rows_are_dropped(tiny_config, tmp_path):
-    tiny_config.mode = "fo"  # compiles fastest
+    tiny.to_backprop(tiny_config)  # compiles fastest
     whole = train_and_evaluate(tiny_config, tmp_path / "run")
     before = losses_of(tmp_path / "run")
     log = tmp_path / "run/metrics.csv"
@@ -191,22 +192,22 @@ def test_torn_log_and_later_rows_are_dropped(tiny_config, tmp_path):
 
 
 def test_another_run_is_left_alone(tiny_config, tmp_path):
-    tiny_config.mode = "fo"  # compiles fastest
+    tiny.to_backprop(tiny_config)  # compiles fastest
     train_and_evaluate(tiny_config, tmp_path / "run")
     files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    tiny_config.zo.num_queries = 4
-    with pytest.raises(ConfigError, match=r"zo.num_queries \(there 3, here 4\)"):
+    tiny_config.optimizer.b1 = 0.8
+    with pytest.raises(ConfigError, match=r"optimizer.b1 \(there 0.9, here 0.8\)"):
         train_and_evaluate(tiny_config, tmp_path / "run")
     assert files == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    tiny_config.zo.num_queries, tiny_config.train.num_steps = 3, 2
+    tiny_config.optimizer.b1, tiny_config.train.num_steps = 0.9, 2
     with pytest.raises(ConfigError, match=r"is at step 6, past"):
         train_and_evaluate(tiny_config, tmp_path / "run")
-    tiny_config.zo.num_queries = 4
+    tiny_config.optimizer.b1 = 0.8
     assert train_and_evaluate(tiny_config, tmp_path / "run", restart=True)["step"] == 2
 
 
 def test_changed_text_is_noticed(tiny_config, tmp_path, text):
-    tiny_config.mode = "fo"  # compiles fastest
+    tiny.to_backprop(tiny_config)  # compiles fastest
     train_and_evaluate(tiny_config, tmp_path / "run")
     text.write_text(tiny.TEXT[::-1])
     with pytest.raises(ConfigError, match="crc32"):
@@ -214,7 +215,7 @@ def test_changed_text_is_noticed(tiny_config, tmp_path, text):
 
 
 def test_length_of_a_cosine_run_is_fixed(tiny_config, tmp_path):
-    tiny_config.mode = "fo"  # compiles fastest
+    tiny.to_backprop(tiny_config)  # compiles fastest
     tiny_config.optimizer.schedule, tiny_config.optimizer.warmup_steps = "cosine", 1
     train_and_evaluate(tiny_config, tmp_path / "run")
     tiny_config.train.num_steps = 9

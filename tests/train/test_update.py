@@ -10,7 +10,7 @@ from zo_jax.train.config import ConfigError
 from zo_jax.train.data import batches
 from zo_jax.train.model import make_model
 from zo_jax.train.run import make_layout
-from zo_jax.train.validation import validate
+from zo_jax.train.validation import check_possible, validate
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -89,7 +89,7 @@ def test_half_precision_in_every_mode(tiny_config, mode, dtype):
     tiny_config.model.param_dtype = tiny_config.model.compute_dtype = dtype
     tiny_config.zo.epsilon = 1e-2
     tiny_config.fo.bp_interval = 2 if mode in ("calibrate", "instruct") else 0
-    validate(tiny_config)
+    check_possible(tiny_config)
     corpus = batches.load_corpora(tiny_config)
     model = make_model(tiny_config.model, corpus.tokenizer.vocab_size)
     state = steps.init_state(tiny_config, model)

@@ -28,3 +28,8 @@ def get_config() -> Config:
             sample_tokens=12,
         ),
     )
+
+
+def to_backprop(config: Config) -> None:
+    """Makes it a run of backprop alone, which has no settings of queries."""
+    config.mode, config.zo = "fo", ZOConfig()

@@ -1,37 +1,57 @@
-"""Experiment configuration: typed fields with help texts."""
+"""The fields of an experiment: each with its default, its meaning, the values it may have, and when it has an effect."""
 
-from collections.abc import Iterator
 import dataclasses
-import re
 from typing import Any
 
+from zo_jax.train.settings import ConfigError, declared, section, setting
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message says, in one line, what to change."""
+MODES = ("zo", "fo", "calibrate", "instruct")
+SIZES = ("custom", "20M", "200M", "500M", "1B", "gpt2", "gpt2-medium", "gpt2-large")
+DTYPES = ("float32", "bfloat16", "float16")
+HUB_SOURCES = (
+    *("cosmopedia-100k", "cosmopedia", "wikitext-103", "openwebtext", "c4", "tinystories"),
+    *("pile-subset", "fineweb", "fineweb-edu", "fineweb-edu-10bt"),
+)
+SOURCES = ("shakespeare", "text", "disk", *HUB_SOURCES)
 
-
-def _field(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
+_COUNT = "an integer of at least 1"
+_COUNT_OR_NONE = "an integer of at least 0"
+_POSITIVE = "finite and above 0"
+_NOT_NEGATIVE = "finite and at least 0"
+_DECAY = "at least 0 and below 1"
+_HYBRID = "mode is calibrate or instruct"
+_ADAPTIVE = "instruct.adaptive is true"
+# A corpus of several documents, of which a part can be read.
+_HAS_SAMPLES = "{}source is not empty or shakespeare"
 
 
 @dataclasses.dataclass
 class ModelConfig:
     """The GPT-2 decoder."""
 
-    size: str = _field(
-        "custom",
-        "named size: 20M, 200M, 500M, 1B, gpt2, gpt2-medium, gpt2-large; or custom, from the "
-        "three fields below",
+    size: str = setting(
+        "custom", "a named size, or custom, from the three fields below", choices=SIZES
     )
-    num_layers: int = _field(0, "transformer blocks (0: as the named size says)")
-    num_heads: int = _field(0, "attention heads of a block (0: as the named size says)")
-    width: int = _field(0, "width of the residual stream (0: as the named size says)")
-    context_length: int = _field(1024, "learned positions: the longest block the model can read")
-    param_dtype: str = _field("float32", "dtype in which parameters are stored")
-    compute_dtype: str = _field("float32", "dtype of activations and matrix products")
-    checkpoint_activations: bool = _field(
+    num_layers: int = setting(
+        0, "transformer blocks", allowed=_COUNT_OR_NONE, only_if="model.size is custom"
+    )
+    num_heads: int = setting(
+        0, "attention heads of a block", allowed=_COUNT_OR_NONE, only_if="model.size is custom"
+    )
+    width: int = setting(
+        0, "width of the residual stream", allowed=_COUNT_OR_NONE, only_if="model.size is custom"
+    )
+    context_length: int = setting(
+        1024, "learned positions: the longest block the model can read", allowed=_COUNT
+    )
+    param_dtype: str = setting("float32", "dtype in which parameters are stored", choices=DTYPES)
+    compute_dtype: str = setting(
+        "float32", "dtype of activations and matrix products", choices=DTYPES
+    )
+    checkpoint_activations: bool = setting(
         False,
         "backprop keeps the inputs of a block alone, and computes the rest again (less memory)",
+        only_if="mode is not zo",
     )
 
 
@@ -39,116 +59,255 @@ class ModelConfig:
 class DataConfig:
     """Where the text comes from, and how it becomes blocks of tokens."""
 
-    source: str = _field(
+    source: str = setting(
         "shakespeare",
-        "shakespeare (embedded); text (local files, see path); disk (a folder written by "
-        "datasets' save_to_disk, see path); or a Hub data set: cosmopedia-100k, cosmopedia, "
-        "wikitext-103, openwebtext, c4, tinystories, pile-subset, fineweb, fineweb-edu, "
-        "fineweb-edu-10bt",
+        "shakespeare is embedded; text: local files, and disk: a folder written by datasets' "
+        "save_to_disk, see path; the others are data sets of the Hugging Face Hub",
+        choices=SOURCES,
     )
-    path: str = _field("", "file or glob (source text), or folder (source disk)")
-    text_column: str = _field(
-        "", "column that holds the text (source disk or a Hub data set; empty: its usual one)"
+    path: str = setting(
+        "",
+        "file or glob (source text), or folder (source disk)",
+        only_if="data.source is text or disk",
     )
-    max_samples: int = _field(0, "read only this many documents of the data set (0: all)")
-    tokenizer: str = _field(
+    text_column: str = setting(
+        "",
+        "column that holds the text (empty: the usual one)",
+        only_if="data.source is not shakespeare or text or fo.source is not empty or shakespeare or text "
+        "or train.eval_source is not empty or shakespeare or text",
+    )
+    max_samples: int = setting(
+        0,
+        "read only this many documents of the data set (0: all)",
+        allowed=_COUNT_OR_NONE,
+        only_if="data.source is not shakespeare",
+    )
+    tokenizer: str = setting(
         "char",
-        "char; bpe (byte-level, trained on the corpus and cached); gpt2 (50257 tokens)",
+        "characters; bpe: byte-level, trained on the corpus and cached; gpt2: 50257 tokens",
+        choices=("char", "bpe", "gpt2"),
     )
-    tokenizer_path: str = _field(
+    tokenizer_path: str = setting(
         "",
         "folder with GPT-2's vocab.json or encoder.json and merges.txt or vocab.bpe (empty: "
         "from the Hub)",
+        only_if="data.tokenizer is gpt2",
     )
-    bpe_vocab_size: int = _field(4096, "vocabulary size of tokenizer bpe")
-    block_size: int = _field(128, "tokens of a block: one training sequence")
-    validation_fraction: float = _field(0.1, "part of the blocks held out for validation")
-    cache_dir: str = _field("", "trained tokenizers are kept here (empty: ~/.cache/zo_jax)")
+    bpe_vocab_size: int = setting(
+        4096,
+        "words of the vocabulary",
+        allowed="an integer from 257 to 1048576",
+        only_if="data.tokenizer is bpe",
+    )
+    block_size: int = setting(
+        128, "tokens of a block: one training sequence", allowed="an integer of at least 2"
+    )
+    validation_fraction: float = setting(
+        0.1, "part of the blocks held out for validation", allowed="above 0 and below 1"
+    )
+    cache_dir: str = setting(
+        "",
+        "trained tokenizers are kept here (empty: ~/.cache/zo_jax)",
+        only_if="data.tokenizer is bpe",
+        may_change=True,
+    )
 
 
 @dataclasses.dataclass
 class ZOConfig:
-    """The zeroth-order gradient estimate (mode zo)."""
+    """The zeroth-order gradient estimate."""
 
-    num_queries: int = _field(8, "directions evaluated in a step (q)")
-    epsilon: float = _field(1e-3, "perturbation size of the finite difference")
-    perturbation: str = _field(
-        "rademacher", "family of directions: rademacher, gaussian, sphere or low_rank"
+    num_queries: int = setting(
+        8,
+        "directions evaluated in a step (q)",
+        allowed="an integer of at least 1 and at most 1048576",
     )
-    rank: int = _field(1, "rank of the directions (perturbation low_rank)")
-    difference: str = _field(
+    epsilon: float = setting(
+        1e-3,
+        "perturbation size of the finite difference",
+        # What float32 rounds to zero or infinity is no perturbation.
+        allowed="above 1e-37 and below 1e37",
+        only_if="zo.difference is not jvp",
+    )
+    perturbation: str = setting(
+        "rademacher",
+        "family of directions",
+        choices=("rademacher", "gaussian", "sphere", "low_rank"),
+    )
+    rank: int = setting(
+        1, "rank of the directions", allowed=_COUNT, only_if="zo.perturbation is low_rank"
+    )
+    difference: str = setting(
         "central",
         "central (2 evaluations a query), forward (1 + q evaluations) or jvp (exact, forward mode)",
+        choices=("central", "forward", "jvp"),
     )
-    parallel_batch_size: int = _field(1, "queries evaluated at once (memory grows with it)")
-    batch_chunks: int = _field(
-        1, "chunks of a batch that are evaluated one after the other (less memory for activations)"
+    parallel_batch_size: int = setting(
+        1, "queries evaluated at once (memory grows with it)", allowed=_COUNT
     )
-    batch_per_query: bool = _field(
+    batch_chunks: int = setting(
+        1,
+        "chunks of a batch that are evaluated one after the other (less memory for activations)",
+        allowed=_COUNT,
+    )
+    batch_per_query: bool = setting(
         False, "a fresh batch for every query, rather than one batch shared by all"
     )
 
 
 @dataclasses.dataclass
 class FOConfig:
-    """The backprop gradient (modes fo, calibrate, instruct)."""
+    """The backprop gradient."""
 
-    gradient_accumulation_steps: int = _field(1, "micro-batches that a batch is split into")
-    bp_interval: int = _field(
-        0, "steps from one backprop gradient to the next (calibrate, instruct)"
+    gradient_accumulation_steps: int = setting(
+        1, "micro-batches that a batch is split into", allowed=_COUNT, only_if="mode is not zo"
     )
-    batch_size: int = _field(0, "blocks of a backprop batch (0: as train.batch_size)")
-    source: str = _field("", "corpus of its own for backprop, as data.source (empty: the run's)")
-    path: str = _field("", "file, glob or folder of that corpus")
-    max_samples: int = _field(0, "read only so many documents of that corpus (0: all)")
-    corpus_fraction: float = _field(
-        0.0, "part of the training blocks kept for backprop, the rest for queries (0: all for both)"
+    bp_interval: int = setting(
+        0, "steps from one backprop gradient to the next", allowed=_COUNT_OR_NONE, only_if=_HYBRID
+    )
+    batch_size: int = setting(
+        0,
+        "blocks of a backprop batch (0: as train.batch_size)",
+        allowed=_COUNT_OR_NONE,
+        only_if="mode is not zo",
+    )
+    source: str = setting(
+        "",
+        "corpus of its own for backprop, as data.source (empty: the run's)",
+        choices=("", *SOURCES),
+        only_if=_HYBRID,
+    )
+    path: str = setting(
+        "", "file, glob or folder of that corpus", only_if="fo.source is text or disk"
+    )
+    max_samples: int = setting(
+        0,
+        "read only so many documents of that corpus (0: all)",
+        allowed=_COUNT_OR_NONE,
+        only_if=_HAS_SAMPLES.format("fo."),
+    )
+    corpus_fraction: float = setting(
+        0.0,
+        "part of the training blocks kept for backprop, the rest for queries (0: all for both)",
+        allowed="at least 0 and below 1",
+        only_if=f"{_HYBRID} and fo.source is empty",
     )
 
 
 @dataclasses.dataclass
 class InstructConfig:
-    """Directions guided by a backprop gradient (mode instruct)."""
+    """Directions guided by a backprop gradient."""
 
-    method: str = _field(
-        "hybrid", "hybrid (its largest coordinates, noise elsewhere) or gram_schmidt"
+    method: str = setting(
+        "hybrid",
+        "hybrid: its largest coordinates, noise elsewhere; gram_schmidt: a random direction turned to it",
+        choices=("hybrid", "gram_schmidt"),
     )
-    cosine_target: float = _field(0.9, "cosine of a guided direction to the gradient")
-    noise_scale: float = _field(0.5, "noise of hybrid directions, relative to the gradient")
-    num_guided: int = _field(0, "guided directions of a step, random ones besides (0: all guided)")
-    blend_ratio: float = _field(0.0, "part of the backprop gradient in the update, from 0 to 1")
-    grad_clip_norm: float = _field(0.0, "largest global norm of the estimate (0: any)")
-    adaptive: bool = _field(False, "raise the cosine and lower the noise as the loss falls")
-    adaptive_start: float = _field(7.0, "ten-step mean loss below which that begins (adaptive)")
-    adaptive_interval: float = _field(0.2, "fall of the loss from one level to the next (adaptive)")
-    cosine_step: float = _field(0.1, "rise of the cosine target a level (adaptive)")
-    cosine_max: float = _field(0.99, "highest cosine target (adaptive)")
-    noise_step: float = _field(1.0, "fall of the noise scale a level (adaptive)")
-    noise_min: float = _field(0.1, "lowest noise scale (adaptive)")
+    cosine_target: float = setting(
+        0.9, "cosine of a guided direction to the gradient", allowed="from -1 to 1"
+    )
+    noise_scale: float = setting(
+        0.5,
+        "noise of hybrid directions, relative to the gradient",
+        allowed=_NOT_NEGATIVE,
+        only_if="instruct.method is hybrid",
+    )
+    num_guided: int = setting(
+        0,
+        "guided directions of a step, random ones besides (0: all guided)",
+        allowed=_COUNT_OR_NONE,
+    )
+    blend_ratio: float = setting(
+        0.0, "part of the backprop gradient in the update", allowed="from 0 to 1"
+    )
+    grad_clip_norm: float = setting(
+        0.0, "largest global norm of the estimate (0: any)", allowed=_NOT_NEGATIVE
+    )
+    adaptive: bool = setting(False, "raise the cosine and lower the noise as the loss falls")
+    adaptive_start: float = setting(
+        7.0, "ten-step mean loss below which that begins", allowed=_POSITIVE, only_if=_ADAPTIVE
+    )
+    adaptive_interval: float = setting(
+        0.2, "fall of the loss from one level to the next", allowed=_POSITIVE, only_if=_ADAPTIVE
+    )
+    cosine_step: float = setting(
+        0.1, "rise of the cosine target a level", allowed=_NOT_NEGATIVE, only_if=_ADAPTIVE
+    )
+    cosine_max: float = setting(
+        0.99, "highest cosine target", allowed="from -1 to 1", only_if=_ADAPTIVE
+    )
+    noise_step: float = setting(
+        1.0,
+        "fall of the noise scale a level",
+        allowed=_NOT_NEGATIVE,
+        only_if=f"{_ADAPTIVE} and instruct.method is hybrid",
+    )
+    noise_min: float = setting(
+        0.1,
+        "lowest noise scale",
+        allowed=_NOT_NEGATIVE,
+        only_if=f"{_ADAPTIVE} and instruct.method is hybrid",
+    )
 
 
 @dataclasses.dataclass
 class OptimizerConfig:
     """The optimiser and its learning rate."""
 
-    name: str = _field("adam", "sgd, adam, adamw, muon or mudamw")
-    learning_rate: float = _field(1e-3, "peak learning rate")
-    schedule: str = _field("constant", "constant, or cosine (linear warm-up, then cosine decay)")
-    warmup_steps: int = _field(300, "steps of linear warm-up (schedule cosine)")
-    min_learning_rate: float = _field(1e-6, "learning rate at the last step (schedule cosine)")
-    momentum: float = _field(0.0, "decay of the momentum (sgd; 0: none)")
-    b1: float = _field(0.9, "decay of the first moment (all but sgd)")
-    b2: float = _field(0.999, "decay of the second moment (all but sgd)")
-    eps: float = _field(1e-8, "term added to the denominator (all but sgd)")
-    weight_decay: float = _field(0.0, "decoupled decay of matrices (adamw, muon, mudamw)")
-    rounding: str = _field(
-        "stochastic",
-        "of updates to bfloat16 or float16 parameters: stochastic (unbiased, from the step's key) or "
-        "nearest (small updates are lost)",
+    name: str = setting("adam", "the optimiser", choices=("sgd", "adam", "adamw", "muon", "mudamw"))
+    learning_rate: float = setting(1e-3, "peak learning rate", allowed=_POSITIVE)
+    schedule: str = setting(
+        "constant",
+        "constant, or cosine: linear warm-up, then cosine decay",
+        choices=("constant", "cosine"),
     )
-    cautious: bool = _field(False, "move only where momentum and gradient agree (mudamw)")
-    orthogonalize_embedding: bool = _field(
-        True, "whether the embeddings count as matrices to orthogonalise (muon, mudamw)"
+    warmup_steps: int = setting(
+        300,
+        "steps of linear warm-up",
+        allowed=_COUNT_OR_NONE,
+        only_if="optimizer.schedule is cosine",
+    )
+    min_learning_rate: float = setting(
+        1e-6,
+        "learning rate at the last step",
+        allowed=_NOT_NEGATIVE,
+        only_if="optimizer.schedule is cosine",
+    )
+    momentum: float = setting(
+        0.0, "decay of the momentum (0: none)", allowed=_DECAY, only_if="optimizer.name is sgd"
+    )
+    b1: float = setting(
+        0.9, "decay of the first moment", allowed=_DECAY, only_if="optimizer.name is not sgd"
+    )
+    b2: float = setting(
+        0.999, "decay of the second moment", allowed=_DECAY, only_if="optimizer.name is not sgd"
+    )
+    eps: float = setting(
+        1e-8,
+        "term added to the denominator",
+        allowed=_POSITIVE,
+        only_if="optimizer.name is not sgd",
+    )
+    weight_decay: float = setting(
+        0.0,
+        "decoupled decay of matrices",
+        allowed=_DECAY,
+        only_if="optimizer.name is adamw or muon or mudamw",
+    )
+    rounding: str = setting(
+        "stochastic",
+        "of updates to parameters of 16 bits: stochastic (unbiased, from the step's key) or nearest "
+        "(small updates are lost)",
+        choices=("stochastic", "nearest"),
+        only_if="model.param_dtype is not float32",
+    )
+    cautious: bool = setting(
+        False, "move only where momentum and gradient agree", only_if="optimizer.name is mudamw"
+    )
+    orthogonalize_embedding: bool = setting(
+        True,
+        "whether the embeddings count as matrices to orthogonalise",
+        only_if="optimizer.name is muon or mudamw",
     )
 
 
@@ -156,110 +315,150 @@ class OptimizerConfig:
 class MeshConfig:
     """How the devices are arranged: sizes of three axes, of which one may be -1, what is left."""
 
-    query: int = _field(-1, "groups of devices that evaluate different queries")
-    data: int = _field(1, "parts that a batch is split into")
-    model: int = _field(1, "parts that parameters and optimiser state are split into")
+    query: int = setting(
+        -1,
+        "groups of devices that evaluate different queries",
+        allowed="at least 1, or -1 for what is left",
+        only_if="mode is not fo",
+        may_change=True,
+    )
+    data: int = setting(
+        1,
+        "parts that a batch is split into",
+        allowed="at least 1, or -1 for what is left",
+        may_change=True,
+    )
+    model: int = setting(
+        1,
+        "parts that parameters and optimiser state are split into",
+        allowed="at least 1, or -1 for what is left",
+        may_change=True,
+    )
 
 
 @dataclasses.dataclass
 class TrainConfig:
     """Length of the run, and what is reported when."""
 
-    num_steps: int = _field(0, "optimiser steps (0: as many as num_epochs takes)")
-    num_epochs: int = _field(1, "passes over the training blocks, if num_steps is 0")
-    batch_size: int = _field(8, "blocks of a batch (of each query's own, with batch_per_query)")
-    log_interval: int = _field(10, "steps between rows of metrics.csv")
-    eval_interval: int = _field(100, "steps between evaluations on held-out blocks")
-    eval_blocks: int = _field(128, "held-out blocks of an evaluation, at most")
-    eval_source: str = _field(
-        "", "corpus of its own for evaluation, as data.source (empty: the run's held-out blocks)"
+    num_steps: int = setting(
+        0,
+        "optimiser steps (0: as many as num_epochs takes)",
+        allowed="an integer from 0 to 2147483647",
+        may_change=True,
     )
-    eval_path: str = _field("", "file, glob or folder of that corpus")
-    eval_max_samples: int = _field(0, "read only so many documents of that corpus (0: all)")
-    checkpoint_interval: int = _field(200, "steps between checkpoints (0: none but by the minutes)")
-    checkpoint_minutes: float = _field(0.0, "minutes between checkpoints besides (0: none)")
-    keep_checkpoints: int = _field(2, "the latest so many checkpoints are kept")
-    max_skipped: int = _field(
-        50, "stop after so many steps in a row without a finite loss (0: never)"
+    num_epochs: int = setting(
+        1,
+        "passes over the training blocks",
+        allowed=_COUNT,
+        only_if="train.num_steps is 0",
+        may_change=True,
     )
-    snapshot_delta: float = _field(
-        0.0, "keep a snapshot each time the validation loss has fallen by as much more (0: none)"
+    batch_size: int = setting(
+        8,
+        "blocks of a batch (of each query's own, with batch_per_query)",
+        allowed=_COUNT,
+        only_if="mode is not fo or fo.batch_size is 0",
     )
-    sample_tokens: int = _field(200, "tokens of the text sampled at the end (0: none)")
-    sample_temperature: float = _field(0.8, "temperature of that sampling; lower is more certain")
+    log_interval: int = setting(
+        10, "steps between rows of metrics.csv", allowed=_COUNT, may_change=True
+    )
+    eval_interval: int = setting(
+        100, "steps between evaluations on held-out blocks", allowed=_COUNT, may_change=True
+    )
+    eval_blocks: int = setting(128, "held-out blocks of an evaluation, at most", allowed=_COUNT)
+    eval_source: str = setting(
+        "",
+        "corpus of its own for evaluation, as data.source (empty: the run's held-out blocks)",
+        choices=("", *SOURCES),
+    )
+    eval_path: str = setting(
+        "", "file, glob or folder of that corpus", only_if="train.eval_source is text or disk"
+    )
+    eval_max_samples: int = setting(
+        0,
+        "read only so many documents of that corpus (0: all)",
+        allowed=_COUNT_OR_NONE,
+        only_if=_HAS_SAMPLES.format("train.eval_"),
+    )
+    checkpoint_interval: int = setting(
+        200,
+        "steps between checkpoints (0: none but by the minutes)",
+        allowed=_COUNT_OR_NONE,
+        may_change=True,
+    )
+    checkpoint_minutes: float = setting(
+        0.0, "minutes between checkpoints besides (0: none)", allowed=_NOT_NEGATIVE, may_change=True
+    )
+    keep_checkpoints: int = setting(
+        2,
+        "the latest so many checkpoints are kept",
+        allowed=_COUNT,
+        only_if="train.checkpoint_interval is not 0 or train.checkpoint_minutes is not 0",
+        may_change=True,
+    )
+    max_skipped: int = setting(
+        50,
+        "stop after so many steps in a row without a finite loss (0: never)",
+        allowed=_COUNT_OR_NONE,
+        may_change=True,
+    )
+    snapshot_delta: float = setting(
+        0.0,
+        "keep a snapshot each time the validation loss has fallen by as much more (0: none)",
+        allowed=_NOT_NEGATIVE,
+        may_change=True,
+    )
+    sample_tokens: int = setting(
+        200,
+        "tokens of the text sampled at the end (0: none)",
+        allowed="an integer from 0 to 1048576",
+        may_change=True,
+    )
+    sample_temperature: float = setting(
+        0.8,
+        "temperature of that sampling; lower is more certain",
+        allowed=_POSITIVE,
+        only_if="train.sample_tokens is not 0",
+        may_change=True,
+    )
 
 
 @dataclasses.dataclass
 class Config:
     """One experiment, whole."""
 
-    mode: str = _field(
+    mode: str = setting(
         "zo",
         "zo (forward passes only), fo (backprop), calibrate (zo, and every fo.bp_interval steps fo "
         "instead) or instruct (zo, and every fo.bp_interval steps along guided directions)",
+        choices=MODES,
     )
-    scope: str = _field(
+    scope: str = setting(
         "full",
         "what is trained: full, reduced (the last block's MLP and its LayerNorm, and the output "
         "head), or a regular expression over paths like blocks/3/fc/kernel",
     )
-    seed: int = _field(0, "seed of the initial parameters, the directions and the batches")
-    model: ModelConfig = dataclasses.field(
-        default_factory=ModelConfig, metadata={"help": "the GPT-2 decoder"}
+    seed: int = setting(
+        0,
+        "seed of the initial parameters, the directions and the batches",
+        allowed="from 0 to 4294967295",
     )
-    data: DataConfig = dataclasses.field(
-        default_factory=DataConfig, metadata={"help": "text, tokenizer and blocks"}
+    model: ModelConfig = section(ModelConfig, "the GPT-2 decoder")
+    data: DataConfig = section(DataConfig, "text, tokenizer and blocks")
+    zo: ZOConfig = section(ZOConfig, "the zeroth-order estimate", only_if="mode is not fo")
+    fo: FOConfig = section(FOConfig, "the backprop gradient")
+    instruct: InstructConfig = section(
+        InstructConfig, "directions guided by backprop", only_if="mode is instruct"
     )
-    zo: ZOConfig = dataclasses.field(
-        default_factory=ZOConfig, metadata={"help": "the zeroth-order estimate"}
-    )
-    fo: FOConfig = dataclasses.field(
-        default_factory=FOConfig, metadata={"help": "the backprop gradient"}
-    )
-    instruct: InstructConfig = dataclasses.field(
-        default_factory=InstructConfig, metadata={"help": "directions guided by backprop"}
-    )
-    optimizer: OptimizerConfig = dataclasses.field(
-        default_factory=OptimizerConfig, metadata={"help": "optimiser and learning rate"}
-    )
-    train: TrainConfig = dataclasses.field(
-        default_factory=TrainConfig, metadata={"help": "length of the run, and reports"}
-    )
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig, metadata={"help": "devices"})
+    optimizer: OptimizerConfig = section(OptimizerConfig, "optimiser and learning rate")
+    train: TrainConfig = section(TrainConfig, "length of the run, and reports")
+    mesh: MeshConfig = section(MeshConfig, "devices")
 
 
+# Every field, by its dotted name.
+SETTINGS = {one.name: one for one in declared(Config)}
 # Fields in which a run may differ from the one that it continues.
-EXTENDABLE = (
-    "data.cache_dir",
-    "train.num_steps",
-    "train.num_epochs",
-    "train.log_interval",
-    "train.eval_interval",
-    "train.checkpoint_interval",
-    "train.checkpoint_minutes",
-    "train.keep_checkpoints",
-    "train.max_skipped",
-    "train.sample_tokens",
-    "train.snapshot_delta",
-    "train.sample_temperature",
-    "mesh.query",
-    "mesh.data",
-    "mesh.model",
-)
-
-
-def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """(dotted name, field, value) of every leaf of a dataclass configuration, in order."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(field.type):
-            if not isinstance(value, field.type):
-                raise ConfigError(
-                    f"{prefix}{field.name} must be a {field.type.__name__}; got {value!r}"
-                )
-            yield from walk(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, field, value
+EXTENDABLE = tuple(name for name, one in SETTINGS.items() if one.may_change)
 
 
 def from_dict(fields: Any, kind: type = Config) -> Any:
@@ -288,20 +487,6 @@ def fixed_fields(config: Config) -> dict[str, Any]:
         if name != "train.num_steps" or config.optimizer.schedule != "cosine":
             del tree[section][leaf]
     return tree
-
-
-def default_run_name(config: Config) -> str:
-    """Folder name of a run that is given none: the settings of the reference script that its mode reads."""
-    mode, parts = config.mode, [config.mode, re.sub(r"[^A-Za-z0-9_.-]+", "-", config.scope)]
-    if mode != "fo":
-        parts.append(f"q{config.zo.num_queries}")
-    if mode in ("calibrate", "instruct"):
-        parts.append(f"bp{config.fo.bp_interval}")
-    parts.append(f"opt{config.optimizer.name}_lr{config.optimizer.learning_rate:g}")
-    parts.append(f"bs{config.train.batch_size}")
-    if mode == "instruct":
-        parts.append(f"ct{config.instruct.cosine_target:g}_ns{config.instruct.noise_scale:g}")
-    return "_".join(parts)
 
 
 def blocks_per_step(config: Config) -> int:

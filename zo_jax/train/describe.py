@@ -1,15 +1,40 @@
-"""What a run is about to do in plain words, and what it has done after so many steps."""
+"""What a run is called, what it is about to do in plain words, and what it has done after so many steps."""
 
+import hashlib
+import json
 from pathlib import Path
+import re
 from typing import Any
 
 import jax
 
 from zo_jax.estimators import Estimator
 from zo_jax.layout import Layout
-from zo_jax.train.config import Config, blocks_per_step
+from zo_jax.train.config import Config, blocks_per_step, fixed_fields
 from zo_jax.train.data.corpus import Corpus
 from zo_jax.train.model import GPT, count_params
+from zo_jax.train.validation import fill_in
+
+
+def default_run_name(config: Config) -> str:
+    """Folder name of a run that is given none: what the reference script's names say, and a hash of all that fixes the run.
+
+    Fields in which a run may change are no part of it, so that a run with more steps goes on in its folder.
+    """
+    mode, parts = config.mode, [config.mode, re.sub(r"[^A-Za-z0-9_.-]+", "-", config.scope)]
+    if mode != "fo":
+        parts.append(f"q{config.zo.num_queries}")
+    if mode in ("calibrate", "instruct"):
+        parts.append(f"bp{config.fo.bp_interval}")
+    parts.append(f"opt{config.optimizer.name}_lr{config.optimizer.learning_rate:g}")
+    parts.append(f"bs{config.train.batch_size}")
+    if mode == "instruct":
+        parts.append(f"ct{config.instruct.cosine_target:g}_ns{config.instruct.noise_scale:g}")
+    fixed = fixed_fields(fill_in(config))
+    if fixed["train"].get("num_steps") == 0:  # the length is part of a cosine, and not known yet
+        fixed["train"]["num_epochs"] = config.train.num_epochs
+    text = json.dumps(fixed, sort_keys=True)
+    return "_".join([*parts, hashlib.sha256(text.encode()).hexdigest()[:8]])
 
 
 def passes_until(config: Config, step: int) -> int:

@@ -11,7 +11,6 @@ import sys
 import time
 from typing import Any
 
-from absl import flags
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -26,17 +25,6 @@ class AnotherProcessFailed(RunStopped):
     """Another process of the same run ended, or lost its connection."""
 
     exit_code = 76
-
-
-def define_flags() -> Callable[[], None]:
-    """Defines --distributed and what belongs to it; returns a function that joins the other processes if it is set."""
-    on = flags.DEFINE_bool("distributed", False, "This is one of several processes.")
-    coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process.")
-    num_processes = flags.DEFINE_integer("num_processes", None, "How many there are.")
-    process_id = flags.DEFINE_integer("process_id", None, "Which this is, from 0.")
-    return lambda: (
-        join(coordinator.value, num_processes.value, process_id.value) if on.value else None
-    )
 
 
 def join(

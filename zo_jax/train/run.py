@@ -6,7 +6,7 @@ import jax
 
 from zo_jax.atomic import write_atomic
 from zo_jax.layout import Layout
-from zo_jax.train import describe, evaluate, processes
+from zo_jax.train import describe, evaluate, limits, processes
 from zo_jax.train.config import Config, ConfigError, MeshConfig
 from zo_jax.train.data.batches import load_corpora
 from zo_jax.train.data.corpus import Corpus
@@ -53,11 +53,17 @@ def train_and_evaluate(config: Config, workdir: Path, restart: bool = False) -> 
             f"zo.parallel_batch_size={queries[1]} is more than the queries: taken as {queries[0]}"
         )
     layout = make_layout(config)
+    needs = config, corpus.tokenizer.vocab_size, layout
+    limits.check_memory(*needs)
     model = make_model(config.model, corpus.tokenizer.vocab_size)
     num_trained = count_trained(config, model)
     evaluate_fn = evaluate.make_evaluate(model)
     held_out = evaluate.choose_blocks(corpus.validation_NT, config.train.eval_blocks)
-    with processes.explain_failures(), Workdir(Path(workdir).expanduser()) as folder:
+    with (
+        processes.explain_failures(),
+        limits.explain_memory(*needs),
+        Workdir(Path(workdir).expanduser()) as folder,
+    ):
         processes.first_does(lambda: folder.claim(config, corpus, restart))
         processes.say(describe.describe(config, corpus, model, num_trained, folder.path, layout))
         shapes = jax.eval_shape(lambda: init_state(config, model)).params
@@ -85,8 +91,10 @@ def make_layout(config: Config) -> Layout | None:
       ConfigError: the mesh does not fit the devices, or the batches the mesh.
     """
     mesh, devices = config.mesh, jax.devices()
-    if config.mode == "fo" and mesh == MeshConfig():
-        mesh, devices = MeshConfig(query=1), devices[:1]  # it has no queries to split
+    if config.mode == "fo":  # it has no queries to split
+        devices = devices[:1] if mesh == MeshConfig() else devices
+        is_open = -1 in (mesh.data, mesh.model)
+        mesh = MeshConfig(1 if is_open else mesh.query, mesh.data, mesh.model)
     try:
         mesh = make_mesh(mesh.query, mesh.data, mesh.model, devices)
     except MeshError as error:

@@ -1,13 +1,12 @@
 """What the ledger of a run holds, and the run's state at any step rebuilt from it.
 
-python -m zo_jax.train.tools.ledger RUN                          what the ledger of a run folder holds
-python -m zo_jax.train.tools.ledger RUN --to-step=N              rebuilds step N from the seed, and compares it with the run's checkpoints
-python -m zo_jax.train.tools.ledger RUN --to-step=N --out=DIR    and writes it to DIR as a checkpoint
+zo-jax ledger RUN                          what the ledger of a run folder holds
+zo-jax ledger RUN --to-step=N              rebuilds step N from the seed, and compares it with the run's checkpoints
+zo-jax ledger RUN --to-step=N --out=DIR    and writes it to DIR as a checkpoint
 """
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
-import sys
 
 import numpy as np
 import tqdm
@@ -16,30 +15,31 @@ from zo_jax.fingerprint import fingerprint
 from zo_jax.ledger import BACKPROP, LedgerError, read
 from zo_jax.replay import arguments, check_replayable, check_start
 from zo_jax.train import steps
+from zo_jax.train.arguments import Parser, fail, parse
 from zo_jax.train.config import ConfigError, from_dict
 from zo_jax.train.model import make_model
 from zo_jax.train.run_folder import checkpoint
 from zo_jax.train.run_folder.folder import LEDGER
-from zo_jax.train.validation import validate
+from zo_jax.train.validation import check_possible
 
 
-def main(args: list[str]) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m zo_jax.train.tools.ledger",
-        description="Tells what the ledger of a run holds, and rebuilds the run's state at a step.",
+def main(args: Sequence[str]) -> int:
+    """The command line; returns the exit code: 1 if a checkpoint is not what the ledger says."""
+    parser = Parser(
+        prog="zo-jax ledger",
+        usage="zo-jax ledger RUN [--to-step=N] [--out=DIR]",
+        description=__doc__,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--to-step", type=int, metavar="N", help="the step to rebuild")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for its checkpoint")
-    options = parser.parse_args(args)
     try:
+        options = parse(parser, args)
         if options.out and options.to_step is None:
             raise LedgerError("--out needs --to-step=N, the step to rebuild")
         return _rebuild(options.run, options.to_step, options.out)
     except (LedgerError, ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
 
 
 def _rebuild(run: Path, to_step: int | None, out: Path | None) -> int:
@@ -52,7 +52,7 @@ def _rebuild(run: Path, to_step: int | None, out: Path | None) -> int:
     if ledger.corrupt:
         print(f"damaged records: {', '.join(map(str, ledger.corrupt[:20]))}")
     config = from_dict(header.get("config"))
-    validate(config)
+    check_possible(config)
     if (num_backprop := int(np.sum(ledger.records["kind"] == BACKPROP))) or config.mode != "zo":
         print(
             f"mode {config.mode}: {num_backprop} steps have a backprop gradient and cannot be replayed; replay goes from the "
@@ -94,7 +94,3 @@ def _rebuild(run: Path, to_step: int | None, out: Path | None) -> int:
             checkpoints.wait()
         print(f"written to {out / str(to_step)}")
     return 0 if same else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,31 +1,30 @@
 """What training needs in memory: the model sizes of the reference script, each way of training, against plain inference.
 
-  python -m zo_jax.train.tools.memory                                          the four sizes
-  python -m zo_jax.train.tools.memory --config=configs/gpt2_20m.py --config.model.param_dtype=bfloat16 --sizes=config
+zo-jax memory                                    the four sizes
+zo-jax memory --config=default --sizes=config --vocab_size=65 --config.model.param_dtype=bfloat16
 
 Steps are compiled for shapes alone: no parameter is allocated. Memory is argument + temp + output - alias of XLA's memory analysis; of a
 zeroth-order step, the larger of `project` and `update`, which are two programs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import copy
 import dataclasses
-from pathlib import Path
 import sys
 from typing import Any, NamedTuple
 
-from absl import app, flags
 import jax
 import jax.numpy as jnp
-from ml_collections import config_flags
+import tqdm
 
-from zo_jax.train import cli, steps
+from zo_jax.train import steps
+from zo_jax.train.arguments import Parser, add_experiment, fail, parse, read_experiment
 from zo_jax.train.config import Config, ConfigError, OptimizerConfig
 from zo_jax.train.losses import next_token_loss
-from zo_jax.train.model import make_model
+from zo_jax.train.model import SIZES, make_model
 from zo_jax.train.validation import resolve, validate
 
-SIZES = ("20M", "200M", "500M", "1B")
+DEFAULT_SIZES = ("20M", "200M", "500M", "1B")
 
 
 class Need(NamedTuple):
@@ -87,40 +86,41 @@ def backprop(config: Config, vocab_size: int) -> Need:
     return Need(measure(steps.make_fo_step(config, model), state, tokens), _bytes(state.params))
 
 
-def table(config: Config, vocab_size: int, sizes: Sequence[str]) -> str:
-    """A Markdown table, a row for each size and way of training: GB, and the factor to inference."""
-    lines = [
-        "| model | step | GB | over inference | without optimiser state |",
-        "|---|---|---|---|---|",
-    ]
+# Row: (its measure, mode, optimiser, whether activations are checkpointed); inference has no mode.
+STEPS = {
+    "inference": (inference, "", "sgd", False),
+    "ZO-SGD": (zeroth_order, "zo", "sgd", False),
+    "ZO-Adam": (zeroth_order, "zo", "adam", False),
+    "FO-SGD": (backprop, "fo", "sgd", False),
+    "FO-SGD, activations checkpointed": (backprop, "fo", "sgd", True),
+    "FO-Adam": (backprop, "fo", "adam", False),
+    "FO-Adam, activations checkpointed": (backprop, "fo", "adam", True),
+}
+
+
+def table(config: Config, vocab_size: int, sizes: Sequence[str]) -> Iterator[str]:
+    """The lines of a Markdown table, each once it is known: GB of each size and step, and the factor to inference."""
+    yield "| model | step | GB | over inference | without optimiser state |"
+    yield "|---|---|---|---|---|"
     for size in sizes:
-        one = copy.deepcopy(config)
-        if size != "config":
-            one.model.size = size
-            one.model.num_layers = one.model.num_heads = one.model.width = 0
-        plain = inference(resolve(one, 1), vocab_size)
-        rows = [("inference", plain, 0)]
-        for name, step, optimizer, checkpointed in (
-            ("ZO-SGD", zeroth_order, "sgd", False),
-            ("ZO-Adam", zeroth_order, "adam", False),
-            ("FO-SGD", backprop, "sgd", False),
-            ("FO-SGD, activations checkpointed", backprop, "sgd", True),
-            ("FO-Adam", backprop, "adam", False),
-            ("FO-Adam, activations checkpointed", backprop, "adam", True),
-        ):
-            one.mode = "zo" if step is zeroth_order else "fo"
+        plain = inference(_sized(config, size), vocab_size)
+        for name, (measure_step, mode, optimizer, checkpointed) in STEPS.items():
+            one = _sized(config, size)
+            one.mode, one.model.checkpoint_activations = mode or one.mode, checkpointed
             one.optimizer = dataclasses.replace(OptimizerConfig(), name=optimizer)
-            one.model.checkpoint_activations = checkpointed
-            resolved = resolve(one, 1)
-            state = _state(resolved, vocab_size)
-            moments = _bytes(state) - _bytes(state.params)
-            rows.append((name, step(resolved, vocab_size), moments))
-        for name, need, moments in rows:
+            need = measure_step(one, vocab_size) if mode else plain
+            state = _state(one, vocab_size)
+            moments = _bytes(state) - _bytes(state.params) if mode else 0
             factor, without = (x / plain.total for x in (need.total, need.total - moments))
-            lines.append(
-                f"| {size} | {name} | {need.total / 1e9:.2f} | {factor:.2f} | {without:.2f} |"
-            )
-    return "\n".join(lines)
+            yield f"| {size} | {name} | {need.total / 1e9:.2f} | {factor:.2f} | {without:.2f} |"
+
+
+def _sized(config: Config, size: str) -> Config:
+    one = copy.deepcopy(config)
+    if size != "config":
+        one.model.size = size
+        one.model.num_layers = one.model.num_heads = one.model.width = 0
+    return resolve(one, 1)
 
 
 def _state(config: Config, vocab_size: int) -> Any:
@@ -137,39 +137,49 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def main() -> None:
-    """The command line."""
-    config = config_flags.DEFINE_config_file("config", None, "The experiment.")
-    sizes = flags.DEFINE_list(
-        "sizes", list(SIZES), "Named sizes, or config for the experiment's own."
+def main(args: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = Parser(
+        prog="zo-jax memory",
+        usage="zo-jax memory [--sizes=SIZE,...] [--vocab_size=N] [--config=NAME] [--config.FIELD=VALUE ...]",
+        description=__doc__,
     )
-    vocab_size = flags.DEFINE_integer("vocab_size", 50257, "Words of the vocabulary.")
-
-    def run(_: list[str]) -> None:
-        try:
-            validate(config.value)
-            known = {*SIZES, "gpt2", "gpt2-medium", "gpt2-large", "config"}
-            if unknown := set(sizes.value) - known:
-                raise ConfigError(
-                    f"--sizes must be of {', '.join(sorted(known))}; got {unknown.pop()}"
-                )
-            zo, data, train = config.value.zo, config.value.data, config.value.train
-            print(
-                f"{train.batch_size} blocks of {data.block_size} tokens, {zo.num_queries} {zo.perturbation} queries, "
-                f"{zo.parallel_batch_size} at once; parameters {config.value.model.param_dtype}, products "
-                f"{config.value.model.compute_dtype}; on {jax.default_backend()}\n"
-            )
-            print(table(config.value, vocab_size.value, sizes.value), flush=True)
-        except ConfigError as error:
-            cli.fail(error)
-
-    default = Path(__file__).parent.parent / "configs" / "gpt2_20m.py"
+    parser.add_argument(
+        "--sizes",
+        default=",".join(DEFAULT_SIZES),
+        metavar="SIZE,...",
+        help=f"named sizes, of {', '.join(SIZES)}; or config, the experiment's own (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--vocab_size",
+        type=int,
+        default=50257,
+        metavar="N",
+        help="words of the vocabulary (default: GPT-2's %(default)s)",
+    )
+    add_experiment(parser, default="gpt2_20m")
     try:
-        argv = [sys.argv[0], *cli.prepare_arguments(sys.argv[1:], default)]
+        options = parse(parser, args)
+        config, sizes = read_experiment(options), options.sizes.split(",")
+        validate(config)
+        if unknown := [size for size in sizes if size not in (*SIZES, "config")]:
+            raise ConfigError(
+                f"--sizes must be of {', '.join((*SIZES, 'config'))}; got {unknown[0]!r}"
+            )
+        if options.vocab_size < 1:
+            raise ConfigError(f"--vocab_size must be at least 1; got {options.vocab_size}")
     except ConfigError as error:
-        cli.fail(error)
-    app.run(run, argv=argv)
-
-
-if __name__ == "__main__":
-    main()
+        return fail(error)
+    zo, data = config.zo, config.data
+    print(
+        f"{config.train.batch_size} blocks of {data.block_size} tokens, {zo.num_queries} {zo.perturbation} queries, "
+        f"{zo.parallel_batch_size} at once; parameters {config.model.param_dtype}, products "
+        f"{config.model.compute_dtype}; on {jax.default_backend()}\n"
+    )
+    lines = table(config, options.vocab_size, sizes)
+    with tqdm.tqdm(total=len(sizes) * len(STEPS), unit="step", leave=False) as bar:
+        for i, line in enumerate(lines):
+            bar.write(line)
+            sys.stdout.flush()
+            bar.update(i > 1)  # not of the header
+    return 0

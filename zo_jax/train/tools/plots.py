@@ -1,20 +1,19 @@
 """Curves of runs: the loss curve of one, and several runs in one picture.
 
-python -m zo_jax.train.tools.plots RUN...                        validation loss against steps, to runs.png
-python -m zo_jax.train.tools.plots RUN... --x=forward_passes --y=grad_norm --out=norms.svg
+zo-jax plots RUN...                              validation loss against steps, to runs.png
+zo-jax plots RUN... --x=forward_passes --y=grad_norm --out=norms.svg
 """
 
-import argparse
 from collections.abc import Sequence
 import datetime
 import io
 from pathlib import Path
-import sys
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from zo_jax.atomic import write_atomic
+from zo_jax.train.arguments import Parser, fail, parse
 from zo_jax.train.run_folder import metrics
 
 X_LABELS = {
@@ -97,27 +96,31 @@ def _save(figure, axes, path: Path) -> None:
     write_atomic(path, image.getvalue())
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m zo_jax.train.tools.plots",
+def main(args: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = Parser(
+        prog="zo-jax plots",
+        usage="zo-jax plots RUN... [--x=QUANTITY] [--y=QUANTITY] [--out=FILE]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders")
-    parser.add_argument("--x", choices=X_LABELS, default="step")
-    parser.add_argument("--y", choices=Y_LABELS, default="eval_loss")
-    parser.add_argument("--out", type=Path, default=Path("runs.png"), help="a .png or .svg file")
-    options = parser.parse_args(args)
+    for flag, choices, default in (("--x", X_LABELS, "step"), ("--y", Y_LABELS, "eval_loss")):
+        names = f"{', '.join(choices)} (default {default})"
+        parser.add_argument(flag, choices=choices, default=default, metavar="QUANTITY", help=names)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs.png"),
+        metavar="FILE",
+        help="a .png or .svg file (default runs.png)",
+    )
     try:
+        options = parse(parser, args)
         if options.out.suffix not in (".png", ".svg"):
             raise ValueError(f"--out must end in .png or .svg; got {options.out}")
         rows = {str(run): metrics.read(run / "metrics.csv") for run in options.runs}
         plot_runs(rows, options.out, options.x, options.y)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return fail(error)
     print(f"wrote {options.out}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

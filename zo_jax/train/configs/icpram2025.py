@@ -1,6 +1,6 @@
 """The reference script's own settings, for a machine with a GPU and the Hugging Face Hub.
 
-Command: python main.py --config=configs/icpram2025.py:20M
+Command: python main.py --config=icpram2025:20M
 Sizes, after the colon: 20M, 200M, 500M, 1B. For the script's other modes add --config.mode=fo, or
 --config.mode=calibrate or instruct with --config.fo.bp_interval=10.
 Time and loss: not measured, for want of a GPU.

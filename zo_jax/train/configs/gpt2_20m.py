@@ -1,6 +1,6 @@
 """The 20M model with GPT-2's tokenizer learns Shakespeare with forward passes only.
 
-Command: python main.py --config=configs/gpt2_20m.py
+Command: python main.py --config=gpt2_20m
 Without network, add --config.data.tokenizer_path=FOLDER, a folder with GPT-2's vocab.json (or
 encoder.json) and merges.txt (or vocab.bpe).
 Time: six minutes on 2 CPU cores. Loss: validation from 10.87 to 10.25 nats per token: the 3,200

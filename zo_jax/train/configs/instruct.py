@@ -1,6 +1,6 @@
 """Zeroth order; every tenth step its directions are guided by a backprop gradient.
 
-Command: python main.py --config=configs/instruct.py
+Command: python main.py --config=instruct
 Time: 50 seconds on 2 CPU cores. Loss: validation from 4.14 to 2.91 nats per character.
 """
 

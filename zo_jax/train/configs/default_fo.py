@@ -2,7 +2,7 @@
 
 Only the warm-up differs, without which backprop at this rate ends at 2.43.
 
-Command: python main.py --config=configs/default_fo.py
+Command: python main.py --config=default_fo
 Time: 20 seconds on 2 CPU cores. Loss: validation from 4.14 to 2.18 nats per character.
 """
 

@@ -1,0 +1,132 @@
+"""What a run needs in memory at the least, by arithmetic; refused where the machine has less, explained where it ran out.
+
+Axes: B blocks of a batch, T tokens of a block, C width, H heads, L layers, V vocabulary.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from zo_jax.layout import Layout
+from zo_jax.train.config import Config, blocks_per_step
+from zo_jax.train.settings import ConfigError
+from zo_jax.train.signals import RunStopped
+
+# Float32 numbers that an optimiser keeps for each parameter, at the least.
+_MOMENTS = {"sgd": 0, "adam": 2, "adamw": 2, "muon": 1, "mudamw": 2}
+# What a container may have, in the two versions of Linux's control groups.
+_CONTAINER_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+
+
+class OutOfMemory(RunStopped):
+    """The machine has too little memory for a step; EX_OSERR of sysexits.h."""
+
+    exit_code = 71
+
+
+def least_memory(config: Config, vocab_size: int, layout: Layout | None = None) -> dict[str, int]:
+    """Bytes that a device needs at the least, by what they are for. No array is made, and no shape traced.
+
+    Parameters are V C + positions C + L (12 C² + 13 C) + 2 C. Of the activations only those are counted that no compiler can
+    avoid: the residual stream and the hidden layer of one MLP; of backprop, what the products of all layers read.
+
+    Args:
+      config: resolved.
+      vocab_size: words of the vocabulary.
+      layout: of a run on many devices.
+    """
+    model, train = config.model, config.train
+    mesh = layout.mesh.shape if layout else {"data": 1, "model": 1}
+    C, L, T = model.width, model.num_layers, config.data.block_size - 1
+    count = (vocab_size + model.context_length) * C + L * (12 * C * C + 13 * C) + 2 * C
+    needs = {"parameters": count * jnp.dtype(model.param_dtype).itemsize // mesh["model"]}
+    if config.scope == "full":  # else the trained part may be small
+        moments = _MOMENTS[config.optimizer.name] + (config.optimizer.momentum > 0)
+        needs["optimiser state"] = 4 * count * moments // mesh["model"]
+        if config.mode == "fo":
+            needs["gradient"] = 4 * count // mesh["model"]
+    token = C * jnp.dtype(model.compute_dtype).itemsize
+    activations = 0
+    if config.mode != "fo":
+        rows = train.batch_size // config.zo.batch_chunks * config.zo.parallel_batch_size
+        activations = 5 * rows * T * token
+    if config.mode != "zo":
+        rows = (config.fo.batch_size or train.batch_size) // config.fo.gradient_accumulation_steps
+        kept = 1 if model.checkpoint_activations else 12
+        activations = max(activations, (kept * L + 5) * rows * T * token)
+    needs["activations"] = activations // mesh["data"]
+    needs["tokens"] = 4 * blocks_per_step(config) * config.data.block_size // mesh["data"]
+    return needs
+
+
+def device_memory() -> int:
+    """Bytes that one device can have: a GPU's own, or its part of what the machine or the container has."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return limit
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in map(Path, _CONTAINER_LIMITS):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or the word max
+            total = min(total, int(file.read_text()))
+    return total // jax.local_device_count()
+
+
+def check_memory(config: Config, vocab_size: int, layout: Layout | None = None) -> None:
+    """Whether the machine has the memory that a run needs at the least.
+
+    Raises:
+      ConfigError: it has not; the message has the numbers, and what to lower.
+    """
+    needs, there = least_memory(config, vocab_size, layout), device_memory()
+    if sum(needs.values()) > there:
+        raise ConfigError(
+            f"{_tell(needs)}, but {jax.devices()[0].device_kind} has {there / 1e9:.1f} GB; {_remedy(config, needs)}"
+        )
+
+
+@contextlib.contextmanager
+def explain_memory(config: Config, vocab_size: int, layout: Layout | None = None) -> Iterator[None]:
+    """Inside, running out of memory says how much a step needs, and what to lower.
+
+    Raises:
+      OutOfMemory: instead of what Python, NumPy or XLA raise.
+    """
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needs = least_memory(config, vocab_size, layout)
+        raise OutOfMemory(
+            f"out of memory: {_tell(needs)}, of the {device_memory() / 1e9:.1f} GB of "
+            f"{jax.devices()[0].device_kind}; {_remedy(config, needs)}, in another --workdir or with --restart"
+        ) from error
+
+
+def _tell(needs: dict[str, int]) -> str:
+    parts = ", ".join(f"{what} {size / 1e9:.1f}" for what, size in needs.items() if size)
+    return f"this run needs at least {sum(needs.values()) / 1e9:.1f} GB a device ({parts})"
+
+
+def _remedy(config: Config, needs: dict[str, int]) -> str:
+    """What to change, by what needs the most."""
+    model, zo, train = config.model, config.zo, config.train
+    batch = f"lower train.batch_size={train.batch_size} or data.block_size={config.data.block_size}"
+    most = max(needs, key=lambda what: needs[what])
+    if most == "activations" and config.mode == "zo":
+        return f"{batch}, or raise zo.batch_chunks={zo.batch_chunks}"
+    if most == "activations":
+        parts = config.fo.gradient_accumulation_steps
+        return f"{batch}, or raise fo.gradient_accumulation_steps={parts}"
+    if most == "tokens":
+        return f"lower train.batch_size={train.batch_size} or zo.num_queries={zo.num_queries}"
+    smaller = f"lower model.width={model.width} or model.num_layers={model.num_layers}"
+    has_moments = bool(needs.get("optimiser state"))
+    return smaller + (", or set optimizer.name=sgd, which keeps no state" if has_moments else "")
