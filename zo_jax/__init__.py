@@ -13,17 +13,22 @@ from zo_jax.guided import guided, instruct_directions
 from zo_jax.interpreter import lazily, record_formed
 from zo_jax.layout import Layout
 from zo_jax.mudamw import MudamwState, mudamw
+from zo_jax.perturbed import Dense, LowRank, Perturbed
+from zo_jax.rules import register_rule
 from zo_jax.transforms import ZerothOrderState, fill_frozen, zeroth_order
 from zo_jax.update import TrainState, Update, UpdateMetrics, make_update
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Dense",
     "Estimate",
     "Estimator",
     "Family",
     "Layout",
+    "LowRank",
     "MudamwState",
+    "Perturbed",
     "TrainState",
     "Update",
     "UpdateMetrics",
@@ -43,6 +48,7 @@ __all__ = [
     "project",
     "rademacher",
     "record_formed",
+    "register_rule",
     "sphere",
     "zeroth_order",
 ]

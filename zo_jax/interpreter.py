@@ -1,24 +1,24 @@
 """Run any JAX function on perturbed parameters, each perturbed where it is used.
 
 `lazily(fn)` traces `fn` to a jaxpr, as `jax.jit` would, and evaluates that with `Perturbed` values among its
-inputs. An equation with none of them runs as it stands. For the others the value's own rule is asked, control flow
+inputs. An equation with none of them runs as it stands. For the others the rules of `zo_jax.rules` are asked, control flow
 is entered, and where there is no rule the value is formed: the result is right for every function. A stack of layers
 that is scanned is sliced before it is perturbed, so that one layer at a time is formed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
-import math
+import contextvars
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 from jax.extend import core
+from jax.extend.core import primitives
 
-from zo_jax.perturbed import MIN_BLOCKED, LowRank, Perturbed, Stack, scatter_layers
-
-# A product with so many vectors costs at least twenty times what the perturbation of its matrix does.
-_MANY_VECTORS = 64
+from zo_jax.loops import CALLS, body_of, is_cheap_inside, open_jaxpr, scan_sizes
+import zo_jax.products  # noqa: F401 (its rules)
+from zo_jax.rules import apply_rule, is_perturbed
 
 
 class Formed(NamedTuple):
@@ -30,7 +30,7 @@ class Formed(NamedTuple):
     where: str
 
 
-_formed_logs: list[list[Formed]] = []
+_logs: contextvars.ContextVar[tuple[list[Formed], ...]] = contextvars.ContextVar("logs", default=())
 
 
 @contextlib.contextmanager
@@ -38,7 +38,8 @@ def record_formed() -> Iterator[list[Formed]]:
     """Record where perturbed arrays are formed, for functions traced inside the context.
 
     Yields:
-      A list of `Formed`, filled while tracing: primitive, shape, kind of direction, line of the source.
+      A list of `Formed`, filled while tracing: primitive ("return" for results of the function), shape, kind of direction, line
+      of the source. The body of an inner `jax.jit` is traced, and recorded, once for all equal calls.
 
     >>> import jax, jax.numpy as jnp, zo_jax
     >>> with zo_jax.record_formed() as formed:
@@ -49,21 +50,19 @@ def record_formed() -> Iterator[list[Formed]]:
     ('exp', (4, 4), 'LowRank')
     """
     log: list[Formed] = []
-    _formed_logs.append(log)
+    token = _logs.set((*_logs.get(), log))
     try:
         yield log
     finally:
-        _formed_logs.remove(log)
-
-
-def is_perturbed(x: Any) -> bool:
-    return isinstance(x, Perturbed)
+        _logs.reset(token)
 
 
 def lazily(fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn`, accepting pytrees with `Perturbed` leaves in its positional arguments.
 
-    The result has plain arrays only. `fn` itself sees ordinary tracers of the perturbed arrays' shapes and dtypes.
+    The result has plain arrays only. `fn` itself sees ordinary tracers of the perturbed arrays' shapes and dtypes. Derivatives are
+    those of the function as it is written: the rules of `jax.custom_vjp` are left out, so that every function has them in
+    forward mode.
     """
 
     def wrapped(*args):
@@ -79,206 +78,200 @@ def lazily(fn: Callable[..., Any]) -> Callable[..., Any]:
             )
 
         shapes = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in perturbed]
-        jaxpr, out_shape = jax.make_jaxpr(fn_of_perturbed, return_shape=True)(*shapes)
-        out = _evaluate(jaxpr.jaxpr, jaxpr.consts, perturbed)
-        return jax.tree.unflatten(jax.tree.structure(out_shape), [_plain(x) for x in out])
+        closed, out_shape = jax.make_jaxpr(fn_of_perturbed, return_shape=True)(*shapes)
+        jaxpr = _without_custom_vjp(closed.jaxpr, {})
+        out = _Evaluation().outputs(jaxpr, closed.consts, perturbed)
+        out = [_formed(x, "return", "") for x in out]
+        return jax.tree.unflatten(jax.tree.structure(out_shape), out)
 
     return wrapped
 
 
-def _plain(x: Any) -> Any:
-    return x.form() if is_perturbed(x) else x
+def _formed(x: Any, primitive: str, where: str) -> Any:
+    """x itself, or formed if it is perturbed, of which the record is told."""
+    if not is_perturbed(x):
+        return x
+    for log in _logs.get():
+        log.append(Formed(primitive, x.shape, x.label, where))
+    return x.form()
 
 
-def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """The outputs of a jaxpr, `Perturbed` values among the inputs and perhaps among the outputs."""
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-    read = lambda atom: atom.val if isinstance(atom, core.Literal) else env[atom]
-    for eqn in jaxpr.eqns:
-        outs = _apply(eqn, [read(atom) for atom in eqn.invars])
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+class _Evaluation:
+    """One evaluation of a jaxpr with `Perturbed` values among its inputs."""
+
+    def __init__(self):
+        # The bodies of inner jits as functions of such values, by the identity of their jaxprs, which are kept alive.
+        self._calls: dict[int, tuple[Any, Callable[..., Any]]] = {}
+
+    def outputs(self, jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        """Those of a jaxpr, some perhaps perturbed."""
+        env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+        read = lambda atom: atom.val if isinstance(atom, core.Literal) else env[atom]
+        for eqn in jaxpr.eqns:
+            operands = [read(atom) for atom in eqn.invars]
+            with eqn.ctx.manager:
+                outs = self._equation(eqn, operands)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _plain_outputs(self, eqn, closed: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+        """Those of the body of a loop or a branch: arrays."""
+        return self._form_all(eqn, self.outputs(closed.jaxpr, closed.consts, args))
+
+    def _form_all(self, eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
+        if not any(map(is_perturbed, values)):
+            return list(values)
+        where = jax.extend.source_info_util.summarize(eqn.source_info)
+        return [_formed(x, eqn.primitive.name, where) for x in values]
+
+    def _equation(self, eqn: core.JaxprEqn, operands: list[Any]) -> Sequence[Any]:
+        perturbed = [x for x in operands if is_perturbed(x)]
+        if not perturbed:
+            return _bind(eqn, operands)
+        if eqn.primitive in CALLS:
+            return self._call(eqn, operands)
+        if eqn.primitive in _CONTROL_FLOW:
+            return _CONTROL_FLOW[eqn.primitive](self, eqn, operands)
+        # Rules are for one perturbed operand: of several the largest.
+        largest = max(perturbed, key=lambda x: x.size)
+        for i, x in enumerate(operands):
+            if x is not largest:
+                operands[i : i + 1] = self._form_all(eqn, [x])
+        if sum(map(is_perturbed, operands)) == 1:
+            result = apply_rule(eqn.primitive, operands, eqn.params)
+            if result is not NotImplemented:
+                return _checked(eqn, result)
+        return _bind(eqn, self._form_all(eqn, operands))
+
+    def _call(self, eqn: core.JaxprEqn, operands: list[Any]) -> Sequence[Any]:
+        """A call of the body with the operands as they stand; an inner jit stays one, traced once for all equal calls."""
+        body = body_of(eqn)
+        consts = body.consts if isinstance(body, core.ClosedJaxpr) else ()
+        run = lambda *args: self.outputs(open_jaxpr(body), consts, args)
+        if eqn.primitive is not primitives.jit_p or eqn.params["inline"]:
+            return run(*operands)
+        if id(body) not in self._calls:
+            run.__name__ = eqn.params["name"]
+            self._calls[id(body)] = body, jax.jit(run)
+        return self._calls[id(body)][1](*operands)
+
+    def _cond(self, eqn: core.JaxprEqn, operands: list[Any]) -> Sequence[Any]:
+        branches = [
+            lambda operands, branch=branch: self._plain_outputs(eqn, branch, operands)
+            for branch in eqn.params["branches"]
+        ]
+        return lax.switch(operands[0], branches, operands[1:])
+
+    def _while(self, eqn: core.JaxprEqn, operands: list[Any]) -> Sequence[Any]:
+        cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+        n, m = eqn.params["cond_nconsts"], eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
+        cond_consts = self._before_loop(eqn, cond.jaxpr, operands[:n])
+        body_consts = self._before_loop(eqn, body.jaxpr, operands[n:m])
+        return lax.while_loop(
+            lambda carry: self._plain_outputs(eqn, cond, [*cond_consts, *carry])[0],
+            lambda carry: self._plain_outputs(eqn, body, [*body_consts, *carry]),
+            self._form_all(eqn, operands[m:]),
+        )
+
+    def _scan(self, eqn: core.JaxprEqn, operands: list[Any]) -> Sequence[Any]:
+        params, body = eqn.params, eqn.params["jaxpr"]
+        num_consts, num_carry = scan_sizes(params)
+        n, m = num_consts, num_consts + num_carry
+        consts = self._before_loop(eqn, body.jaxpr, operands[:n])
+        carry = self._form_all(eqn, operands[n:m])
+        # Layers: the parts of a perturbed stack are sliced by the scan, and put together again inside.
+        split = [x.layers() if is_perturbed(x) else None for x in operands[m:]]
+        xs = [
+            s[0] if s else self._form_all(eqn, [x])[0]
+            for s, x in zip(split, operands[m:], strict=True)
+        ]
+
+        def step(carry, slices):
+            slices = [s[1](x) if s else x for s, x in zip(split, slices, strict=True)]
+            out = self._plain_outputs(eqn, body, [*consts, *carry, *slices])
+            return out[: len(carry)], out[len(carry) :]
+
+        carry, ys = lax.scan(
+            step,
+            carry,
+            xs,
+            length=params["length"],
+            reverse=params["reverse"],
+            unroll=params["unroll"],
+        )
+        return [*carry, *ys]
+
+    def _before_loop(
+        self, eqn: core.JaxprEqn, body: core.Jaxpr, consts: Sequence[Any]
+    ) -> list[Any]:
+        """The constants of a loop, formed if every turn would form them again."""
+        return [
+            self._form_all(eqn, [x])[0]
+            if is_perturbed(x) and not is_cheap_inside(x, body, var)
+            else x
+            for x, var in zip(consts, body.invars[: len(consts)], strict=True)
+        ]
 
 
-def _evaluate_plain(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    return [_plain(x) for x in _evaluate(jaxpr, consts, args)]
-
-
-def _apply(eqn: core.JaxprEqn, args: list[Any]) -> Sequence[Any]:
-    """The outputs of one equation."""
-    name = eqn.primitive.name
-    if name in _CUSTOM_VJP:
-        # Its rule is for backpropagation, and would forbid forward-mode differentiation.
-        return _call(eqn.params, args)
-    if not any(is_perturbed(arg) for arg in args):
-        return _bind(eqn, args)
-    if name in _CONTROL_FLOW:
-        return _CONTROL_FLOW[name](eqn.params, args)
-    out = _rule(name, eqn.params, args)
-    if out is not None:
-        return [out]
-    for arg in args:
-        if is_perturbed(arg):
-            for log in _formed_logs:
-                where = jax.extend.source_info_util.summarize(eqn.source_info)
-                log.append(Formed(name, arg.shape, type(arg).__name__, where))
-    return _bind(eqn, [_plain(arg) for arg in args])
-
-
-def _rule(name: str, params: dict[str, Any], args: list[Any]) -> Any:
-    """The result from the perturbed operand's own rule, or None."""
-    if name == "dot_general":
-        lhs, rhs = args
-        if is_perturbed(rhs):
-            rule, other = rhs.rules.get(name), _plain(lhs)
-            return rule and rule(rhs, params, other, True)
-        return lhs.rules[name](lhs, params, rhs, False) if name in lhs.rules else None
-    if name == "scatter" and not any(is_perturbed(x) for x in args[:2]):
-        return scatter_layers(params, *args)
-    first, *others = args
-    if not is_perturbed(first) or any(is_perturbed(x) for x in others):
-        return None
-    rule = first.rules.get(name)
-    return rule and rule(first, params, *others)
+_CONTROL_FLOW = {
+    primitives.cond_p: _Evaluation._cond,
+    primitives.while_p: _Evaluation._while,
+    primitives.scan_p: _Evaluation._scan,
+}
 
 
 def _bind(eqn: core.JaxprEqn, args: Sequence[Any]) -> Sequence[Any]:
     """Runs an equation as it stands."""
     params = eqn.primitive.get_bind_params(eqn.params)
-    # Before JAX 0.10, functions among the parameters came apart from the rest.
+    # Calls have their functions apart from the rest.
     subfuns, params = params if isinstance(params, tuple) else ((), params)
-    with eqn.ctx.manager:
-        out = eqn.primitive.bind(*subfuns, *args, **params)
+    out = eqn.primitive.bind(*subfuns, *args, **params)
     return out if eqn.primitive.multiple_results else [out]
 
 
-def _call(params: dict[str, Any], args: list[Any]) -> Sequence[Any]:
-    """jit, checkpoint and other calls: their body is entered."""
-    jaxpr = params.get("jaxpr", params.get("call_jaxpr"))
-    consts = jaxpr.consts if isinstance(jaxpr, core.ClosedJaxpr) else ()
-    return _evaluate(_body(params), consts, args)
-
-
-def _body(params: dict[str, Any]) -> core.Jaxpr:
-    """What a call calls."""
-    jaxpr = params.get("jaxpr", params.get("call_jaxpr"))
-    return jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
-
-
-def _cond(params: dict[str, Any], args: list[Any]) -> Sequence[Any]:
-    index, *operands = args
-    branches = [
-        lambda operands, branch=branch: _evaluate_plain(branch.jaxpr, branch.consts, operands)
-        for branch in params["branches"]
-    ]
-    return lax.switch(_plain(index), branches, operands)
-
-
-def _while(params: dict[str, Any], args: list[Any]) -> Sequence[Any]:
-    cond, body = params["cond_jaxpr"], params["body_jaxpr"]
-    n, m = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-    cond_consts, body_consts = args[:n], args[n:m]
-    return lax.while_loop(
-        lambda carry: _evaluate_plain(cond.jaxpr, cond.consts, [*cond_consts, *carry])[0],
-        lambda carry: _evaluate_plain(body.jaxpr, body.consts, [*body_consts, *carry]),
-        [_plain(x) for x in args[m:]],
-    )
-
-
-def _scan(params: dict[str, Any], args: list[Any]) -> Sequence[Any]:
-    body = params["jaxpr"]
-    num_consts, num_carry = _scan_sizes(params)
-    n, m = num_consts, num_consts + num_carry
-    # A dense table that every iteration uses whole is formed once, before the loop.
-    consts = [
-        x.form() if is_perturbed(x) and not _stays_lazy(x, body.jaxpr, var) else x
-        for x, var in zip(args[:n], body.jaxpr.invars[:n], strict=True)
-    ]
-    carry = [_plain(x) for x in args[n:m]]
-    # Layers: the parts of a perturbed stack are sliced by the scan, and put together again inside.
-    split = [x.layers() if is_perturbed(x) else None for x in args[m:]]
-    xs = [s[0] if s else _plain(x) for s, x in zip(split, args[m:], strict=True)]
-
-    def step(carry, slices):
-        slices = [s[1](x) if s else x for s, x in zip(split, slices, strict=True)]
-        out = _evaluate_plain(body.jaxpr, body.consts, [*consts, *carry, *slices])
-        return out[: len(carry)], out[len(carry) :]
-
-    carry, ys = lax.scan(
-        step,
-        carry,
-        xs,
-        length=params["length"],
-        reverse=params["reverse"],
-        unroll=params["unroll"],
-    )
-    return [*carry, *ys]
-
-
-def _scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many its carry."""
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12
-    return len(consts), len(carry)
-
-
-def _stays_lazy(x: Perturbed, jaxpr: core.Jaxpr, var: core.Var) -> bool:
-    """Whether a constant of a loop is cheap to perturb in every iteration.
-
-    It is if it is low rank, or if it is only sliced there, or multiplied with so many vectors that the product
-    costs far more than the perturbation.
-    """
-    if isinstance(x, LowRank | Stack):
-        return isinstance(x, LowRank)
-    return all(_is_cheap_use(eqn, use) for eqn, use in _uses(jaxpr, var))
-
-
-def _is_cheap_use(eqn: core.JaxprEqn, var: core.Var) -> bool:
-    if eqn.primitive.name == "dot_general":
-        table_size = math.prod(var.aval.shape)
-        other_size = sum(math.prod(atom.aval.shape) for atom in eqn.invars if atom is not var)
-        contracted = math.prod(
-            eqn.invars[0].aval.shape[i] for i in eqn.params["dimension_numbers"][0][0]
+def _checked(eqn: core.JaxprEqn, result: Any) -> Sequence[Any]:
+    """The results of a rule, if they are those of its primitive in shape and dtype."""
+    results = list(result) if eqn.primitive.multiple_results else [result]
+    got = [(x.shape, x.dtype) for x in results]
+    required = [(var.aval.shape, var.aval.dtype) for var in eqn.outvars]
+    if got != required:
+        raise ValueError(
+            f"a rule for {eqn.primitive} must return {required} (shape, dtype), got {got}; mend the function under "
+            "zo_jax.register_rule"
         )
-        num_vectors = other_size // max(contracted, 1)
-        return var.aval.ndim == 2 and table_size >= MIN_BLOCKED and num_vectors >= _MANY_VECTORS
-    return eqn.primitive.name in ("gather", "dynamic_slice")
+    return results
 
 
-def _uses(jaxpr: core.Jaxpr, var: core.Var) -> Iterator[tuple[core.JaxprEqn, core.Var]]:
-    """The equations that use a variable, also in the bodies of calls and loops; casts and transposes are seen through."""
-    for eqn in jaxpr.eqns:
-        for i, atom in enumerate(eqn.invars):
-            if atom is var:
-                if eqn.primitive.name in ("convert_element_type", "transpose"):
-                    yield from _uses(jaxpr, eqn.outvars[0])
-                elif (body := _body_for(eqn, i)) is not None:
-                    yield from _uses(body, body.invars[i])
-                else:
-                    yield eqn, var
+def _without_custom_vjp(jaxpr: core.Jaxpr, done: dict[int, Any]) -> core.Jaxpr:
+    """The same program with plain calls for those of `jax.custom_vjp`, which would forbid forward-mode differentiation."""
+    if id(jaxpr) not in done:
+        eqns = [_plain_call(eqn, done) for eqn in jaxpr.eqns]
+        is_same = all(new is old for new, old in zip(eqns, jaxpr.eqns, strict=True))
+        # The old one is kept too, so that its identity stays its own.
+        done[id(jaxpr)] = jaxpr if is_same else jaxpr.replace(eqns=eqns), jaxpr
+    return done[id(jaxpr)][0]
 
 
-def _body_for(eqn: core.JaxprEqn, i: int) -> core.Jaxpr | None:
-    """The body of a call or a scan that has operand i whole, as its input i."""
-    name = eqn.primitive.name
-    if _CONTROL_FLOW.get(name) is _call or name in _CUSTOM_VJP:
-        return _body(eqn.params)
-    if name == "scan" and i < _scan_sizes(eqn.params)[0]:
-        return eqn.params["jaxpr"].jaxpr
-    return None
+def _plain_call(eqn: core.JaxprEqn, done: dict[int, Any]) -> core.JaxprEqn:
+    def rewritten(value):
+        if isinstance(value, core.ClosedJaxpr):
+            if id(value) not in done:
+                jaxpr = _without_custom_vjp(value.jaxpr, done)
+                done[id(value)] = (
+                    value if jaxpr is value.jaxpr else value.replace(jaxpr=jaxpr),
+                    value,
+                )
+            return done[id(value)][0]
+        if isinstance(value, core.Jaxpr):
+            return _without_custom_vjp(value, done)
+        if type(value) is tuple:
+            new = tuple(map(rewritten, value))
+            return value if all(map(lambda a, b: a is b, new, value)) else new
+        return value
 
-
-_CUSTOM_VJP = ("custom_vjp_call", "custom_vjp_call_jaxpr")
-
-_CONTROL_FLOW = {
-    "jit": _call,
-    "pjit": _call,
-    "closed_call": _call,
-    "core_call": _call,
-    "checkpoint": _call,
-    "remat2": _call,
-    "cond": _cond,
-    "while": _while,
-    "scan": _scan,
-}
+    if eqn.primitive is primitives.custom_vjp_call_p:
+        body = rewritten(eqn.params["call_jaxpr"])
+        return eqn.replace(primitive=primitives.closed_call_p, params=dict(call_jaxpr=body))
+    params = {name: rewritten(value) for name, value in eqn.params.items()}
+    is_same = all(params[name] is value for name, value in eqn.params.items())
+    return eqn if is_same else eqn.replace(params=params)

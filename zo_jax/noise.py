@@ -87,12 +87,7 @@ def table(
     *rows, width = shape
     # Words of a block that stand side by side in every row.
     step = 2 if width % 2 == 0 and first % 2 == 0 else 1
-    index = jnp.full((*rows, width // step), first // step, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(index.ndim)):
-        index += lax.broadcasted_iota(jnp.uint32, index.shape, axis) * jnp.uint32(stride)
-        stride *= index.shape[axis]
-    index = place(index)
+    index = place(positions((*rows, width // step)) + jnp.uint32(first // step))
     if step == 2:
         both = [place(x) for x in _blocks(key, index)]
         return place(jnp.stack(both, axis=-1).reshape(shape))
@@ -163,14 +158,18 @@ def agreements(words_n: jax.Array, width: int) -> jax.Array:
 
 def rounding_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A random word an entry, uint32 of a shape, from a key [2]: fused into its use, and the same on every mesh."""
-    position = jnp.zeros(shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(len(shape))):
-        step = jnp.uint32(stride % 2**32)
-        position += lax.broadcasted_iota(jnp.uint32, shape, axis) * step
-        stride *= shape[axis]
     k0, k1 = jnp.full(shape, key[0]), jnp.full(shape, key[1])
-    return _threefry2x32(k0, k1, jnp.zeros(shape, jnp.uint32), position, num_rounds=13)[0]
+    zeros = jnp.zeros(shape, jnp.uint32)
+    return _threefry2x32(k0, k1, zeros, positions(shape), num_rounds=13)[0]
+
+
+def positions(shape: tuple[int, ...]) -> jax.Array:
+    """The index of each entry in all of them, modulo 2³², uint32 of a shape: made where the entries live."""
+    total, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        total += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
+    return total
 
 
 def _along_last(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -186,9 +185,9 @@ def with_signs(x: jax.Array, bits: jax.Array) -> jax.Array:
 
 @with_signs.defjvp
 def _with_signs_jvp(primals, tangents):
-    # Linear in x, which the bit arithmetic hides from JAX.
+    # Linear in x, which the bit arithmetic hides from JAX; a product with the signs can be transposed.
     (x, bits), (dx, _) = primals, tangents
-    return with_signs(x, bits), with_signs(dx, bits)
+    return with_signs(x, bits), dx * with_signs(jnp.float32(1), bits)
 
 
 # Compiled as a whole when called eagerly too, so that the rounding is the same.

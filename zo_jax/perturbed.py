@@ -1,13 +1,14 @@
-"""Arrays that are perturbed, and what can be done with them without forming them.
+"""Arrays that are perturbed: what they stand for, and how to form them.
 
-A `Perturbed` array stands for base + scale · z. `Dense` knows its direction z entry by entry, by counter-based
-noise; `LowRank` as a product of two thin factors. Each has rules, by the name of a JAX primitive, that give the
-primitive's result from the parts; a rule returns None where it does not apply, and the array is then formed.
+A `Perturbed` array stands for base + scale · z. `Dense` knows its direction z entry by entry, by counter-based noise;
+`LowRank` as a product of two thin factors. Others arise when these are cast, transposed, sliced or put in a stack. What a
+primitive does with them is said in `zo_jax.rules`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
-from typing import Any, ClassVar
+import math
+from typing import Any
 
 import jax
 from jax import lax
@@ -15,20 +16,19 @@ import jax.numpy as jnp
 
 from zo_jax import noise
 
-# A product with a larger table of rows goes block by block: the perturbed rows stay in cache and no perturbed
-# copy of the table exists. Entries of a block: 4 MB in float32.
-_BLOCK_ENTRIES = 2**20
 # Products of two factors of at most this rank are sums of broadcast products.
 _FUSED_RANK = 8
-MIN_BLOCKED = 4 * _BLOCK_ENTRIES
 
 
 class Perturbed:
-    """base + scale · z, of a shape and a dtype, not formed."""
+    """base + scale · z, of a shape and a dtype, not formed.
+
+    A class of one's own is a pytree (`jax.tree_util.register_dataclass`) that has `base`, `dtype` and `form`. What has no rule
+    (`zo_jax.register_rule`) forms it, so it is right without any.
+    """
 
     dtype: Any
     base: jax.Array
-    rules: ClassVar[dict[str, Callable[..., Any]]] = {}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -36,19 +36,54 @@ class Perturbed:
 
     @property
     def ndim(self) -> int:
-        return self.base.ndim
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def label(self) -> str:
+        """The kind of direction, for people."""
+        return type(self).__name__
 
     def form(self) -> jax.Array:
         """The array itself: summed in float32 or better, then rounded once to `dtype`."""
         raise NotImplementedError
 
-    def layers(self) -> tuple[Any, Callable[[Any], "Perturbed"]] | None:
-        """(arrays with the leading axis, function from their slices to a slice of self), for a scan."""
+    def cast(self, dtype: Any) -> "Perturbed":
+        """The array in another floating dtype; what a former dtype rounded stays rounded."""
+        return self if dtype == self.dtype else Cast(self, dtype)
+
+    def layers(self) -> "tuple[Any, Callable[[Any], Perturbed]] | None":
+        """(arrays with the leading axis, function from their slices to a slice of self), if there are such."""
         return None
 
+    def layer(self, i: jax.Array) -> "Perturbed":
+        """Slice i along the first axis, of one that has `layers`."""
+        layers = self.layers()
+        assert layers is not None
+        arrays, rebuild = layers
+        at = lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False)
+        return rebuild(jax.tree.map(at, arrays))
 
-def _accumulator_dtype(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
+
+def sum_dtype(dtype: Any) -> Any:
+    """In which a base of this dtype and its perturbation are summed."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def _holds(wide: Any, narrow: Any) -> bool:
+    """Whether every number of one floating dtype is one of another."""
+    w, n = jnp.finfo(wide), jnp.finfo(narrow)
+    return w.nmant >= n.nmant and w.maxexp >= n.maxexp and w.minexp <= n.minexp
+
+
+def _cast_of_a_sum(x: Any, dtype: Any) -> Perturbed:
+    # A sum that is not rounded yet need not exist before it is rounded.
+    if x.dtype == sum_dtype(x.base.dtype):
+        return dataclasses.replace(x, dtype=dtype)
+    return Perturbed.cast(x, dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -71,8 +106,7 @@ class Dense(Perturbed):
     dtype: Any = dataclasses.field(metadata={"static": True})
 
     def form(self) -> jax.Array:
-        x = self.base.astype(_accumulator_dtype(self.base.dtype))
-        return (x + self.noise()).astype(self.dtype)
+        return (self.base.astype(sum_dtype(self.base.dtype)) + self.noise()).astype(self.dtype)
 
     def noise(self) -> jax.Array:
         """scale · z, float32, of the shape of self."""
@@ -80,99 +114,82 @@ class Dense(Perturbed):
             return noise.with_signs(self.scale, noise.sign_bits(self.words, self.shape[-1]))
         return self.scale * noise.normals(self.words, self.shape[-1])
 
+    def cast(self, dtype: Any) -> Perturbed:
+        return _cast_of_a_sum(self, dtype)
+
+    def on_rows(self, function: Callable[[jax.Array], jax.Array]) -> "Dense":
+        """`function`, which leaves the last axis alone, on both parts."""
+        return dataclasses.replace(self, base=function(self.base), words=function(self.words))
+
     def layers(self):
         if self.ndim < 2:
             return None
         rebuild = lambda parts: dataclasses.replace(self, base=parts[0], words=parts[1])
         return (self.base, self.words), rebuild
 
-    def layer(self, i: jax.Array) -> "Dense":
-        """Slice i along the first axis."""
-        return self._on_rows(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False))
 
-    def _on_rows(self, function: Callable[[jax.Array], jax.Array]) -> "Dense":
-        """`function`, which leaves the last axis alone, on both parts."""
-        return dataclasses.replace(self, base=function(self.base), words=function(self.words))
+class Factored(Perturbed):
+    """A direction that is a product of two factors, each of which varies along some of the axes: z = Σᵣ u v.
 
-    def _convert(self, params):
-        if not jnp.issubdtype(params["new_dtype"], jnp.floating):
+    Attributes:
+      base: floating.
+      u, v: float32, their axes those of base that `u_axes` and `v_axes` name, in order, and r last.
+      scale: float32 scalar; the 1 / √r of unit variance is in it.
+      dtype: of the formed array.
+    """
+
+    u: jax.Array
+    v: jax.Array
+    scale: jax.Array
+    u_axes: tuple[int, ...]
+    v_axes: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        return "LowRank"
+
+    def form(self) -> jax.Array:
+        x = self.base.astype(sum_dtype(self.base.dtype))
+        z = _outer_on_axes(self.u, self.u_axes, self.v, self.v_axes, self.ndim)
+        return (x + self.scale * z).astype(self.dtype)
+
+    def cast(self, dtype: Any) -> Perturbed:
+        return _cast_of_a_sum(self, dtype)
+
+    def on_parts(
+        self,
+        base: jax.Array,
+        part: Callable[[jax.Array, tuple[int, ...]], tuple[jax.Array, tuple[int, ...]]],
+    ) -> "Factored":
+        """With another base, and each factor and its axes as `part` makes them from what they are."""
+        u, v = part(self.u, self.u_axes), part(self.v, self.v_axes)
+        return _factored(base, u, v, self.scale, self.dtype)
+
+    def layers(self):
+        if not self.ndim:
             return None
-        return dataclasses.replace(self, dtype=params["new_dtype"])
+        has_layers = [0 in self.u_axes, 0 in self.v_axes]
+        factors, axes = (self.u, self.v), (self.u_axes, self.v_axes)
 
-    def _slice(self, params):
-        start, limit = params["start_indices"], params["limit_indices"]
-        strides = params["strides"] or (1,) * self.ndim
-        if (start[-1], limit[-1], strides[-1]) != (0, self.shape[-1], 1):
-            return None
-        return self._on_rows(lambda x: lax.slice(x, start, (*limit[:-1], x.shape[-1]), strides))
+        def rebuild(parts):
+            base, *sliced = parts
+            rest = iter(sliced)
+            u, v = (
+                (next(rest) if has else factor, tuple(a - 1 for a in of if a))
+                for factor, of, has in zip(factors, axes, has_layers, strict=True)
+            )
+            return _factored(base, u, v, self.scale, self.dtype)
 
-    def _dynamic_slice(self, params, *starts):
-        sizes = params["slice_sizes"]
-        if self.ndim < 2 or sizes[-1] != self.shape[-1] or len(starts) != self.ndim:
-            return None
-        return self._on_rows(lambda x: lax.dynamic_slice(x, starts, (*sizes[:-1], x.shape[-1])))
-
-    def _squeeze(self, params):
-        dimensions = params["dimensions"]
-        if self.ndim - 1 in dimensions:
-            return None
-        return self._on_rows(lambda x: lax.squeeze(x, dimensions))
-
-    def _reshape(self, params, *_):
-        shape = params["new_sizes"]
-        if params.get("dimensions") is not None or not shape or shape[-1] != self.shape[-1]:
-            return None
-        return self._on_rows(lambda x: x.reshape(*shape[:-1], x.shape[-1]))
-
-    def _gather(self, params, indices):
-        base = _gather_rows(self.base, params, indices)
-        if base is None:
-            return None
-        words = self.words[jnp.clip(indices[..., 0], 0, self.shape[0] - 1)]
-        return dataclasses.replace(self, base=base, words=words)
-
-    def _transpose(self, params):
-        return Transposed(self) if params["permutation"] == (1, 0) else None
-
-    def _dot_general(self, params, other, other_is_lhs):
-        """Block by block over the rows of a large table, contracted along its last axis (an output head)."""
-        (contract_other, contract_self), batch = _dot_dimensions(params, other_is_lhs)
-        size = self.base.size
-        if any(batch) or contract_self != (1,) or self.ndim != 2 or size < MIN_BLOCKED:
-            return None
-        num_rows = self.shape[0]
-        num_blocks = -(-size // _BLOCK_ENTRIES)
-        block_rows = -(-num_rows // num_blocks)
-        free_shape = tuple(n for i, n in enumerate(other.shape) if i != contract_other[0])
-        axis = len(free_shape) if other_is_lhs else 0
-        out_shape = (*free_shape, num_rows) if other_is_lhs else (num_rows, *free_shape)
-        dot = lambda table: _bind_dot(params, table, other, other_is_lhs)
-
-        def put_block(i, out):
-            # The last block starts early enough to be whole; the rows that it shares are computed twice.
-            start = jnp.minimum(i * block_rows, num_rows - block_rows)
-            block = self._on_rows(lambda x: lax.dynamic_slice_in_dim(x, start, block_rows))
-            return lax.dynamic_update_slice_in_dim(out, dot(block.form()), start, axis)
-
-        out_dtype = jax.eval_shape(dot, jax.ShapeDtypeStruct(self.shape, self.dtype)).dtype
-        return lax.fori_loop(0, num_blocks, put_block, jnp.zeros(out_shape, out_dtype))
-
-    rules = {
-        "convert_element_type": _convert,
-        "slice": _slice,
-        "dynamic_slice": _dynamic_slice,
-        "squeeze": _squeeze,
-        "reshape": _reshape,
-        "gather": _gather,
-        "transpose": _transpose,
-        "dot_general": _dot_general,
-    }
+        return (
+            self.base,
+            *(factor for factor, has in zip(factors, has_layers, strict=True) if has),
+        ), rebuild
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LowRank(Perturbed):
-    """A direction u vᵀ, never formed in products, look-ups, transposes, casts and slices of layers.
+class LowRank(Factored):
+    """A direction u vᵀ of each matrix.
 
     Attributes:
       base: floating [..., A, B].
@@ -188,155 +205,127 @@ class LowRank(Perturbed):
     scale: jax.Array
     dtype: Any = dataclasses.field(metadata={"static": True})
 
+    @property
+    def u_axes(self) -> tuple[int, ...]:
+        return tuple(range(self.ndim - 1))
+
+    @property
+    def v_axes(self) -> tuple[int, ...]:
+        return (*range(self.ndim - 2), self.ndim - 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OnAxes(Factored):
+    """A direction of two factors that are not those of matrices in the last two axes: part of a `LowRank`, or rearranged."""
+
+    base: jax.Array
+    u: jax.Array
+    v: jax.Array
+    scale: jax.Array
+    dtype: Any = dataclasses.field(metadata={"static": True})
+    u_axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    v_axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+def _factored(
+    base: jax.Array,
+    u: tuple[jax.Array, tuple[int, ...]],
+    v: tuple[jax.Array, tuple[int, ...]],
+    scale: jax.Array,
+    dtype: Any,
+) -> Factored:
+    """A `LowRank` if the factors, each given with its axes, are those of matrices; otherwise `OnAxes`."""
+    (u_part, u_axes), (v_part, v_axes) = _in_order(*u), _in_order(*v)
+    n = base.ndim
+    rows, columns = tuple(range(n - 1)), (*range(n - 2), n - 1)
+    if n >= 2 and (u_axes, v_axes) == (rows, columns):
+        return LowRank(base, u_part, v_part, scale, dtype)
+    if n >= 2 and (v_axes, u_axes) == (rows, columns):
+        return LowRank(base, v_part, u_part, scale, dtype)
+    return OnAxes(base, u_part, v_part, scale, dtype, u_axes, v_axes)
+
+
+def _in_order(part: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+    order = sorted(range(len(axes)), key=lambda i: axes[i])
+    if order == list(range(len(axes))):
+        return part, axes
+    return lax.transpose(part, (*order, len(axes))), tuple(axes[i] for i in order)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cast(Perturbed):
+    """A perturbed array in another dtype, where rounding to its own comes first: what is rounded stays rounded."""
+
+    array: Perturbed
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+    @property
+    def base(self) -> jax.Array:
+        return self.array.base.astype(self.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def label(self) -> str:
+        return self.array.label
+
     def form(self) -> jax.Array:
-        x = self.base.astype(_accumulator_dtype(self.base.dtype))
-        return (x + self.scale * outer(self.u, self.v)).astype(self.dtype)
+        return self.array.form().astype(self.dtype)
+
+    def cast(self, dtype: Any) -> Perturbed:
+        # Nothing was lost on the way to a wider dtype.
+        same = _holds(self.dtype, self.array.dtype)
+        return self.array.cast(dtype) if same else super().cast(dtype)
 
     def layers(self):
-        if self.ndim < 3:
+        layers = self.array.layers()
+        if layers is None:
             return None
-        rebuild = lambda parts: dataclasses.replace(self, base=parts[0], u=parts[1], v=parts[2])
-        return (self.base, self.u, self.v), rebuild
-
-    def _convert(self, params):
-        if not jnp.issubdtype(params["new_dtype"], jnp.floating):
-            return None
-        return dataclasses.replace(self, dtype=params["new_dtype"])
-
-    def layer(self, i: jax.Array) -> "LowRank":
-        """Slice i along the first axis of a stack."""
-        return self._on_layers(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False))
-
-    def _on_layers(self, function: Callable[[jax.Array], jax.Array]) -> "LowRank":
-        """`function`, which acts on leading axes only, on all three parts."""
-        return dataclasses.replace(
-            self, base=function(self.base), u=function(self.u), v=function(self.v)
-        )
-
-    def _slice(self, params):
-        start, limit = params["start_indices"], params["limit_indices"]
-        strides = params["strides"] or (1,) * self.ndim
-        n = self.ndim - 2
-        whole = start[n:] == (0, 0) and limit[n:] == self.shape[n:] and strides[n:] == (1, 1)
-        if not n or not whole:
-            return None
-        return self._on_layers(lambda x: lax.slice(x, start, (*limit[:n], *x.shape[n:]), strides))
-
-    def _dynamic_slice(self, params, *starts):
-        sizes, n = params["slice_sizes"], self.ndim - 2
-        if len(starts) != self.ndim or sizes[-1] != self.shape[-1]:
-            return None
-        if not n:  # rows of a matrix
-            rows = lambda x: lax.dynamic_slice(x, starts, (sizes[0], x.shape[1]))
-            return dataclasses.replace(self, base=rows(self.base), u=rows(self.u))
-        if sizes[n] != self.shape[n]:
-            return None
-        return self._on_layers(lambda x: lax.dynamic_slice(x, starts, (*sizes[:n], *x.shape[n:])))
-
-    def _squeeze(self, params):
-        dimensions = params["dimensions"]
-        if max(dimensions, default=0) >= self.ndim - 2:
-            return None
-        return self._on_layers(lambda x: lax.squeeze(x, dimensions))
-
-    def _reshape(self, params, *_):
-        shape = params["new_sizes"]
-        if params.get("dimensions") is not None or shape[-2:] != self.shape[-2:]:
-            return None
-        return self._on_layers(lambda x: x.reshape(*shape[:-2], *x.shape[-2:]))
-
-    def _gather(self, params, indices):
-        base = _gather_rows(self.base, params, indices)
-        if base is None:
-            return None
-        u = self.u[jnp.clip(indices[..., 0], 0, self.shape[0] - 1)]
-        x = base.astype(_accumulator_dtype(base.dtype))
-        return (x + self.scale * _outer_rows(u, self.v)).astype(self.dtype)
-
-    def _transpose(self, params):
-        permutation, n = params["permutation"], self.ndim - 2
-        if permutation != (*range(n), n + 1, n):
-            return None
-        return dataclasses.replace(self, base=jnp.swapaxes(self.base, -1, -2), u=self.v, v=self.u)
-
-    def _dot_general(self, params, other, other_is_lhs):
-        """x (W + s u vᵀ) = x W + s (x u) vᵀ."""
-        (contract_other, contract_self), batch = _dot_dimensions(params, other_is_lhs)
-        if any(batch) or self.ndim != 2 or len(contract_self) != 1:
-            return None
-        inner, outer = (self.u, self.v) if contract_self == (0,) else (self.v, self.u)
-        product = _bind_dot(params, self.base.astype(self.dtype), other, other_is_lhs)
-        # In float32: the perturbation is small beside the product and must survive the sum.
-        x = other.astype(_accumulator_dtype(other.dtype))
-        inner_x = lax.dot_general(x, inner, ((contract_other, (0,)), ((), ())))
-        change = self.scale * _outer_rows(inner_x, outer)
-        if not other_is_lhs:
-            change = jnp.moveaxis(change, -1, 0)
-        return (product.astype(change.dtype) + change).astype(product.dtype)
-
-    rules = {
-        "convert_element_type": _convert,
-        "slice": _slice,
-        "dynamic_slice": _dynamic_slice,
-        "squeeze": _squeeze,
-        "reshape": _reshape,
-        "gather": _gather,
-        "transpose": _transpose,
-        "dot_general": _dot_general,
-    }
+        arrays, rebuild = layers
+        return arrays, lambda parts: rebuild(parts).cast(self.dtype)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Transposed(Perturbed):
-    """The transpose of a `Dense` table [A, B]: products go to the table."""
+    """A `Dense` array, or a cast one, with its axes in another order, the array itself left as it lies in memory."""
 
-    table: Dense
+    array: Perturbed
+    permutation: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @property
     def base(self) -> jax.Array:
-        return jnp.swapaxes(self.table.base, 0, 1)
+        return lax.transpose(self.array.base, self.permutation)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.table.shape[::-1]
+        return tuple(self.array.shape[axis] for axis in self.permutation)
 
     @property
-    def ndim(self) -> int:
-        return 2
+    def dtype(self) -> Any:  # pyright: ignore
+        return self.array.dtype
 
     @property
-    def dtype(self) -> Any:
-        return self.table.dtype
+    def label(self) -> str:
+        return self.array.label
 
     def form(self) -> jax.Array:
-        return jnp.swapaxes(self.table.form(), 0, 1)
+        return lax.transpose(self.array.form(), self.permutation)
 
-    def _convert(self, params):
-        table = self.table._convert(params)
-        return table and Transposed(table)
+    def cast(self, dtype: Any) -> Perturbed:
+        return Transposed(self.array.cast(dtype), self.permutation)
 
-    def _transpose(self, params):
-        return self.table
-
-    def _dot_general(self, params, other, other_is_lhs):
-        (lhs_contract, rhs_contract), batch = params["dimension_numbers"]
-        flip = lambda dimensions: tuple(1 - d for d in dimensions)
-        if any(batch):
+    def layers(self):
+        layers = self.array.layers()
+        if layers is None or self.permutation[0] != 0:
             return None
-        if other_is_lhs:
-            rhs_contract = flip(rhs_contract)
-        else:
-            lhs_contract = flip(lhs_contract)
-        dimension_numbers = ((lhs_contract, rhs_contract), batch)
-        params = {**params, "dimension_numbers": dimension_numbers}
-        return self.table._dot_general(params, other, other_is_lhs)
-
-    rules = {
-        "convert_element_type": _convert,
-        "transpose": _transpose,
-        "dot_general": _dot_general,
-    }
+        arrays, rebuild = layers
+        permutation = tuple(axis - 1 for axis in self.permutation[1:])
+        return arrays, lambda parts: Transposed(rebuild(parts), permutation)
 
 
 @jax.tree_util.register_dataclass
@@ -345,31 +334,46 @@ class Stack(Perturbed):
     """A stack of layers [L, ...] of which some are perturbed: what `stack.at[indices].set(perturbed)` makes.
 
     Attributes:
-      base: the stack; its entries at the indices do not count.
-      indices: int32 [k], distinct.
+      base: the stack; its entries in perturbed layers do not count.
+      position: int32 [L], which of the perturbed layers each layer is; -1 where it is none.
       trained: the perturbed layers [k, ...].
     """
 
     base: jax.Array
-    indices: jax.Array
+    position: jax.Array
     trained: Any
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> Any:  # pyright: ignore
         return self.base.dtype
 
+    @property
+    def label(self) -> str:
+        return self.trained.label
+
     def form(self) -> jax.Array:
-        return self.base.at[self.indices].set(self.trained.form())
+        is_trained = self.position >= 0
+        layers = self.trained.form()[jnp.where(is_trained, self.position, 0)]
+        return jnp.where(lax.expand_dims(is_trained, range(1, self.ndim)), layers, self.base)
 
     def layers(self):
-        position = jnp.full(self.shape[0], -1, jnp.int32)
-        position = position.at[self.indices].set(jnp.arange(len(self.indices), dtype=jnp.int32))
-        return (self.base, position), lambda parts: _OneOf(*parts, self.trained)
+        def rebuild(parts):
+            base, position = parts
+            if not isinstance(self.trained, Factored):
+                return OneOf(base, position, self.trained)
+            layer: Any = self.trained.layer(position)
+            base = base.astype(layer.base.dtype)
+            base = lax.cond(position < 0, lambda: base, lambda: layer.base)
+            return dataclasses.replace(
+                layer, base=base, scale=jnp.where(position < 0, 0, layer.scale)
+            )
+
+        return (self.base, self.position), rebuild
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _OneOf(Perturbed):
+class OneOf(Perturbed):
     """A layer of a `Stack`: `trained[position]`, or `base` if the position is -1."""
 
     base: jax.Array
@@ -377,8 +381,12 @@ class _OneOf(Perturbed):
     trained: Any
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> Any:  # pyright: ignore
         return self.base.dtype
+
+    @property
+    def label(self) -> str:
+        return self.trained.label
 
     def form(self) -> jax.Array:
         return lax.cond(
@@ -388,62 +396,24 @@ class _OneOf(Perturbed):
         )
 
 
-def scatter_layers(params, operand: jax.Array, indices: jax.Array, updates: Any) -> Stack | None:
-    """The result of a scatter that sets whole layers of a stack, or None if it is another one."""
-    numbers = params["dimension_numbers"]
-    sets_layers = (
-        isinstance(updates, (Dense, LowRank))
-        and updates.dtype == operand.dtype
-        and (updates.ndim >= 3 or (isinstance(updates, Dense) and updates.ndim == 2))
-        and updates.shape[1:] == operand.shape[1:]
-        and indices.shape == (updates.shape[0], 1)
-        and numbers.update_window_dims == tuple(range(1, operand.ndim))
-        and numbers.inserted_window_dims == (0,)
-        and numbers.scatter_dims_to_operand_dims == (0,)
-    )
-    return Stack(operand, indices[:, 0], updates) if sets_layers else None
-
-
-def _dot_dimensions(params, other_is_lhs):
-    """((contracting of the other, contracting of self), batch dimensions) of a dot_general."""
-    (lhs, rhs), batch = params["dimension_numbers"]
-    pair = (lhs, rhs) if other_is_lhs else (rhs, lhs)
-    return tuple(tuple(dimensions) for dimensions in pair), batch
-
-
-def _bind_dot(params, table, other, other_is_lhs):
-    operands = (other, table) if other_is_lhs else (table, other)
-    return lax.dot_general_p.bind(*operands, **params)
-
-
-def _gather_rows(table: jax.Array, params, indices: jax.Array) -> jax.Array | None:
-    """The gather, if it is a look-up of whole rows of a matrix (the result's last axis is the row)."""
-    numbers = params["dimension_numbers"]
-    is_look_up = (
-        table.ndim == 2
-        and tuple(params["slice_sizes"]) == (1, table.shape[1])
-        and numbers.offset_dims == (indices.ndim - 1,)
-        and numbers.collapsed_slice_dims == (0,)
-        and numbers.start_index_map == (0,)
-        and not numbers.operand_batching_dims
-    )
-    return lax.gather_p.bind(table, indices, **params) if is_look_up else None
-
-
 def outer(u: jax.Array, v: jax.Array) -> jax.Array:
     """u vᵀ of [..., A, r] and [..., B, r], [..., A, B].
 
     A small rank as a sum of broadcast products: XLA fuses it with what comes after, so that it needs no memory, and it is
     faster than a matrix product.
     """
-    rank = u.shape[-1]
-    if rank <= _FUSED_RANK:
-        return sum(u[..., :, None, k] * v[..., None, :, k] for k in range(rank))
-    return u @ jnp.swapaxes(v, -1, -2)
+    n = u.ndim
+    return _outer_on_axes(u, tuple(range(n - 1)), v, (*range(n - 2), n - 1), n)
 
 
-def _outer_rows(u: jax.Array, v: jax.Array) -> jax.Array:
-    """[..., r] and [B, r] to [..., B]."""
-    if u.shape[-1] == 1:
-        return u * v.reshape((1,) * (u.ndim - 1) + (-1,))
-    return lax.dot_general(u, v, (((u.ndim - 1,), (1,)), ((), ())))
+def _outer_on_axes(
+    u: jax.Array, u_axes: Sequence[int], v: jax.Array, v_axes: Sequence[int], ndim: int
+) -> jax.Array:
+    """Σᵣ u v of two factors with the given axes of an array of `ndim` axes; of size 1 along those that neither has."""
+    absent = lambda *axes: [a for a in range(ndim) if not any(a in of for of in axes)]
+    if u.shape[-1] <= _FUSED_RANK:
+        u, v = lax.expand_dims(u, absent(u_axes)), lax.expand_dims(v, absent(v_axes))
+        return sum(u[..., k] * v[..., k] for k in range(u.shape[-1]))
+    both = sorted({*u_axes, *v_axes})
+    z = jnp.einsum(u, [*u_axes, ndim], v, [*v_axes, ndim], both)
+    return lax.expand_dims(z, absent(both))

@@ -1,0 +1,168 @@
+"""Products with perturbed arrays: what `dot_general` does with them.
+
+Axes are labelled as in einsum: a label is a number, shared by the axes of both operands that are contracted or go along.
+"""
+
+from collections.abc import Sequence
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from zo_jax.perturbed import Cast, Dense, Factored, Transposed, sum_dtype
+from zo_jax.rules import apply_rule, is_perturbed, register_rule
+
+# A product with a larger table of rows goes block by block: the perturbed rows stay in cache and no perturbed
+# copy of the table exists. Entries of a block: 4 MB in float32.
+_BLOCK_ENTRIES = 2**20
+MIN_BLOCKED = 4 * _BLOCK_ENTRIES
+
+# The label of the rank.
+_R = -1
+
+
+class _Labels(NamedTuple):
+    """The labels of a product's operands and result."""
+
+    lhs: list[int]
+    rhs: list[int]
+    out: list[int]
+
+
+def _labels(lhs_ndim: int, rhs_ndim: int, dimension_numbers: Any) -> _Labels:
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+    lhs, rhs = list(range(lhs_ndim)), list(range(lhs_ndim, lhs_ndim + rhs_ndim))
+    for i, j in zip((*lhs_contract, *lhs_batch), (*rhs_contract, *rhs_batch), strict=True):
+        rhs[j] = lhs[i]
+    out = [lhs[i] for i in lhs_batch]
+    out += [a for a in lhs if a not in rhs] + [a for a in rhs if a not in lhs]
+    return _Labels(lhs, rhs, out)
+
+
+@register_rule(lax.dot_general_p, Factored)
+def _product_with_factors(lhs, rhs, **params):
+    """x (W + s u vᵀ) = x W + s (x u) vᵀ, if the change costs less than the product."""
+    x, other = (lhs, rhs) if is_perturbed(lhs) else (rhs, lhs)
+    labels = _labels(lhs.ndim, rhs.ndim, params["dimension_numbers"])
+    x_labels, other_labels = (labels.lhs, labels.rhs) if x is lhs else (labels.rhs, labels.lhs)
+    # What is rounded to fewer than 16 bits is another array than its terms.
+    if jnp.finfo(x.dtype).bits < 16 or not jnp.issubdtype(other.dtype, jnp.floating):
+        return NotImplemented
+
+    sizes = dict(zip((*x_labels, *other_labels), (*x.shape, *other.shape), strict=True))
+    sizes[_R] = x.u.shape[-1]
+    count = lambda *of: math.prod(sizes[a] for a in {a for labels in of for a in labels})
+    u_labels = [*(x_labels[a] for a in x.u_axes), _R]
+    v_labels = [*(x_labels[a] for a in x.v_axes), _R]
+    first_then_second = []
+    for first, second in ((u_labels, v_labels), (v_labels, u_labels)):
+        inner = [a for a in _union(other_labels, first) if a in labels.out or a in second]
+        first_then_second.append((count(other_labels, first) + count(inner, second), inner))
+    u_is_first = first_then_second[0][0] <= first_then_second[1][0]
+    cost, inner = first_then_second[0 if u_is_first else 1]
+    if cost >= count(x_labels, other_labels):
+        return NotImplemented
+
+    operands = [x.base.astype(x.dtype) if operand is x else operand for operand in (lhs, rhs)]
+    product = lax.dot_general_p.bind(*operands, **params)
+    # In float32: the perturbation is small beside the product and must survive the sum.
+    wide = other.astype(sum_dtype(other.dtype))
+    factors = [(x.u, u_labels), (x.v, v_labels)]
+    (first, first_labels), (second, second_labels) = factors if u_is_first else factors[::-1]
+    inner_product = _contract(wide, other_labels, first, first_labels, inner)
+    present = [a for a in labels.out if a in inner or a in second_labels]
+    change = x.scale * _contract(inner_product, inner, second, second_labels, present)
+    change = _spread(change, present, labels.out)
+    return (product.astype(change.dtype) + change).astype(product.dtype)
+
+
+def _union(*of: Sequence[int]) -> list[int]:
+    return list(dict.fromkeys(a for labels in of for a in labels))
+
+
+def _contract(
+    a: jax.Array, a_labels: list[int], b: jax.Array, b_labels: list[int], out_labels: list[int]
+) -> jax.Array:
+    """The product of two arrays with labelled axes, summed over what the result lacks."""
+    if _R in b_labels and b.shape[b_labels.index(_R)] == 1:
+        # With a rank of 1 there may be nothing to sum.
+        b, b_labels = b.squeeze(b_labels.index(_R)), [x for x in b_labels if x != _R]
+        if _R in a_labels:
+            a, a_labels = a.squeeze(a_labels.index(_R)), [x for x in a_labels if x != _R]
+        if _R in out_labels:
+            out = [x for x in out_labels if x != _R]
+            return jnp.expand_dims(_contract(a, a_labels, b, b_labels, out), out_labels.index(_R))
+    if set(out_labels) == {*a_labels, *b_labels}:  # broadcast: XLA fuses it with what comes after
+        return _spread(a, a_labels, out_labels) * _spread(b, b_labels, out_labels)
+    # Numbers from 0 as einsum wants them.
+    names = {x: i for i, x in enumerate(_union(a_labels, b_labels))}
+    name = lambda labels: [names[x] for x in labels]
+    return jnp.einsum(a, name(a_labels), b, name(b_labels), name(out_labels))
+
+
+def _spread(x: jax.Array, labels: list[int], out_labels: list[int]) -> jax.Array:
+    """With its axes in the order of the result's, of size 1 where it has none."""
+    kept = [a for a in out_labels if a in labels]
+    x = lax.transpose(x, [labels.index(a) for a in kept])
+    return lax.expand_dims(x, [i for i, a in enumerate(out_labels) if a not in labels])
+
+
+@register_rule(lax.dot_general_p, Dense)
+@register_rule(lax.dot_general_p, Cast)
+def _product_by_blocks(lhs, rhs, **params):
+    """Block by block over the rows of a large table, contracted along its last axis (an output head)."""
+    table, other = (lhs, rhs) if is_perturbed(lhs) else (rhs, lhs)
+    contract, batch = params["dimension_numbers"]
+    other_axes, table_axes = contract if table is rhs else contract[::-1]
+    if table.ndim != 2 or any(batch) or tuple(table_axes) != (1,) or table.size < MIN_BLOCKED:
+        return NotImplemented
+    num_rows, width = table.shape
+    num_blocks = -(-table.size // _BLOCK_ENTRIES)
+    block_rows = -(-num_rows // num_blocks)
+
+    def rows(start):
+        starts = start, jnp.zeros((), start.dtype)
+        return apply_rule(
+            lax.dynamic_slice_p, [table, *starts], dict(slice_sizes=(block_rows, width))
+        )
+
+    def dot(rows_of_table):
+        operands = (rows_of_table, other) if table is lhs else (other, rows_of_table)
+        return lax.dot_general_p.bind(*operands, **params)
+
+    free_shape = tuple(n for i, n in enumerate(other.shape) if i != other_axes[0])
+    axis = 0 if table is lhs else len(free_shape)
+    out_shape = (num_rows, *free_shape) if table is lhs else (*free_shape, num_rows)
+
+    def put_block(i, out):
+        # The last block starts early enough to be whole; the rows that it shares are computed twice.
+        start = jnp.minimum(i * block_rows, num_rows - block_rows)
+        return lax.dynamic_update_slice_in_dim(out, dot(rows(start).form()), start, axis)
+
+    out_dtype = jax.eval_shape(dot, jax.ShapeDtypeStruct(table.shape, table.dtype)).dtype
+    return lax.fori_loop(0, num_blocks, put_block, jnp.zeros(out_shape, out_dtype))
+
+
+@register_rule(lax.dot_general_p, Transposed)
+def _product_with_transposed(lhs, rhs, *, dimension_numbers, **params):
+    """The product with the array as it lies in memory, and the axes of the result put in order."""
+    x, other = (lhs, rhs) if is_perturbed(lhs) else (rhs, lhs)
+    i = 0 if x is lhs else 1
+    there = lambda pair: tuple(
+        tuple(x.permutation[a] for a in axes) if side == i else tuple(axes)
+        for side, axes in enumerate(pair)
+    )
+    contract, batch = dimension_numbers
+    free = [a for a in range(x.ndim) if a not in contract[i] and a not in batch[i]]
+    free_there = [x.permutation[a] for a in free]
+    operands = [x.array, other] if x is lhs else [other, x.array]
+    params = params | dict(dimension_numbers=(there(contract), there(batch)))
+    out = apply_rule(lax.dot_general_p, operands, params)
+    if out is NotImplemented or free_there == sorted(free_there):
+        return out
+    first = len(batch[i]) if x is lhs else out.ndim - len(free)
+    order = list(range(out.ndim))
+    order[first : first + len(free)] = [first + sorted(free_there).index(a) for a in free_there]
+    return lax.transpose(out, order)
