@@ -26,7 +26,9 @@ def imports_of(path):
                 yield whole if whole in FILES else node.module
 
 
-LIBRARY = {name: path for name, path in FILES.items() if name.count(".") == 1 and path.stem[:2] != "__"}
+LIBRARY = {
+    name: path for name, path in FILES.items() if name.count(".") == 1 and path.stem[:2] != "__"
+}
 
 
 @pytest.mark.parametrize("name", LIBRARY)
@@ -57,6 +59,8 @@ def test_no_room_imports_one_above_it():
         if path.stem != "__init__"
     }
     placed = set()
-    while ready := {name for name in below if name not in placed and below[name] & below.keys() <= placed}:
+    while ready := {
+        name for name in below if name not in placed and below[name] & below.keys() <= placed
+    }:
         placed |= ready
     assert placed == below.keys(), f"in cycles: {sorted(below.keys() - placed)}"
