@@ -4,8 +4,10 @@ Formulas: the reference script of "Zeroth Order Optimization for Pretraining Lan
 coordinates, ‖·‖ the norm over all leaves together.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -51,42 +53,44 @@ def largest_coordinates(gradient: Any, fraction: jax.Array) -> Support:
       fraction: float32 scalar in [0, 1].
     """
     leaves = _leaves(gradient)
-    offsets = [sum(leaf.size for leaf in leaves[:i]) for i in range(len(leaves))]
-
-    def halve(is_enough, size):
-        """The largest number below 2 ** size that is enough, given that what is enough is a range from 0."""
-
-        def step(i, low):
-            candidate = low | (jnp.uint32(1) << (jnp.uint32(size - 1) - i.astype(jnp.uint32)))
-            return jnp.where(is_enough(candidate), candidate, low)
-
-        return lax.fori_loop(0, size, step, jnp.uint32(0))
-
-    def energy_from(bits):
-        """Of the coordinates with |x| at least so large."""
-        value = lax.bitcast_convert_type(bits, jnp.float32)
-        energy = lambda x, _: jnp.where(jnp.abs(x) >= value, x * x, 0)
-        return sum(_sum_in_chunks(energy, x, 0) for x in leaves)
-
-    total = energy_from(jnp.uint32(0))
-    wanted = fraction * total
-    bits = halve(lambda bits: energy_from(bits) >= wanted, 31)
-    above = energy_from(bits + jnp.uint32(1))
+    wanted = fraction * _energy_from(leaves, jnp.uint32(0))
+    bits = _largest(lambda bits: _energy_from(leaves, bits) >= wanted, 31)
+    above = _energy_from(leaves, bits + jnp.uint32(1))
     value = lax.bitcast_convert_type(bits, jnp.float32)
     num_ties = jnp.ceil((wanted - above) / jnp.maximum(value**2, jnp.finfo(jnp.float32).tiny))
-
-    def count_ties(end):
-        is_in = lambda x, index: ((jnp.abs(x) == value) & (index < end)).astype(jnp.uint32)
-        return sum(_sum_in_chunks(is_in, x, i) for x, i in zip(leaves, offsets, strict=True))
-
-    # The largest end before which there are fewer ties than wanted is the index of the last one in.
     enough = num_ties.astype(jnp.uint32)
+    # The largest end before which there are fewer ties than wanted is the index of the last one in.
     last = lax.cond(
-        count_ties(jnp.uint32(2**32 - 1)) <= enough,
+        _count_ties(leaves, value, jnp.uint32(2**32 - 1)) <= enough,
         lambda: jnp.uint32(2**32 - 2),
-        lambda: halve(lambda end: count_ties(end) < enough, 32),
+        lambda: _largest(lambda end: _count_ties(leaves, value, end) < enough, 32),
     )
     return Support(bits, last + 1)
+
+
+def _largest(holds: Callable[[jax.Array], jax.Array], num_bits: int) -> jax.Array:
+    """The largest number below 2 ** num_bits, uint32, for which a condition holds that holds for all numbers below it."""
+
+    def set_bit(i, low):
+        candidate = low | (jnp.uint32(1) << (jnp.uint32(num_bits - 1) - i.astype(jnp.uint32)))
+        return jnp.where(holds(candidate), candidate, low)
+
+    return lax.fori_loop(0, num_bits, set_bit, jnp.uint32(0))
+
+
+def _energy_from(leaves: list[jax.Array], bits: jax.Array) -> jax.Array:
+    """Σ x² of the coordinates whose |x| has at least these bits."""
+    value = lax.bitcast_convert_type(bits, jnp.float32)
+    energy = lambda x, _: jnp.where(jnp.abs(x) >= value, x * x, 0)
+    return sum((_sum_in_chunks(energy, x, 0) for x in leaves), jnp.zeros(()))
+
+
+def _count_ties(leaves: list[jax.Array], value: jax.Array, end: jax.Array) -> jax.Array:
+    """How many coordinates before an index have this |x|, uint32."""
+    is_in = lambda x, index: ((jnp.abs(x) == value) & (index < end)).astype(jnp.uint32)
+    offsets = itertools.accumulate((x.size for x in leaves), initial=0)
+    counts = (_sum_in_chunks(is_in, x, i) for x, i in zip(leaves, offsets, strict=False))
+    return sum(counts, jnp.uint32(0))
 
 
 def in_support(gradient: Any, support: Support) -> Any:
