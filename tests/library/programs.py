@@ -60,6 +60,8 @@ def programs(draw):
         step = draw(st.sampled_from(STEPS))(draw, here)
         if step is not None:
             here = _append(program, here, *step)
+    if here.dtype.itemsize == 1:  # which JAX does not combine with others
+        here = _append(program, here, "as float32", lambda x: x.astype(jnp.float32))
     name, function, is_reversible = draw(st.sampled_from(USES))(draw, here)
     wrapper = draw(st.sampled_from(list(WRAPPERS)))
     program.is_reversible = is_reversible and wrapper != "while"
@@ -247,9 +249,7 @@ def product(draw, x):
     is_rhs = draw(st.booleans())
 
     def run(x, opaque):
-        other = values(shape, 2).astype(x.dtype) if x.dtype.itemsize > 1 else None
-        if other is None:
-            return x.astype(jnp.float32)
+        other = values(shape, 2).astype(x.dtype)
         pairs = [(tuple(contracted), other_contracted), (tuple(batch), tuple(range(num_batch)))]
         if is_rhs:
             numbers = tuple((b, a) for a, b in pairs)
@@ -260,14 +260,14 @@ def product(draw, x):
 
 
 def gram(draw, x):
-    if x.ndim != 2 or x.dtype.itemsize == 1:
+    if x.ndim != 2:
         return itself(draw, x)
     return "x @ x.T", lambda x, opaque: x @ opaque(x.T), True
 
 
 def rows(draw, x):
     """A scan over the leading axis."""
-    if x.ndim < 2 or x.dtype.itemsize == 1:
+    if x.ndim < 2:
         return itself(draw, x)
     other = values((3, x.shape[1]), 3)
 
