@@ -17,7 +17,7 @@ import tiny
 
 from zo_jax import estimators, families, ledger
 from zo_jax.guided import METHODS
-from zo_jax.train import model, steps
+from zo_jax.train import describe, model, steps
 from zo_jax.train.config import HUB_SOURCES, SETTINGS, SIZES, Config, ConfigError
 from zo_jax.train.data import batches, sources
 from zo_jax.train.run import make_layout, train_and_evaluate
@@ -184,7 +184,9 @@ ON_DEVICES = {
     "mesh.model": Case(2),
 }
 CASES = IN_PROGRAMS | IN_BLOCKS | ON_DEVICES
-CASES |= {name: Case(RUNS[run][name], RUNS[run]) for name, (run, _, _) in IN_RUNS.items()}
+for name, (run, _, _) in IN_RUNS.items():
+    others = {field: value for field, value in RUNS[run].items() if field != name}
+    CASES[name] = Case(RUNS[run][name], others)
 
 # How each part of a condition is made not to hold.
 BROKEN = {
@@ -362,6 +364,19 @@ def test_it_changes_the_mesh(name):
 def test_every_setting_has_a_case_away_from_its_default():
     assert set(CASES) == set(SETTINGS)
     assert not [name for name, one in SETTINGS.items() if CASES[name].value == one.default]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_name_of_a_run_says_all_that_is_fixed(name):
+    before, after = (describe.default_run_name(config) for config in before_and_after(name))
+    assert (before == after) is SETTINGS[name].may_change
+    assert before == describe.default_run_name(before_and_after(name)[0])
+
+
+def test_the_length_of_a_cosine_is_in_the_name():
+    for steps_or_epochs in ({"train.num_steps": 5}, {"train.num_steps": 0, "train.num_epochs": 3}):
+        configs = make(COSINE), make(COSINE, steps_or_epochs)
+        assert len({describe.default_run_name(config) for config in configs}) == 2
 
 
 def parts(name):
