@@ -35,7 +35,8 @@ def least_memory(config: Config, vocab_size: int, layout: Layout | None = None) 
     """Bytes that a device needs at the least, by what they are for. No array is made, and no shape traced.
 
     Parameters are V C + positions C + L (12 C² + 13 C) + 2 C. Of the activations only those are counted that no compiler can
-    avoid: the residual stream and the hidden layer of one MLP; of backprop, what the products of all layers read.
+    avoid: of one layer, the residual stream beside queries, keys, values and scores, or beside the hidden layer of its MLP; of
+    backprop, what the products of all layers read.
 
     Args:
       config: resolved.
@@ -52,15 +53,17 @@ def least_memory(config: Config, vocab_size: int, layout: Layout | None = None) 
         needs["optimiser state"] = 4 * count * moments // mesh["model"]
         if config.mode == "fo":
             needs["gradient"] = 4 * count // mesh["model"]
-    token = C * jnp.dtype(model.compute_dtype).itemsize
+    size = jnp.dtype(model.compute_dtype).itemsize
+    stream, scores = T * C * size, model.num_heads * T * T * size  # of a block of the batch
+    layer = max(4 * stream + scores, 5 * stream)
     activations = 0
     if config.mode != "fo":
         rows = train.batch_size // config.zo.batch_chunks * config.zo.parallel_batch_size
-        activations = 5 * rows * T * token
+        activations = rows * layer
     if config.mode != "zo":
         rows = (config.fo.batch_size or train.batch_size) // config.fo.gradient_accumulation_steps
-        kept = 1 if model.checkpoint_activations else 12
-        activations = max(activations, (kept * L + 5) * rows * T * token)
+        kept = stream if model.checkpoint_activations else 12 * stream + scores
+        activations = max(activations, rows * (L * kept + layer))
     needs["activations"] = activations // mesh["data"]
     needs["tokens"] = 4 * blocks_per_step(config) * config.data.block_size // mesh["data"]
     return needs
@@ -127,6 +130,9 @@ def _remedy(config: Config, needs: dict[str, int]) -> str:
         return f"{batch}, or raise fo.gradient_accumulation_steps={parts}"
     if most == "tokens":
         return f"lower train.batch_size={train.batch_size} or zo.num_queries={zo.num_queries}"
-    smaller = f"lower model.width={model.width} or model.num_layers={model.num_layers}"
+    smaller = (
+        f"lower model.width={model.width}, model.num_layers={model.num_layers} or "
+        f"model.context_length={model.context_length}"
+    )
     has_moments = bool(needs.get("optimiser state"))
     return smaller + (", or set optimizer.name=sgd, which keeps no state" if has_moments else "")
