@@ -22,7 +22,7 @@ from zo_jax.train.run import FAILURES, train_and_evaluate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder.")
-_JOIN_OTHERS = processes.define_flags()
+processes.define_flags()
 _RESTART = flags.DEFINE_bool("restart", False, "Delete the run that the folder holds.")
 
 
@@ -31,13 +31,17 @@ def _parse_flags(argv: list[str]) -> list[str]:
         print(__doc__ + cli.help_text())
         sys.exit(0)
     try:
+        processes.join_if_asked(argv)
+    except processes.AnotherProcessFailed as error:
+        cli.fail(error)
+    try:
         default = Path(__file__).parent / "configs" / "default.py"
         sys.argv = argv = [argv[0], *cli.prepare_arguments(argv[1:], default)]
         if rest := flags.FLAGS(argv)[1:]:
             raise ConfigError(f"{rest[0]!r} is no flag; --help lists them all")
         validation.validate(_CONFIG.value)
     except Exception as error:  # config files and ml_collections raise all kinds
-        cli.fail(error)
+        cli.fail(processes.agree_on_failure(error))
     return argv
 
 
@@ -45,7 +49,6 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file it writes
     workdir = Path(_WORKDIR.value or f"runs/{default_run_name(_CONFIG.value)}")
     try:
-        _JOIN_OTHERS()
         train_and_evaluate(_CONFIG.value, workdir, _RESTART.value)
     except FAILURES as error:
         cli.fail(error)

@@ -184,7 +184,6 @@ def test_read_only_folder(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own
 def test_old_and_damaged_checkpoints(tiny_config, tmp_path, text, capsys):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     train_and_evaluate(tiny_config, whole)
@@ -211,15 +210,12 @@ def test_old_and_damaged_checkpoints(tiny_config, tmp_path, text, capsys):
         )
         assert f"continuing from {origin} to 5 from the ledger" in out
         if "damaged" in damage:
-            assert (
-                "the checkpoint of step 6 cannot be used" in err and "trying the one before" in err
-            )
+            assert "the checkpoint of step 6 in" in err and "cannot be used" in err
         assert_same_run(folder, whole, tiny_config)
         shutil.rmtree(folder)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own
 def test_corrupt_and_lost_ledgers(tiny_config, tmp_path, text, capsys):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     train_and_evaluate(tiny_config, whole)
@@ -306,9 +302,10 @@ def test_time_between_checkpoints(tiny_config, tmp_path, text, capsys):
 
 def test_lock_is_freed_and_the_folder_watched(tmp_path):
     with folder.Workdir(tmp_path / "run") as mine:
+        mine.lock()
         mine.check()
         with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on"):
-            folder.Workdir(tmp_path / "run")
+            folder.Workdir(tmp_path / "run").lock()
         shutil.rmtree(tmp_path / "run")
         with pytest.raises(OSError):
             mine.check()
@@ -316,8 +313,8 @@ def test_lock_is_freed_and_the_folder_watched(tmp_path):
         (tmp_path / "run/.lock").write_text("")
         with pytest.raises(OSError, match="is not the folder"):
             mine.check()
-    with folder.Workdir(tmp_path / "run"):
-        pass
+    with folder.Workdir(tmp_path / "run") as mine:
+        mine.lock()
 
 
 @pytest.mark.slow
@@ -336,10 +333,3 @@ def test_changed_configuration_is_told_field_by_field(tiny_config, tmp_path, tex
     tiny_config.zo.num_queries, tiny_config.optimizer.learning_rate = 3, 0.01
     tiny_config.train.num_steps, tiny_config.train.log_interval = 8, 2
     assert train_and_evaluate(tiny_config, tmp_path / "run")["step"] == 8
-
-
-@pytest.mark.slow
-def test_replaying_is_written_where_it_belongs(tiny_config, tmp_path, text):
-    """`ledger.FILE` is the name that the run folder uses."""
-    train_and_evaluate(tiny_config, tmp_path / "run")
-    assert (tmp_path / "run" / ledger.FILE).exists()

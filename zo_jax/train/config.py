@@ -228,26 +228,6 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig, metadata={"help": "devices"})
 
 
-# Fields in which a run may differ from the one that it continues.
-EXTENDABLE = (
-    "data.cache_dir",
-    "train.num_steps",
-    "train.num_epochs",
-    "train.log_interval",
-    "train.eval_interval",
-    "train.checkpoint_interval",
-    "train.checkpoint_minutes",
-    "train.keep_checkpoints",
-    "train.max_skipped",
-    "train.sample_tokens",
-    "train.snapshot_delta",
-    "train.sample_temperature",
-    "mesh.query",
-    "mesh.data",
-    "mesh.model",
-)
-
-
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
     """(dotted name, field, value) of every leaf of a dataclass configuration, in order."""
     for field in dataclasses.fields(config):
@@ -277,17 +257,6 @@ def from_dict(fields: Any, kind: type = Config) -> Any:
         from_dict(value, known[name]) if dataclasses.is_dataclass(known[name]) else value
     )
     return kind(**{name: nested(name, value) for name, value in fields.items()})
-
-
-def fixed_fields(config: Config) -> dict[str, Any]:
-    """The configuration as nested dictionaries, less the fields in which a run may change."""
-    tree = dataclasses.asdict(config)
-    for name in EXTENDABLE:
-        section, _, leaf = name.rpartition(".")
-        # The learning rate of a cosine schedule depends on the length of the run.
-        if name != "train.num_steps" or config.optimizer.schedule != "cosine":
-            del tree[section][leaf]
-    return tree
 
 
 def default_run_name(config: Config) -> str:

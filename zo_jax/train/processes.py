@@ -5,21 +5,27 @@ Every process runs the same steps on its own devices; the first one writes the f
 
 from collections.abc import Callable, Iterator
 import contextlib
+import itertools
+import json
 import os
 import signal
 import sys
 import time
 from typing import Any
+import zlib
 
 from absl import flags
 import jax
+from jax._src import distributed
 from jax.experimental import multihost_utils
-import numpy as np
 
 from zo_jax.train.signals import RunStopped
 
 # Seconds after which a process that is silent counts as dead.
-_HEARTBEAT_TIMEOUT = 30
+_HEARTBEAT_TIMEOUT = 10
+# Seconds for which a process that lives is waited for.
+_PATIENCE = 3600
+_turns = itertools.count()
 
 
 class AnotherProcessFailed(RunStopped):
@@ -28,15 +34,31 @@ class AnotherProcessFailed(RunStopped):
     exit_code = 76
 
 
-def define_flags() -> Callable[[], None]:
-    """Defines --distributed and what belongs to it; returns a function that joins the other processes if it is set."""
-    on = flags.DEFINE_bool("distributed", False, "This is one of several processes.")
-    coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process.")
-    num_processes = flags.DEFINE_integer("num_processes", None, "How many there are.")
-    process_id = flags.DEFINE_integer("process_id", None, "Which this is, from 0.")
-    return lambda: (
-        join(coordinator.value, num_processes.value, process_id.value) if on.value else None
-    )
+class ProcessesDiffer(RunStopped):
+    """The processes of a run were not started alike; EX_CONFIG of sysexits.h."""
+
+    exit_code = 78
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines --distributed and what belongs to it."""
+    define = dict(flag_values=values)
+    flags.DEFINE_bool("distributed", False, "This is one of several processes.", **define)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process.", **define)
+    flags.DEFINE_integer("num_processes", None, "How many there are.", **define)
+    flags.DEFINE_integer("process_id", None, "Which this is, from 0.", **define)
+
+
+def join_if_asked(argv: list[str]) -> None:
+    """Joins the other processes if the command line has --distributed, whatever else it has.
+
+    So that a process with a wrong command can tell the others; must come before the first use of a device.
+    """
+    values = flags.FlagValues()
+    define_flags(values)
+    values(argv, known_only=True)
+    if values.distributed:
+        join(values.coordinator, values.num_processes, values.process_id)
 
 
 def join(
@@ -72,17 +94,31 @@ def explain_failures() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if count() == 1:
             raise
-        raise AnotherProcessFailed(
-            f"process {jax.process_index()} of {jax.process_count()} cannot go on, most likely because another one ended "
-            f"({str(error).splitlines()[0]}); start all of them again, and the run goes on"
-        ) from error
+        raise _gone(error) from error
+
+
+def _gone(error: Exception) -> AnotherProcessFailed:
+    return AnotherProcessFailed(
+        f"process {index()} of {count()} cannot go on, most likely because another one ended "
+        f"({str(error).splitlines()[0]}); start all of them again, and the run goes on"
+    )
+
+
+def index() -> int:
+    """The number of this process, known before any device is used."""
+    return distributed.global_state.process_id
+
+
+def count() -> int:
+    """How many processes there are."""
+    return distributed.global_state.num_processes or 1
 
 
 def is_first() -> bool:
     """Whether this process writes the run's files."""
-    return jax.process_index() == 0
+    return index() == 0
 
 
 def say(text: str) -> None:
@@ -91,26 +127,108 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def first_does(work: Callable[[], Any]) -> Any:
-    """What `work` returns in the first process, None in the others, which wait for it.
+def exchange(mine: Any) -> list[Any]:
+    """What every process gave [JSON], in their order. All of them must call it, and it waits for all.
+
+    Over the coordination service, which is there before any device is used and does not care how long a process takes.
+    """
+    if not jax.distributed.is_initialized():
+        return [mine]
+    # Values have no public way between processes but through programs of equal shapes, which differing ones have not.
+    client, turn = distributed.global_state.client, next(_turns)
+    key = lambda i: f"zo_jax/{turn}/{i}"
+    try:
+        client.key_value_set_bytes(
+            key(index()), zlib.compress(json.dumps(mine).encode())
+        )
+        return [
+            json.loads(zlib.decompress(client.blocking_key_value_get_bytes(key(i), 1000 * _PATIENCE)))
+            for i in range(count())
+        ]
+    except jax.errors.JaxRuntimeError as error:
+        raise _gone(error) from error
+
+
+def agree(prepare: Callable[[], dict[str, Any]]) -> None:
+    """Sees that `prepare` returns the same [JSON] in every process, or fails alike.
+
+    Raises:
+      ProcessesDiffer: in all of them, if it does not; the message says in what.
+      Exception: what `prepare` raises, if it raises the same in all.
+    """
+    facts, failure = {}, None
+    try:
+        facts = prepare()
+    except Exception as error:
+        failure = error
+    word = failure and (str(failure).strip().splitlines() or [type(failure).__name__])[0]
+    told = exchange([facts, word])
+    words = [word for _, word in told]
+    if len({json.dumps(one, sort_keys=True) for one in told}) == 1:
+        if failure:
+            raise failure
+        return
+    if any(words):
+        different = [
+            f"process {i} cannot begin: {word}" for i, word in enumerate(words) if word is not None
+        ]
+    else:
+        different = [
+            f"{name} is {', '.join(f'{x.get(name)!r} in process {i}' for i, (x, _) in enumerate(told))}"
+            for name in dict.fromkeys(name for x, _ in told for name in x)
+            if any(x.get(name) != told[0][0].get(name) for x, _ in told)
+        ]
+    raise ProcessesDiffer(
+        f"the processes of the run differ: {'; '.join(different)}; start all of them with the same command, files and versions"
+    ) from failure
+
+
+def agree_on_failure(failure: Exception) -> Exception:
+    """What to end with, for a process that fails before it has anything for the others to `agree` on."""
+
+    def fail() -> dict[str, Any]:
+        raise failure
+
+    try:
+        agree(fail)
+    except Exception as error:
+        return error
+    return failure
+
+
+def all_agree(holds: bool) -> bool:
+    """Whether something holds in every process."""
+    return all(exchange(bool(holds)))
+
+
+def first_tells(work: Callable[[], Any]) -> Any:
+    """What `work` returns [JSON] in the first process, in all of them.
 
     Raises:
       AnotherProcessFailed: in the others, if it raised in the first.
     """
-    if jax.process_count() == 1:
-        return work()
     result, error = None, None
     if is_first():
         try:
             result = work()
         except Exception as problem:
             error = problem
-    failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
+    if count() > 1:
+        result, failed = exchange([result, error is not None])[0]
+        if failed and error is None:
+            raise AnotherProcessFailed("the first process gave up; its message says why")
     if error is not None:
         raise error
-    if failed:
-        raise AnotherProcessFailed("the first process gave up; its message says why")
     return result
+
+
+def first_does(work: Callable[[], Any]) -> None:
+    """`first_tells` for work that returns nothing."""
+
+    def do() -> None:
+        work()
+
+    first_tells(do)
 
 
 def leave(code: int) -> None:

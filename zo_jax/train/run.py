@@ -1,13 +1,17 @@
 """A run from its configuration to its results, or from where it was interrupted."""
 
+import hashlib
+import importlib.metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 
+import zo_jax
 from zo_jax.atomic import write_atomic
 from zo_jax.layout import Layout
 from zo_jax.train import describe, evaluate, processes
-from zo_jax.train.config import Config, ConfigError, MeshConfig
+from zo_jax.train.config import Config, ConfigError, MeshConfig, walk
 from zo_jax.train.data.batches import load_corpora
 from zo_jax.train.data.corpus import Corpus
 from zo_jax.train.data.sources import DataError
@@ -44,29 +48,23 @@ def train_and_evaluate(config: Config, workdir: Path, restart: bool = False) -> 
       CheckpointError: the run's checkpoints cannot be read, and nothing else holds its state.
       RunStopped: the run ended early, for the reason that its message gives, and can go on.
     """
-    validate(config)
-    corpus = load_corpora(config)
-    queries = config.zo.num_queries, config.zo.parallel_batch_size
-    config = resolve(config, len(corpus.train_NT))
-    if queries[1] > queries[0]:
-        processes.say(
-            f"zo.parallel_batch_size={queries[1]} is more than the queries: taken as {queries[0]}"
-        )
-    layout = make_layout(config)
-    model = make_model(config.model, corpus.tokenizer.vocab_size)
-    num_trained = count_trained(config, model)
-    evaluate_fn = evaluate.make_evaluate(model)
-    held_out = evaluate.choose_blocks(corpus.validation_NT, config.train.eval_blocks)
-    with processes.explain_failures(), Workdir(Path(workdir).expanduser()) as folder:
-        processes.first_does(lambda: folder.claim(config, corpus, restart))
+    folder = Path(workdir).expanduser()
+    config, corpus = _prepare(config, folder, restart)
+    with processes.explain_failures(), Workdir(folder) as folder:
+        layout = make_layout(config)
+        model = make_model(config.model, corpus.tokenizer.vocab_size)
+        evaluate_fn = evaluate.make_evaluate(model)
+        held_out = evaluate.choose_blocks(corpus.validation_NT, config.train.eval_blocks)
+        evaluate_params = lambda params: float(evaluate_fn(params, held_out))
+        num_trained = count_trained(config, model)
+        folder.claim(config, corpus, restart)
         processes.say(describe.describe(config, corpus, model, num_trained, folder.path, layout))
         shapes = jax.eval_shape(lambda: init_state(config, model)).params
         if layout and (whole := list(layout.replicated(shapes))):
             size = layout.mesh.shape["model"]
             processes.say(f"not divided over model={size}, so replicated: {', '.join(whole)}")
-        evaluate_params = lambda params: float(evaluate_fn(params, held_out))
         try:
-            with open_run(config, model, folder, layout) as run:
+            with open_run(config, corpus, model, evaluate_params, folder, layout) as run:
                 loop = Loop(config, corpus, model, run, evaluate_params)
                 try:
                     state = loop.finish()
@@ -76,6 +74,42 @@ def train_and_evaluate(config: Config, workdir: Path, restart: bool = False) -> 
             return _tell_results(config, corpus, model, state, eval_loss, folder.path)
         except OSError as error:  # before the first step or after the last, which is saved
             raise CannotWrite(f"{error}; put that right and run the same command again") from error
+
+
+def _prepare(config: Config, folder: Path, restart: bool) -> tuple[Config, Corpus]:
+    """The resolved configuration and the corpus, which are the same in all processes; see `processes.agree`."""
+    corpus: list[Corpus] = []
+
+    def check() -> dict[str, Any]:
+        validate(config)
+        values = {name: value for name, _, value in walk(config)}
+        return values | {"--workdir": str(folder.absolute()), "--restart": restart} | versions()
+
+    def load() -> dict[str, Any]:
+        corpus.append(load_corpora(config))
+        return {f"corpus.{name}": value for name, value in corpus[0].digests.items()}
+
+    processes.agree(check)
+    processes.agree(load)
+    queries = config.zo.num_queries, config.zo.parallel_batch_size
+    if queries[1] > queries[0]:
+        processes.say(
+            f"zo.parallel_batch_size={queries[1]} is more than the queries: taken as {queries[0]}"
+        )
+    return resolve(config, len(corpus[0].train_NT)), corpus[0]
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers of a run come from besides its configuration, known before any device is used."""
+    settings = ("jax_enable_x64", "jax_default_matmul_precision", "jax_platforms")
+    packages = ("jax", "jaxlib", "numpy", "optax")
+    sources = Path(zo_jax.__file__).parent.rglob("*.py")
+    code = b"".join(path.read_bytes() for path in sorted(sources))
+    return {
+        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: str(jax.config.values[name]) for name in settings},
+        "zo_jax": hashlib.sha256(code).hexdigest()[:16],
+    }
 
 
 def make_layout(config: Config) -> Layout | None:
