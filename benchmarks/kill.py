@@ -88,7 +88,9 @@ def kill_until_done(
 def differences(one: Path, other: Path, num_steps: int, num_rows: int) -> list[str]:
     """What two finished runs do not have in common; `one` is as it should be, with so many rows."""
     found = []
-    if not _same_state(one / "checkpoints" / str(num_steps), other / "checkpoints" / str(num_steps)):
+    if not _same_state(
+        one / "checkpoints" / str(num_steps), other / "checkpoints" / str(num_steps)
+    ):
         found.append("state")
     rows = lambda run: [_without_time(row) for row in metrics.read(run / "metrics.csv")]
     if rows(one) != rows(other) or len(rows(one)) != num_rows:

@@ -122,7 +122,10 @@ def same_run(header: dict[str, Any], other: dict[str, Any]) -> bool:
     `identity`, where both have one, stands for all else that the headers say.
     """
     told_apart = ("identity",) if header.get("identity") and other.get("identity") else None
-    names = {*(told_apart or {*header, *other}), "num_queries", "fingerprint"} - {"versions", "probe"}
+    names = {*(told_apart or {*header, *other}), "num_queries", "fingerprint"} - {
+        "versions",
+        "probe",
+    }
     if header.get("versions") != other.get("versions"):
         names -= {"fingerprint"}
     as_text = lambda x: json.dumps({name: x.get(name) for name in names}, sort_keys=True)

@@ -138,11 +138,11 @@ def exchange(mine: Any) -> list[Any]:
     client, turn = distributed.global_state.client, next(_turns)
     key = lambda i: f"zo_jax/{turn}/{i}"
     try:
-        client.key_value_set_bytes(
-            key(index()), zlib.compress(json.dumps(mine).encode())
-        )
+        client.key_value_set_bytes(key(index()), zlib.compress(json.dumps(mine).encode()))
         return [
-            json.loads(zlib.decompress(client.blocking_key_value_get_bytes(key(i), 1000 * _PATIENCE)))
+            json.loads(
+                zlib.decompress(client.blocking_key_value_get_bytes(key(i), 1000 * _PATIENCE))
+            )
             for i in range(count())
         ]
     except jax.errors.JaxRuntimeError as error:

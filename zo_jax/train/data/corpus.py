@@ -101,9 +101,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     blocks_NT = _pack(tokens, config.block_size)
     num_validation = min(max(round(num_blocks * config.validation_fraction), 1), num_blocks - 1)
     train_NT, validation_NT = np.split(blocks_NT, [num_blocks - num_validation])
-    return Corpus(
-        train_NT, validation_NT, tokenizer, name, len(documents), digest_text(documents)
-    )
+    return Corpus(train_NT, validation_NT, tokenizer, name, len(documents), digest_text(documents))
 
 
 def load_blocks(

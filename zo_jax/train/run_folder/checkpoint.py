@@ -62,7 +62,10 @@ class Checkpoints:
         with _disk_errors(self.folder):
             response = self._checkpointer.save_async(
                 step,
-                {"state": state, "seal": _seal(state, *identities.words(self.identity), np.uint32(step))},
+                {
+                    "state": state,
+                    "seal": _seal(state, *identities.words(self.identity), np.uint32(step)),
+                },
                 force=True,
                 overwrite=True,
             )
@@ -174,21 +177,24 @@ def _seal(state: Any, *words: Any) -> jax.Array:
     return jnp.stack([fingerprint(state), *(jnp.asarray(word, jnp.uint32) for word in words)])
 
 
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "/orbax/" not in record.pathname
+
+
+# What goes wrong, orbax raises too, and that is told in one line; its log has the frames of every thread besides.
+logging.getLogger("absl").addFilter(_is_not_of_orbax)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, orbax tells nothing by itself: what goes wrong it raises too, and that is told in one line."""
-    loggers = [logging.getLogger(name) for name in ("absl", "orbax")]
-    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+    """Inside, tasks of orbax that nothing awaits any more print no frames."""
+    hook = sys.unraisablehook
     try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL + 1)
         sys.unraisablehook = lambda _: None
         yield
-        gc.collect()  # of its tasks that nothing awaits any more, each of which would print frames
+        gc.collect()
     finally:
         sys.unraisablehook = hook
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,9 @@ import numpy as np
 from zo_jax.train.config import Config, walk
 from zo_jax.train.data.corpus import Corpus
 
-_LENGTH = "how long the run is; fixed with `optimizer.schedule=cosine`, whose learning rates it changes"
+_LENGTH = (
+    "how long the run is; fixed with `optimizer.schedule=cosine`, whose learning rates it changes"
+)
 _FROM_THERE = "what is written from the step on where the run goes on"
 _ROUNDING = "the last bits, by rounding; the run says so"
 _NOTHING = "no number"

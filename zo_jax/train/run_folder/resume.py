@@ -115,7 +115,9 @@ def open_run(
             if processes.is_first():
                 writer = ledger.Writer(folder / LEDGER, header, last)
                 stack.callback(writer.close)
-            processes.all_agree(True)  # what the first process has mended is what all of them replay
+            processes.all_agree(
+                True
+            )  # what the first process has mended is what all of them replay
             kept = ledger.read(folder / LEDGER)
         if writer and writer.lost:
             print(
@@ -157,7 +159,9 @@ def open_run(
             update = make_update(config, model, layout)
             visit_steps(wanted, kept, [0, *whole], load, update, layout, make_again)
             rows.sort(key=lambda row: int(row["step"]))
-        log = metrics.Log(identity, rows, metrics.Files(folder, rows) if processes.is_first() else None)
+        log = metrics.Log(
+            identity, rows, metrics.Files(folder, rows) if processes.is_first() else None
+        )
         stack.callback(log.close)
         found = [*kept_snapshots, *(snapshots.steps if snapshots else [])]
         _tell_missing(workdir, start, log, [*missing], found)
@@ -202,7 +206,9 @@ def _tell_missing(
     lost = [step for step in missing if step not in log.steps]
     path = workdir.path / "metrics.csv"
     if again:
-        processes.say(f"{path}: the rows of {_steps(again)} were missing, and are made again by replay")
+        processes.say(
+            f"{path}: the rows of {_steps(again)} were missing, and are made again by replay"
+        )
     if lost:
         processes.say(
             f"{path}: the rows of {_steps(lost)} are lost: replay does not reach them, and nothing is guessed"
@@ -215,7 +221,11 @@ def _tell_missing(
 def _steps(steps: list[int]) -> str:
     """Some of the steps, and how many there are."""
     few = ", ".join(map(str, steps[:10]))
-    return f"step {few}" if len(steps) == 1 else f"{len(steps)} steps ({few}{', ...' * (len(steps) > 10)})"
+    return (
+        f"step {few}"
+        if len(steps) == 1
+        else f"{len(steps)} steps ({few}{', ...' * (len(steps) > 10)})"
+    )
 
 
 def _read_ledger(path: Path, header: dict) -> ledger.Ledger | None:
