@@ -44,7 +44,7 @@ def probe(tree: Any) -> jax.Array:
     """A number that last bits hardly change and other draws of the same arrays do: Σ x cos(i) over all entries.
 
     Args:
-      tree: pytree of arrays; those that are not floating count nothing.
+      tree: pytree of arrays; those that are not floating, and entries that are not finite, count nothing.
 
     Returns:
       float32 scalar.
@@ -61,7 +61,8 @@ def probe(tree: Any) -> jax.Array:
             for axis in range(leaf.ndim):
                 index = lax.broadcasted_iota(jnp.float32, leaf.shape, axis)
                 position += index * (axis + 1)
-            total += jnp.sum(leaf.astype(jnp.float32) * jnp.cos(position))
+            finite = jnp.where(jnp.isfinite(leaf), leaf, 0).astype(jnp.float32)
+            total += jnp.sum(finite * jnp.cos(position))
     return total
 
 
