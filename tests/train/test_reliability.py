@@ -20,6 +20,7 @@ from zo_jax.train import steps
 from zo_jax.train.config import Config, ConfigError, walk
 from zo_jax.train.data import batches
 from zo_jax.train.model import make_model
+from zo_jax.train.progress import Progress
 from zo_jax.train.run import train_and_evaluate
 from zo_jax.train.run_folder import checkpoint, folder, identity, metrics
 from zo_jax.train.run_folder.checkpoint import CheckpointError
@@ -125,6 +126,34 @@ def test_signals_lock_and_no_folder(tmp_path):
         range(kept + 4)
     )
     shutil.rmtree(rescued)
+
+
+@pytest.mark.slow
+def test_an_interrupt_at_any_time_is_one_line(tmp_path):
+    for i, seconds in enumerate((0.2, 1, 3, 6, 9)):
+        process = start(tmp_path / str(i), "train.num_steps=100000", "train.eval_interval=100000")
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=100)
+        assert process.returncode in (75, 130), (seconds, err)
+        told = [line for line in err.splitlines() if line and not line.startswith("step ")]
+        assert len(told) == 1 and told[0].startswith("stopped: "), (seconds, err)
+        assert "Traceback" not in out
+
+
+def test_progress_in_a_log_file(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with Progress(3, 50) as progress:
+        for step in range(4, 51):
+            now[0] += 1.5
+            progress.show(step, f"loss {step}")
+            if step == 20:
+                progress.say("validation loss after step 20: 2.5")
+    out, err = capsys.readouterr()
+    assert out == "validation loss after step 20: 2.5\n"
+    assert err.splitlines() == [f"step {s} of 50: loss {s}" for s in (10, 17, 24, 31, 38, 45, 50)]
+    assert "\r" not in err and "  " not in err
 
 
 def test_the_second_signal_ends_at_once():

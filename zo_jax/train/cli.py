@@ -69,6 +69,8 @@ def fail(error: Exception) -> None:
     code = getattr(error, "exit_code", 2)
     last = "Traceback" in str(error)  # of a config file that raises: its last line says why
     print(f"{'error' if code == 2 else 'stopped'}: {lines[-last]}", file=sys.stderr)
-    if jax.distributed.is_initialized() and not getattr(error, "together", False):
+    if getattr(error, "together", False):
+        processes.say_goodbye()
+    elif jax.distributed.is_initialized():
         processes.leave(code)
     sys.exit(code)

@@ -19,13 +19,17 @@ import jax
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
+from zo_jax.train import lifeline
 from zo_jax.train.signals import RunStopped
 
 # Seconds after which a process that is silent counts as dead.
 _HEARTBEAT_TIMEOUT = 10
+# Seconds for which all of them are waited for at the start and at the end.
+_JOIN_TIMEOUT = 120
 # Seconds for which a process that lives is waited for.
 _PATIENCE = 3600
 _turns = itertools.count()
+_lifeline: lifeline.Lifeline | None = None
 
 
 class AnotherProcessFailed(RunStopped):
@@ -37,7 +41,7 @@ class AnotherProcessFailed(RunStopped):
 class ProcessesDiffer(RunStopped):
     """The processes of a run were not started alike; EX_CONFIG of sysexits.h."""
 
-    exit_code = 78
+    exit_code, together = 78, True
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -77,15 +81,30 @@ def join(
             coordinator,
             num_processes,
             process_id,
-            initialization_timeout=120,
+            initialization_timeout=_JOIN_TIMEOUT,
             heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
-            shutdown_timeout_seconds=_HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=_JOIN_TIMEOUT,
         )
     except (ValueError, RuntimeError) as error:
         raise AnotherProcessFailed(
             f"--distributed: the processes did not come together ({str(error).splitlines()[0]}); give "
             "--coordinator=HOST:PORT, --num_processes and --process_id to each, or start them in a cluster that JAX knows"
         ) from error
+    global _lifeline
+    host = (distributed.global_state.coordinator_address or "").rpartition(":")[0]
+    _lifeline = lifeline.connect(index(), count(), host, exchange, _end_with_the_others)
+
+
+def _end_with_the_others() -> None:
+    """Another process has died, and what this one waits for may never come."""
+    print(f"stopped: {_gone('its connection is closed')}", file=sys.stderr, flush=True)
+    os._exit(AnotherProcessFailed.exit_code)
+
+
+def say_goodbye() -> None:
+    """Before this process ends as all of them do: with the run, or for a reason that all of them know."""
+    if _lifeline:
+        _lifeline.say_goodbye()
 
 
 @contextlib.contextmanager
@@ -99,10 +118,20 @@ def explain_failures() -> Iterator[None]:
         raise _gone(error) from error
 
 
-def _gone(error: Exception) -> AnotherProcessFailed:
+def check_alive(error: Exception) -> None:
+    """Raises AnotherProcessFailed if what several processes did together failed for want of one of them, not of the disk."""
+    chain, text = error, ""
+    while chain is not None:
+        text, chain = f"{text} {type(chain).__name__} {chain}", chain.__cause__ or chain.__context__
+    words = ("Gloo", "Connection", "arrier", "heartbeat", "coordination", "UNAVAILABLE", "DEADLINE")
+    if count() > 1 and any(word in text for word in words):
+        raise _gone(error) from error
+
+
+def _gone(reason: Any) -> AnotherProcessFailed:
     return AnotherProcessFailed(
         f"process {index()} of {count()} cannot go on, most likely because another one ended "
-        f"({str(error).splitlines()[0]}); start all of them again, and the run goes on"
+        f"({str(reason).splitlines()[0]}); start all of them again, and the run goes on"
     )
 
 

@@ -151,6 +151,7 @@ def _tell_results(
     rows = metrics.read(folder / "metrics.csv")
     loss = next((float(row["loss"]) for row in reversed(rows) if row["loss"]), float("nan"))
     result = dict(step=int(state.step), loss=loss, eval_loss=eval_loss)
+    processes.say_goodbye()
     if not processes.is_first():
         return result
     plots.plot_losses(rows, folder / "loss_curve.png", folder.name)

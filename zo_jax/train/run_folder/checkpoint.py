@@ -205,5 +205,6 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
+        processes.check_alive(error)
         lines = str(error).splitlines() or [type(error).__name__]
         raise OSError(f"{folder}: {lines[0]}") from error
