@@ -9,7 +9,6 @@ timestamps, evaluations likewise, the ledger, the steps of the snapshots. While 
 
 import argparse
 import csv
-import json
 import os
 from pathlib import Path
 import random
@@ -23,6 +22,8 @@ import time
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
+
+from zo_jax.train.run_folder import checkpoint, metrics
 
 ROOT = Path(__file__).parent.parent
 CASES = {
@@ -84,31 +85,53 @@ def kill_until_done(
     return hit
 
 
-def differences(one: Path, other: Path, num_steps: int) -> list[str]:
-    """What two finished runs do not have in common."""
+def differences(one: Path, other: Path, num_steps: int, num_rows: int) -> list[str]:
+    """What two finished runs do not have in common; `one` is as it should be, with so many rows."""
     found = []
-    load = lambda run: ocp.load(run / "checkpoints" / str(num_steps))
-    a, b = (jax.tree.leaves_with_path(load(run)) for run in (one, other))
-    for (path, x), (_, y) in zip(a, b, strict=True):
-        if np.asarray(x).tobytes() != np.asarray(y).tobytes():
-            found.append(f"checkpoint{jax.tree_util.keystr(path)}")
-    rows = lambda run: [r[1:] for r in csv.reader((run / "metrics.csv").open())]
-    if rows(one) != rows(other) or len(rows(one)) != num_steps + 2:
+    if not _same_state(
+        one / "checkpoints" / str(num_steps), other / "checkpoints" / str(num_steps)
+    ):
+        found.append("state")
+    rows = lambda run: [_without_time(row) for row in metrics.read(run / "metrics.csv")]
+    if rows(one) != rows(other) or len(rows(one)) != num_rows:
         found.append("metrics.csv")
-    without_time = lambda line: {k: v for k, v in json.loads(line).items() if k != "timestamp"}
     evaluations = lambda run: [
-        without_time(x) for x in (run / "evaluations.jsonl").read_text().splitlines()
+        _without_time(row) for row in metrics.read_evaluations(run / "evaluations.jsonl")
     ]
     if evaluations(one) != evaluations(other):
         found.append("evaluations.jsonl")
-    content = lambda path: path.read_bytes() if path.exists() else None
     for name in ("ledger.bin", "sample.txt"):
-        if content(one / name) != content(other / name):
+        if _content(one / name) != _content(other / name):
             found.append(name)
-    steps = lambda run: sorted(path.name for path in (run / "snapshots").glob("[0-9]*"))
-    if steps(one) != steps(other):
-        found.append(f"snapshots: {steps(one)}, {steps(other)}")
+    for name in ("checkpoints", "snapshots"):
+        steps = checkpoint.complete_steps(one / name)
+        if checkpoint.complete_steps(other / name) != steps:
+            found.append(f"{name}: {steps}, {checkpoint.complete_steps(other / name)}")
+        elif different := [
+            step for step in steps if not _same_state(*(x / name / str(step) for x in (one, other)))
+        ]:
+            found.append(f"{name} {different}")
     return found
+
+
+def _same_state(one: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same bits, seals and all."""
+    try:
+        a, b = (jax.tree.leaves_with_path(ocp.load(path)) for path in (one, other))
+    except Exception:  # a damaged file can raise anything
+        return False
+    return [(path, np.asarray(x).tobytes()) for path, x in a] == [
+        (path, np.asarray(x).tobytes()) for path, x in b
+    ]
+
+
+def _without_time(row: dict) -> dict:
+    """What two runs of the same settings have in common; the check is of the time too."""
+    return {name: x for name, x in row.items() if name not in ("timestamp", "check")}
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def main() -> None:
@@ -126,7 +149,7 @@ def main() -> None:
             continue
         folder = Path(tempfile.mkdtemp(prefix=f"zo_jax_{name}_"))
         arguments = [
-            f"--config={ROOT / 'tests/tiny.py'}",
+            f"--config={ROOT / 'tests/train/tiny.py'}",
             f"--config.train.num_steps={options.num_steps}",
             "--config.train.checkpoint_interval=40",
             "--config.train.eval_interval=25",
@@ -136,7 +159,9 @@ def main() -> None:
             raise SystemExit(f"the run failed; see {folder / 'whole.log'}")
         kills = options.kills if i == 0 or options.only else min(options.kills, 8)
         hit = kill_until_done(folder / "killed", arguments, options.num_steps, kills, rng)
-        found = differences(folder / "whole", folder / "killed", options.num_steps)
+        found = differences(
+            folder / "whole", folder / "killed", options.num_steps, options.num_steps + 1
+        )
         counts = ", ".join(f"{count} {what}" for what, count in hit.items())
         print(
             f"{name}: {counts}: {'DIFFERENT: ' + ', '.join(found) if found else 'equal to the bit'}"

@@ -39,6 +39,33 @@ def fingerprint(tree: Any) -> jax.Array:
     return sum(sums, jnp.zeros((), jnp.uint32))
 
 
+@jax.jit
+def probe(tree: Any) -> jax.Array:
+    """A number that last bits hardly change and other draws of the same arrays do: Σ x cos(i) over all entries.
+
+    Args:
+      tree: pytree of arrays; those that are not floating, and entries that are not finite, count nothing.
+
+    Returns:
+      float32 scalar.
+
+    >>> import jax.numpy as jnp
+    >>> w = jnp.linspace(-1, 1, 100)
+    >>> bool(abs(probe(w) - probe(w * (1 + 1e-6))) < 1e-5), bool(abs(probe(w) - probe(w[::-1])) > 0.1)
+    (True, True)
+    """
+    total = jnp.zeros((), jnp.float32)
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            position = jnp.zeros(leaf.shape, jnp.float32)
+            for axis in range(leaf.ndim):
+                index = lax.broadcasted_iota(jnp.float32, leaf.shape, axis)
+                position += index * (axis + 1)
+            finite = jnp.where(jnp.isfinite(leaf), leaf, 0).astype(jnp.float32)
+            total += jnp.sum(finite * jnp.cos(position))
+    return total
+
+
 def _of_leaf(leaf: Any, salt: int) -> jax.Array:
     words = _words(jnp.asarray(leaf))
     position = jnp.full(words.shape, salt, jnp.uint32)

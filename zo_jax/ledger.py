@@ -6,7 +6,6 @@ is executed.
 """
 
 import json
-import os
 from pathlib import Path
 import struct
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import zlib
 
 import numpy as np
 
-from zo_jax.atomic import read_open, write_atomic, write_whole
+from zo_jax.atomic import AppendFile, write_atomic
 
 _MAGIC = b"ZOLEDGER"
 _MAX_HEADER, _MAX_QUERIES = 1 << 20, 1 << 20
@@ -30,7 +29,7 @@ class Ledger(NamedTuple):
     """What a file holds.
 
     Attributes:
-      header: `num_queries`, and what else was written; see `ledger.make_header`.
+      header: `num_queries`, and what else was written; see `replay.make_header`.
       records: of steps 1, 2, ... in order; fields step, kind, key, loss, projections [q].
       valid: bool, a record each: its checksum is right.
     """
@@ -76,13 +75,13 @@ class Writer:
         self._start, num_there = len(_MAGIC) + 8 + len(text), len(there.records)
         self.lost = [step for step in there.corrupt if step <= num_steps]
         self.lost += range(num_there + 1, num_steps + 1)
-        self._file = self.path.open("r+b", buffering=0)
-        self._file.truncate(self._start + min(num_steps, num_there) * self._dtype.itemsize)
         nothing = np.full(header["num_queries"], np.nan, np.float32)
-        for step in self.lost:
-            self._file.seek(self._start + (step - 1) * self._dtype.itemsize)
-            self._file.write(self._record(step, LOST, 0, np.nan, nothing))
-        self._file.seek(0, os.SEEK_END)
+        with self.path.open("r+b") as file:
+            file.truncate(self._start + min(num_steps, num_there) * self._dtype.itemsize)
+            for step in self.lost:
+                file.seek(self._start + (step - 1) * self._dtype.itemsize)
+                file.write(self._record(step, LOST, 0, np.nan, nothing))
+        self._file = AppendFile(self.path)
 
     def append(self, step: int, kind: int, key: Any, loss: Any, projections_q: Any) -> None:
         """Writes the record of a step (from 1), whole.
@@ -95,15 +94,15 @@ class Writer:
         Raises:
           OSError: the disk; the file is as before.
         """
-        write_whole(self._file, self._record(step, kind, key, loss, projections_q))
+        self._file.append(self._record(step, kind, key, loss, projections_q))
 
     def sync(self) -> None:
         """Returns when the records are on the disk, not only with the kernel."""
-        os.fsync(self._file.fileno())
+        self._file.sync()
 
     def contents(self) -> bytes:
-        """The file, even if it has been deleted."""
-        return read_open(self._file)
+        """The file, even if it has been deleted, and the records that could not be written."""
+        return self._file.contents()
 
     def close(self) -> None:
         self._file.close()
@@ -117,9 +116,27 @@ class Writer:
 
 
 def same_run(header: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two headers are of one run, which may have gone on with other versions."""
-    as_text = lambda x: json.dumps(x | {"versions": None}, sort_keys=True)
-    return as_text(header) == as_text(other)
+    """Whether two headers are of one run, which may have gone on with other versions or on another device.
+
+    Those compute other last bits, so that only between equal `versions` the fingerprints of the start must be equal. An
+    `identity`, where both have one, stands for all else that the headers say.
+    """
+    told_apart = ("identity",) if header.get("identity") and other.get("identity") else None
+    names = {*(told_apart or {*header, *other}), "num_queries", "fingerprint"} - {
+        "versions",
+        "probe",
+    }
+    if header.get("versions") != other.get("versions"):
+        names -= {"fingerprint"}
+    as_text = lambda x: json.dumps({name: x.get(name) for name in names}, sort_keys=True)
+    return as_text(header) == as_text(other) and _near(header.get("probe"), other.get("probe"))
+
+
+def _near(probe: Any, other: Any) -> bool:
+    """Whether two probes of a start are of the same numbers but for their last bits; one that is none says nothing."""
+    if not isinstance(probe, float) or not isinstance(other, float):
+        return True
+    return bool(np.isclose(probe, other, rtol=1e-3, atol=1e-6))
 
 
 def read(path: Path) -> Ledger:

@@ -4,7 +4,11 @@ A zeroth-order step depends on the data only through its q projections, so the i
 projections are the whole run. Replay calls `update` alone: no loss, no data, every optimiser.
 """
 
+import contextlib
+from pathlib import Path
+import platform
 from typing import Any
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +16,9 @@ import numpy as np
 import optax
 
 from zo_jax import families
-from zo_jax.fingerprint import fingerprint
+from zo_jax.fingerprint import fingerprint, probe
 from zo_jax.layout import Layout
-from zo_jax.ledger import BACKPROP, Ledger, LedgerError
+from zo_jax.ledger import BACKPROP, Ledger, LedgerError, same_run
 from zo_jax.trees import WHOLE, Subset
 from zo_jax.update import TrainState, Update, make_update
 
@@ -38,9 +42,9 @@ def make_header(
       perturbation, rank: the family of directions, as `families.by_name` knows it.
       scope: a name for the parameters that are trained, "full" for all.
       clip_norm, rounding: as in `make_update`.
-      info: anything besides that JSON can hold, such as the configuration of the run and the name of the optimiser.
+      info: anything besides that JSON can hold, such as the configuration of the run and the name of the optimiser. An
+        `identity` stands for all that makes the run what it is, and is what tells it from others.
     """
-    device = jax.devices()[0]
     return {
         "num_queries": num_queries,
         "perturbation": perturbation,
@@ -49,9 +53,26 @@ def make_header(
         "clip_norm": clip_norm,
         "rounding": rounding,
         "fingerprint": int(fingerprint(start)),
-        "versions": {"jax": jax.__version__, "device": f"{device.platform} {device.device_kind}"},
+        "probe": float(probe(start)),
+        "versions": versions(),
         **info,
     }
+
+
+def versions() -> dict[str, str]:
+    """What the last bits of a run depend on besides the run: JAX and the device."""
+    device = jax.devices()[0]
+    kind = device.device_kind if device.platform != "cpu" else _processor()
+    return {"jax": jax.__version__, "device": f"{device.platform} {kind}"}
+
+
+def _processor() -> str:
+    """The processor's name: XLA compiles for the one that it runs on, and to JAX all of them are "cpu"."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def arguments(
@@ -117,8 +138,11 @@ def replay(
     except (KeyError, TypeError, ValueError) as error:
         raise LedgerError(f"the header does not say how to replay: {error!r}") from None
     state = start if is_state else Update(optimizer, subset=subset).init(params)
-    if not is_state:
-        check_start(state, ledger)
+    if not is_state and not check_start(state, ledger):
+        warnings.warn(
+            f"the run began with {header.get('versions')}, and is replayed with {versions()}: last bits may differ",
+            stacklevel=2,
+        )
     to_step = len(ledger.records) if to_step is None else to_step
     check_replayable(ledger, int(state.step), to_step)
     state = jax.tree.map(jnp.copy, state)  # the update donates it
@@ -127,14 +151,20 @@ def replay(
     return state
 
 
-def check_start(state: Any, ledger: Ledger) -> None:
-    """Raises LedgerError if the state is not that before step 1."""
+def check_start(state: Any, ledger: Ledger) -> bool:
+    """Whether the state is that before step 1 to the bit; on other versions or another device its last bits may differ.
+
+    Raises:
+      LedgerError: it differs by more than that.
+    """
     there, here = ledger.header.get("fingerprint"), int(fingerprint(state))
-    if there != here:
+    as_made_here = {"fingerprint": here, "probe": float(probe(state)), "versions": versions()}
+    if not isinstance(there, int) or not same_run(ledger.header, ledger.header | as_made_here):
         raise LedgerError(
             f"the ledger begins with other parameters or another optimiser: its fingerprint is {there}, that of "
             f"those given {here}; give the ones that the run began with"
         )
+    return there == here
 
 
 def check_replayable(ledger: Ledger, step: int, to_step: int) -> None:

@@ -1,4 +1,5 @@
 import pickle
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,19 @@ def state_of(step):
 
 
 def test_latest_two_are_kept_and_restored(tmp_path):
+    assert checkpoint.find_whole(tmp_path / "c", state_of(0)) == ([], [], None)
     with checkpoint.open_checkpoints(tmp_path / "c") as checkpoints:
-        assert checkpoints.restore_latest(state_of(0)) is None
         for step in (1, 2, 3):
             checkpoints.save(step, state_of(step))
-    with checkpoint.open_checkpoints(tmp_path / "c") as checkpoints:
-        step, state = checkpoints.restore_latest(state_of(0))
-    assert step == 3 and state["w"].dtype == jnp.bfloat16
+    whole, damaged, state = checkpoint.find_whole(tmp_path / "c", state_of(0))
+    assert (whole, damaged) == ([2, 3], []) and state["w"].dtype == jnp.bfloat16
     jax.tree.map(np.testing.assert_array_equal, state, state_of(3))
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["2", "3"]
+
+
+def found(folder, identity=""):
+    """(steps that are whole, steps that are not)."""
+    return checkpoint.find_whole(folder, state_of(0), identity)[:2]
 
 
 def damage(folder):
@@ -35,12 +40,26 @@ def test_a_damaged_checkpoint_falls_back_and_can_be_written_again(tmp_path, caps
         for step in (1, 2):
             checkpoints.save(step, state_of(step))
     damage(tmp_path / "c/2/state")
+    assert found(tmp_path / "c") == ([1], [2])
+    err = capsys.readouterr().err
+    assert "the checkpoint of step 2 in" in err and "it is now 2.damaged" in err
     with checkpoint.open_checkpoints(tmp_path / "c") as checkpoints:
-        assert checkpoints.restore_latest(state_of(0))[0] == 1
-        assert "the checkpoint of step 2 cannot be used" in capsys.readouterr().err
         checkpoints.save(2, state_of(2))
-    with checkpoint.open_checkpoints(tmp_path / "c") as checkpoints:
-        assert checkpoints.restore_latest(state_of(0))[0] == 2
+    assert found(tmp_path / "c") == ([1, 2], [])
+
+
+def test_those_of_another_run_or_step_are_put_aside(tmp_path, capsys):
+    for name, identity in (("mine", "00000001f0000000"), ("other", "0000000100000000")):
+        with checkpoint.open_checkpoints(tmp_path / name, identity=identity) as checkpoints:
+            for step in (1, 2):
+                checkpoints.save(step, state_of(step))
+    mine = tmp_path / "mine"
+    shutil.copytree(tmp_path / "other/2", mine / "3")
+    shutil.copytree(mine / "2", mine / "4")
+    (mine / "5").write_text("no folder")
+    assert found(mine, "00000001f0000000") == ([1, 2], [5, 4, 3])
+    err = capsys.readouterr().err
+    assert "it is of another run" in err and "it is that of step 2" in err and err.count("\n") == 3
 
 
 def test_every_flipped_bit_of_an_array_is_noticed(tmp_path, capsys):
@@ -55,11 +74,11 @@ def test_every_flipped_bit_of_an_array_is_noticed(tmp_path, capsys):
         damaged = bytearray(whole)
         damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
         data.write_bytes(damaged)
-        with checkpoint.open_checkpoints(tmp_path / "c") as checkpoints:
-            step, found = checkpoints.restore_latest(state)
-        assert step == 1 or np.array_equal(found["w"], state["w"])
-        if step == 1:
-            assert "step 2 cannot be used" in capsys.readouterr().err
+        shutil.copytree(tmp_path / "c", tmp_path / "d")
+        whole, damaged, latest = checkpoint.find_whole(tmp_path / "d", state)
+        assert np.array_equal(latest["w"], state["w"])
+        assert whole == [1, 2] or (damaged == [2] and "cannot be used" in capsys.readouterr().err)
+        shutil.rmtree(tmp_path / "d")
 
 
 def test_truncated_and_vanished_files(tmp_path):
@@ -69,13 +88,11 @@ def test_truncated_and_vanished_files(tmp_path):
     for path in (tmp_path / "c/3").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with checkpoint.open_checkpoints(tmp_path / "c") as checkpoints:
-        assert checkpoints.restore_latest(state_of(0))[0] == 2
+    assert found(tmp_path / "c")[0] == [2]
     for path in (tmp_path / "c/2/state").rglob("*"):
         if path.is_file():
             path.unlink()
-    with checkpoint.open_checkpoints(tmp_path / "c") as checkpoints:
-        assert checkpoints.restore_latest(state_of(0)) is None
+    assert found(tmp_path / "c") == ([], [2])
 
 
 def test_the_state_may_be_donated_at_once(tmp_path):
@@ -86,8 +103,8 @@ def test_the_state_may_be_donated_at_once(tmp_path):
             state = step(state)
             checkpoints.save(i, state)
     for i in range(1, 9):
-        found = checkpoint.restore(tmp_path / "c", i, state)
-        np.testing.assert_array_equal(found["w"], i)
+        there = checkpoint.restore(tmp_path / "c", i, state)
+        np.testing.assert_array_equal(there["w"], i)
 
 
 def test_nothing_is_executed(tmp_path, monkeypatch):
@@ -103,8 +120,7 @@ def test_nothing_is_executed(tmp_path, monkeypatch):
     for name in ("load", "loads", "Unpickler", "_Unpickler", "_load", "_loads"):
         monkeypatch.setattr(pickle, name, refuse)
     monkeypatch.setattr("builtins.eval", refuse)
-    found = checkpoint.restore(tmp_path / "c", 1, state_of(0))
-    assert int(found["step"]) == 1
+    assert int(checkpoint.restore(tmp_path / "c", 1, state_of(0))["step"]) == 1
 
 
 def test_full_disk_is_an_os_error(tmp_path, small_disk):
@@ -115,5 +131,4 @@ def test_full_disk_is_an_os_error(tmp_path, small_disk):
         with pytest.raises(OSError, match="No space left"):
             checkpoints.save(2, state)
             checkpoints.wait()
-    with checkpoint.open_checkpoints(small_disk / "c") as checkpoints:
-        assert checkpoints.restore_latest(state_of(0))[0] == 1
+    assert found(small_disk / "c")[0] == [1]

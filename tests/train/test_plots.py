@@ -1,5 +1,7 @@
 """Pictures of runs, from their metrics."""
 
+import contextlib
+
 import pytest
 
 from zo_jax.train import describe
@@ -12,7 +14,8 @@ def runs(tmp_path, tiny_config):
     folders = [tmp_path / name for name in ("one", "two")]
     for scale, folder in enumerate(folders, start=1):
         folder.mkdir()
-        with metrics.Log(folder, 0) as log:
+        files = metrics.Files(folder, [])
+        with contextlib.closing(metrics.Log("", [], files)) as log:
             for step in range(4):
                 row = describe.make_row(tiny_config, step, 10, 8) | {
                     "loss": scale / (step + 1),

@@ -1,6 +1,7 @@
 """What happens to a run when machines, disks and users do their worst: the real thing each time, in a real process."""
 
 import contextlib
+import json
 import os
 from pathlib import Path
 import shutil
@@ -16,13 +17,16 @@ import tiny
 
 from zo_jax import ledger
 from zo_jax.train import steps
-from zo_jax.train.config import ConfigError
+from zo_jax.train.config import EXTENDABLE, ConfigError
 from zo_jax.train.data import batches
 from zo_jax.train.model import make_model
+from zo_jax.train.progress import Progress
 from zo_jax.train.run import train_and_evaluate
-from zo_jax.train.run_folder import checkpoint, folder, metrics
+from zo_jax.train.run_folder import checkpoint, folder, identity, metrics
 from zo_jax.train.run_folder.checkpoint import CheckpointError
+from zo_jax.train.run_folder.reports import Reports
 from zo_jax.train.signals import CannotWrite, Diverged, Interrupted, catch_signals
+from zo_jax.train.tools.ledger import main as replay_main
 
 ROOT = Path(__file__).parents[2]
 
@@ -124,6 +128,34 @@ def test_signals_lock_and_no_folder(tmp_path):
     shutil.rmtree(rescued)
 
 
+@pytest.mark.slow
+def test_an_interrupt_at_any_time_is_one_line(tmp_path):
+    for i, seconds in enumerate((0.2, 1, 3, 6, 9)):
+        process = start(tmp_path / str(i), "train.num_steps=100000", "train.eval_interval=100000")
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=100)
+        assert process.returncode in (75, 130), (seconds, err)
+        told = [line for line in err.splitlines() if line and not line.startswith("step ")]
+        assert len(told) == 1 and told[0].startswith("stopped: "), (seconds, err)
+        assert "Traceback" not in out
+
+
+def test_progress_in_a_log_file(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with Progress(3, 50) as progress:
+        for step in range(4, 51):
+            now[0] += 1.5
+            progress.show(step, f"loss {step}")
+            if step == 20:
+                progress.say("validation loss after step 20: 2.5")
+    out, err = capsys.readouterr()
+    assert out == "validation loss after step 20: 2.5\n"
+    assert err.splitlines() == [f"step {s} of 50: loss {s}" for s in (10, 17, 24, 31, 38, 45, 50)]
+    assert "\r" not in err and "  " not in err
+
+
 def test_the_second_signal_ends_at_once():
     code = (
         "import os, signal, time\nfrom zo_jax.train.signals import catch_signals\n"
@@ -143,6 +175,24 @@ def test_handlers_are_put_back():
 
 
 @pytest.mark.slow
+def test_full_disk_takes_no_row_of_backprop(tiny_config, tmp_path, small_disk, text, capfd):
+    tiny_config.mode, tiny_config.train.num_steps = "fo", 100_000
+    tiny_config.train.checkpoint_interval, tiny_config.train.eval_interval = 0, 7
+    free = os.statvfs(small_disk).f_bavail * 4096
+    (small_disk / "filler").write_bytes(b"x" * (free - 60_000))
+    with pytest.raises(CannotWrite, match=r"No space left on device.* was saved in") as error:
+        train_and_evaluate(tiny_config, small_disk / "run")
+    assert "Traceback" not in capfd.readouterr().err
+    rescued = Path(str(error.value).split("--workdir=")[1].split()[0])
+    kept = checkpoint.complete_steps(rescued / "checkpoints")[-1]
+    tiny_config.train.num_steps = kept + 3
+    train_and_evaluate(tiny_config, rescued)
+    train_and_evaluate(tiny_config, tmp_path / "whole")
+    assert losses_of(rescued) == losses_of(tmp_path / "whole") and kept > 10
+    shutil.rmtree(rescued)
+
+
+@pytest.mark.slow
 def test_full_disk(tiny_config, tmp_path, small_disk, text):
     tiny_config.train.checkpoint_interval = 1
     train_and_evaluate(tiny_config, tmp_path / "whole")
@@ -157,7 +207,7 @@ def test_full_disk(tiny_config, tmp_path, small_disk, text):
             try:
                 train_and_evaluate(tiny_config, folder)
             except (CannotWrite, ConfigError) as error:
-                assert "No space left on device" in str(error)
+                assert "No space left on device" in str(error) and "\n" not in str(error)
                 stopped += 1
                 raise
         filler.unlink()
@@ -184,7 +234,6 @@ def test_read_only_folder(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own
 def test_old_and_damaged_checkpoints(tiny_config, tmp_path, text, capsys):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     train_and_evaluate(tiny_config, whole)
@@ -211,15 +260,12 @@ def test_old_and_damaged_checkpoints(tiny_config, tmp_path, text, capsys):
         )
         assert f"continuing from {origin} to 5 from the ledger" in out
         if "damaged" in damage:
-            assert (
-                "the checkpoint of step 6 cannot be used" in err and "trying the one before" in err
-            )
+            assert "the checkpoint of step 6 in" in err and "cannot be used" in err
         assert_same_run(folder, whole, tiny_config)
         shutil.rmtree(folder)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own
 def test_corrupt_and_lost_ledgers(tiny_config, tmp_path, text, capsys):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     train_and_evaluate(tiny_config, whole)
@@ -306,9 +352,10 @@ def test_time_between_checkpoints(tiny_config, tmp_path, text, capsys):
 
 def test_lock_is_freed_and_the_folder_watched(tmp_path):
     with folder.Workdir(tmp_path / "run") as mine:
+        mine.lock()
         mine.check()
         with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on"):
-            folder.Workdir(tmp_path / "run")
+            folder.Workdir(tmp_path / "run").lock()
         shutil.rmtree(tmp_path / "run")
         with pytest.raises(OSError):
             mine.check()
@@ -316,8 +363,8 @@ def test_lock_is_freed_and_the_folder_watched(tmp_path):
         (tmp_path / "run/.lock").write_text("")
         with pytest.raises(OSError, match="is not the folder"):
             mine.check()
-    with folder.Workdir(tmp_path / "run"):
-        pass
+    with folder.Workdir(tmp_path / "run") as mine:
+        mine.lock()
 
 
 @pytest.mark.slow
@@ -338,8 +385,210 @@ def test_changed_configuration_is_told_field_by_field(tiny_config, tmp_path, tex
     assert train_and_evaluate(tiny_config, tmp_path / "run")["step"] == 8
 
 
+def write_rows(folder):
+    """Ten rows of a run, as it writes them; the file and its lines."""
+    log = metrics.Log("12ab", [], metrics.Files(folder, []))
+    for step in range(10):
+        row = {"step": step, "loss": 3 + step / 7, "mode": "zo", "scope": "a,b"}
+        log.write(row | ({"eval_loss": 4 - step / 3} if step % 3 == 0 else {}))
+    log.close()
+    return folder / "metrics.csv", (folder / "metrics.csv").read_text().splitlines(keepends=True)
+
+
+def test_rows_are_believed_by_their_checks_alone(tmp_path):
+    file, lines = write_rows(tmp_path)
+    steps = lambda: [int(row["step"]) for row in metrics.read_checked(file, "12ab")[0]]
+    wrong = lambda: metrics.read_checked(file, "12ab")[1]
+    whole = metrics.read_checked(file, "12ab")
+    assert whole == (metrics.read(file), []) and steps() == list(range(10))
+    for at in range(len(lines[4])):  # any other character of a row
+        changed = f"{lines[4][:at]}~{lines[4][at + 1 :]}"
+        file.write_text("".join([*lines[:4], changed, *lines[5:]]))
+        assert 3 not in steps() and len(steps()) >= 8 and wrong(), at
+    for damaged, left in (
+        (["\ufeff", *lines], list(range(10))),
+        (["timestomp", *lines[0][9:], *lines[1:]], list(range(10))),
+        (lines[1:], list(range(10))),
+        ([*lines[:5], lines[5].rstrip("\n"), *lines[6:]], [0, 1, 2, 3, 6, 7, 8, 9]),
+        ([*lines[:5], *lines[6:]], [0, 1, 2, 3, 5, 6, 7, 8, 9]),
+        ([lines[0], "a,b\n", "\0\n", '"\n', "x" * 200_000 + "\n", *lines[1:]], list(range(10))),
+    ):
+        file.write_text("".join(damaged))
+        assert steps() == left
+        assert wrong() or damaged == [*lines[:5], *lines[6:]]
+    file.write_text("".join(lines)[:-5])  # what a kill leaves is nothing to be told
+    assert steps() == list(range(9)) and not wrong()
+    file.write_text("".join(lines))
+    assert metrics.read_checked(file, "other")[0] == []
+
+
 @pytest.mark.slow
-def test_replaying_is_written_where_it_belongs(tiny_config, tmp_path, text):
-    """`ledger.FILE` is the name that the run folder uses."""
+def test_lost_rows_are_made_again_by_replay_or_told(tiny_config, tmp_path, text, capsys):
+    tiny_config.train.snapshot_delta = 1e-4
+    for mode in ("zo", "fo"):
+        tiny_config.mode = mode
+        whole, folder = tmp_path / f"{mode}_whole", tmp_path / mode
+        train_and_evaluate(tiny_config, whole)
+        shutil.copytree(whole, folder)
+        lines = (folder / "metrics.csv").read_text().splitlines(keepends=True)
+        changed = lines[4][:-12] + "77" + lines[4][-10:]  # of step 3, with a validation loss
+        damaged = ["\ufeff", lines[0], *lines[2:4], changed, lines[6].rstrip("\n"), lines[7]]
+        (folder / "metrics.csv").write_text("".join(damaged))
+        capsys.readouterr()
+        train_and_evaluate(tiny_config, folder)
+        out, err = capsys.readouterr()
+        assert "its header is damaged and" in err and err.count("\n") == 1
+        evaluations = [
+            [
+                (x["step"], x["eval_loss"])
+                for x in metrics.read_evaluations(run / "evaluations.jsonl")
+            ]
+            for run in (whole, folder)
+        ]
+        if mode == "zo":
+            assert "the rows of 5 steps (0, 3, 4, 5, 6) were missing, and are made again" in out
+            assert losses_of(folder) == losses_of(whole) and evaluations[0] == evaluations[1]
+        else:
+            assert "the rows of step 0 were missing" in out
+            assert "the rows of 4 steps (3, 4, 5, 6) are lost" in out
+            assert [row[0] for row in losses_of(folder)] == ["0", "1", "2"]
+            assert evaluations[1] == evaluations[0][:1]
+        assert final_bits(folder, tiny_config, 6) == final_bits(whole, tiny_config, 6)
+
+
+@pytest.mark.slow
+def test_files_of_another_run_are_refused(tiny_config, tmp_path, text, capsys):
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    train_and_evaluate(tiny_config, mine)
+    tiny_config.seed = 1
+    train_and_evaluate(tiny_config, other)
+    tiny_config.seed = 0
+    whole = losses_of(mine), final_bits(mine, tiny_config, 6)
+    shutil.rmtree(mine / "checkpoints/6")
+    shutil.copytree(other / "checkpoints/6", mine / "checkpoints/6")
+    capsys.readouterr()
+    train_and_evaluate(tiny_config, mine)
+    assert "cannot be used: it is of another run; it is now 6.damaged" in capsys.readouterr().err
+    assert (losses_of(mine), final_bits(mine, tiny_config, 6)) == whole
+    # The tool for ledgers does not take one for that of the folder either.
+    (mine / "ledger.bin").write_bytes((other / "ledger.bin").read_bytes())
+    assert replay_main([str(mine), "--to-step=3"]) == 2
+    assert "the ledger is of another run" in capsys.readouterr().err
+    train_and_evaluate(tiny_config, mine)
+    assert "is the ledger of another run; it is now ledger.bin.damaged" in capsys.readouterr().err
+    assert (losses_of(mine), final_bits(mine, tiny_config, 6)) == whole
+
+
+def rewrite_ledger(path, **changed):
+    """The same records under another header."""
+    there = ledger.read(path)
+    path.unlink()
+    writer = ledger.Writer(path, there.header | changed)
+    for record in there.records:
+        writer.append(*(record[name] for name in ("step", "kind", "key", "loss", "projections")))
+    writer.close()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_other_numerics(tiny_config, tmp_path, text, capsys):
+    """As on another processor: another version, and a start whose last bits are others."""
+    folder = tmp_path / "run"
+    train_and_evaluate(tiny_config, folder)
+    whole = losses_of(folder), final_bits(folder, tiny_config, 6)
+    path = folder / "ledger.bin"
+    header = ledger.read(path).header
+    versions = {"jax": "0.0", "device": "cpu another"}
+    for changed, goes_on in (
+        ({"versions": versions, "fingerprint": 7, "probe": header["probe"] * (1 + 1e-6)}, True),
+        ({"versions": versions, "fingerprint": 7, "probe": header["probe"] + 0.5}, False),
+        ({"fingerprint": 7}, False),
+    ):
+        rewrite_ledger(path, **header | changed)
+        shutil.rmtree(folder / "checkpoints")
+        capsys.readouterr()
+        train_and_evaluate(tiny_config, folder)
+        out, err = capsys.readouterr()
+        assert (
+            "replaying steps 1 to 6" in out and "may differ in their last bits" in err
+        ) == goes_on
+        assert ("is the ledger of another run" in err) != goes_on
+        assert (losses_of(folder), final_bits(folder, tiny_config, 6)) == whole
+
+
+@pytest.mark.slow
+def test_an_older_run_and_changed_memory_settings_go_on(tiny_config, tmp_path, text, capsys):
+    tiny_config.mode, path = "fo", tmp_path / "run/config.json"
     train_and_evaluate(tiny_config, tmp_path / "run")
-    assert (tmp_path / "run" / ledger.FILE).exists()
+    there = json.loads(path.read_text())
+    del there["zo"]["batch_chunks"], there["fo"]["corpus_fraction"]
+    path.write_text(json.dumps(there | {"check": folder._check(there)}))
+    tiny_config.zo.parallel_batch_size, tiny_config.model.checkpoint_activations = 3, True
+    capsys.readouterr()
+    tiny_config.train.num_steps = 8
+    assert train_and_evaluate(tiny_config, tmp_path / "run")["step"] == 8
+    err = capsys.readouterr().err
+    assert "a version without zo.batch_chunks, fo.corpus_fraction: taken as today's defaults" in err
+    assert "zo.parallel_batch_size was 1 and is 3: last bits may differ by rounding" in err
+    assert "model.checkpoint_activations was False and is True" in err and err.count("\n") >= 3
+    train_and_evaluate(tiny_config, tmp_path / "run")
+    assert "a version without" not in capsys.readouterr().err
+    # A field that has another value than today's default is a difference all the same.
+    del there["zo"]["num_queries"]
+    path.write_text(json.dumps(there | {"check": folder._check(there)}))
+    with pytest.raises(
+        ConfigError, match=r"zo.num_queries \(there absent, which means 8, here 3\)"
+    ):
+        train_and_evaluate(tiny_config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_damaged_configurations_are_refused_in_one_line(tiny_config, tmp_path, text):
+    tiny_config.mode, path = "fo", tmp_path / "run/config.json"
+    train_and_evaluate(tiny_config, tmp_path / "run")
+    content = path.read_text()
+    for damaged in (content.replace("0.01", "0.02"), content[:-20], "[]", "\0", "[" * 100_000):
+        path.write_text(damaged)
+        with pytest.raises(ConfigError, match=r"config\.json is (damaged|not the JSON)") as error:
+            train_and_evaluate(tiny_config, tmp_path / "run")
+        assert "\n" not in str(error.value) and path.read_text() == damaged
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ConfigError, match=r"config\.json is not the JSON"):
+        train_and_evaluate(tiny_config, tmp_path / "run")
+
+
+def test_the_identity_is_of_what_makes_a_run(tiny_config, text):
+    corpus = batches.load_corpora(tiny_config)
+    mine = identity.identify(tiny_config, corpus)
+    assert len(mine) == 16 and mine == identity.identify(tiny_config, corpus)
+    tiny_config.train.num_steps, tiny_config.zo.parallel_batch_size = 99, 3
+    assert mine == identity.identify(tiny_config, corpus)
+    for section, name, value in (
+        (tiny_config, "seed", 1),
+        (tiny_config.zo, "epsilon", 2e-3),
+        (tiny_config.optimizer, "schedule", "cosine"),
+    ):
+        before = getattr(section, name)
+        setattr(section, name, value)
+        assert mine != identity.identify(tiny_config, corpus), name
+        setattr(section, name, before)
+    assert mine != identity.identify(tiny_config, corpus._replace(text="other"))
+
+
+def test_the_table_of_what_may_change_is_the_declaration():
+    rows = [f"| `{name}` | {what} |" for name, what in EXTENDABLE.items()]
+    assert "\n".join(rows) in (ROOT / "docs/reliability.md").read_text()
+
+
+def test_what_is_written_when_is_remembered(tiny_config):
+    train = tiny_config.train
+    train.num_steps, train.log_interval, train.eval_interval = 25, 10, 15
+    before = Reports([]).go_on(tiny_config, 0)
+    assert [s for s in range(26) if before.has_row(s)] == [0, 10, 15, 20, 25]
+    assert before.go_on(tiny_config, 12).intervals == before.intervals
+    train.num_steps, train.log_interval = 30, 2
+    after = before.go_on(tiny_config, 25)
+    assert [s for s in range(31) if after.has_row(s)] == [0, 10, 15, 20, 25, 26, 28, 30]
+    assert [s for s in range(31) if after.has_evaluation(s)] == [0, 15, 25, 30]
+    back = after.go_on(tiny_config, 5)  # the run has lost its last steps
+    assert [s for s in range(31) if back.has_row(s)] == [0, *range(6, 15, 2), 15, *range(16, 31, 2)]

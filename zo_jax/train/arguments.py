@@ -154,6 +154,8 @@ def fail(error: Exception) -> int:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     code = getattr(error, "exit_code", 2)
     print(f"{'error' if code == 2 else 'stopped'}: {line}", file=sys.stderr)
-    if jax.distributed.is_initialized() and not getattr(error, "together", False):
+    if getattr(error, "together", False):
+        processes.say_goodbye()
+    elif jax.distributed.is_initialized():
         processes.leave(code)
     return code

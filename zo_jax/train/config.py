@@ -23,6 +23,13 @@ _HYBRID = "mode is calibrate or instruct"
 _ADAPTIVE = "instruct.adaptive is true"
 # A corpus of several documents, of which a part can be read.
 _HAS_SAMPLES = "{}source is not empty or shakespeare"
+# What another value changes in a run that goes on.
+_LENGTH = (
+    "how long the run is; fixed with `optimizer.schedule=cosine`, whose learning rates it changes"
+)
+_FROM_THERE = "what is written from the step on where the run goes on"
+ROUNDING = "the last bits, by rounding; the run says so"
+_NOTHING = "no number"
 
 
 @dataclasses.dataclass
@@ -52,6 +59,7 @@ class ModelConfig:
         False,
         "backprop keeps the inputs of a block alone, and computes the rest again (less memory)",
         only_if="mode is not zo",
+        may_change=ROUNDING,
     )
 
 
@@ -109,7 +117,7 @@ class DataConfig:
         "",
         "trained tokenizers are kept here (empty: ~/.cache/zo_jax)",
         only_if="data.tokenizer is bpe",
-        may_change=True,
+        may_change=_NOTHING,
     )
 
 
@@ -143,12 +151,13 @@ class ZOConfig:
         choices=("central", "forward", "jvp"),
     )
     parallel_batch_size: int = setting(
-        1, "queries evaluated at once (memory grows with it)", allowed=_COUNT
+        1, "queries evaluated at once (memory grows with it)", allowed=_COUNT, may_change=ROUNDING
     )
     batch_chunks: int = setting(
         1,
         "chunks of a batch that are evaluated one after the other (less memory for activations)",
         allowed=_COUNT,
+        may_change=ROUNDING,
     )
     batch_per_query: bool = setting(
         False, "a fresh batch for every query, rather than one batch shared by all"
@@ -320,19 +329,19 @@ class MeshConfig:
         "groups of devices that evaluate different queries",
         allowed="at least 1, or -1 for what is left",
         only_if="mode is not fo",
-        may_change=True,
+        may_change=_NOTHING,
     )
     data: int = setting(
         1,
         "parts that a batch is split into",
         allowed="at least 1, or -1 for what is left",
-        may_change=True,
+        may_change=ROUNDING,
     )
     model: int = setting(
         1,
         "parts that parameters and optimiser state are split into",
         allowed="at least 1, or -1 for what is left",
-        may_change=True,
+        may_change=ROUNDING,
     )
 
 
@@ -344,14 +353,14 @@ class TrainConfig:
         0,
         "optimiser steps (0: as many as num_epochs takes)",
         allowed="an integer from 0 to 2147483647",
-        may_change=True,
+        may_change=_LENGTH,
     )
     num_epochs: int = setting(
         1,
         "passes over the training blocks",
         allowed=_COUNT,
         only_if="train.num_steps is 0",
-        may_change=True,
+        may_change=_LENGTH,
     )
     batch_size: int = setting(
         8,
@@ -360,10 +369,10 @@ class TrainConfig:
         only_if="mode is not fo or fo.batch_size is 0",
     )
     log_interval: int = setting(
-        10, "steps between rows of metrics.csv", allowed=_COUNT, may_change=True
+        10, "steps between rows of metrics.csv", allowed=_COUNT, may_change=_FROM_THERE
     )
     eval_interval: int = setting(
-        100, "steps between evaluations on held-out blocks", allowed=_COUNT, may_change=True
+        100, "steps between evaluations on held-out blocks", allowed=_COUNT, may_change=_FROM_THERE
     )
     eval_blocks: int = setting(128, "held-out blocks of an evaluation, at most", allowed=_COUNT)
     eval_source: str = setting(
@@ -384,42 +393,45 @@ class TrainConfig:
         200,
         "steps between checkpoints (0: none but by the minutes)",
         allowed=_COUNT_OR_NONE,
-        may_change=True,
+        may_change=_FROM_THERE,
     )
     checkpoint_minutes: float = setting(
-        0.0, "minutes between checkpoints besides (0: none)", allowed=_NOT_NEGATIVE, may_change=True
+        0.0,
+        "minutes between checkpoints besides (0: none)",
+        allowed=_NOT_NEGATIVE,
+        may_change=_FROM_THERE,
     )
     keep_checkpoints: int = setting(
         2,
         "the latest so many checkpoints are kept",
         allowed=_COUNT,
         only_if="train.checkpoint_interval is not 0 or train.checkpoint_minutes is not 0",
-        may_change=True,
+        may_change=_NOTHING,
     )
     max_skipped: int = setting(
         50,
         "stop after so many steps in a row without a finite loss (0: never)",
         allowed=_COUNT_OR_NONE,
-        may_change=True,
+        may_change="when a run without finite losses stops",
     )
     snapshot_delta: float = setting(
         0.0,
         "keep a snapshot each time the validation loss has fallen by as much more (0: none)",
         allowed=_NOT_NEGATIVE,
-        may_change=True,
+        may_change=_FROM_THERE,
     )
     sample_tokens: int = setting(
         200,
         "tokens of the text sampled at the end (0: none)",
         allowed="an integer from 0 to 1048576",
-        may_change=True,
+        may_change="the sample at the end",
     )
     sample_temperature: float = setting(
         0.8,
         "temperature of that sampling; lower is more certain",
         allowed=_POSITIVE,
         only_if="train.sample_tokens is not 0",
-        may_change=True,
+        may_change="the sample at the end",
     )
 
 
@@ -457,8 +469,8 @@ class Config:
 
 # Every field, by its dotted name.
 SETTINGS = {one.name: one for one in declared(Config)}
-# Fields in which a run may differ from the one that it continues.
-EXTENDABLE = tuple(name for name, one in SETTINGS.items() if one.may_change)
+# Fields in which a run may differ from the one that it continues, and what that changes. All others are fixed.
+EXTENDABLE = {name: one.may_change for name, one in SETTINGS.items() if one.may_change}
 
 
 def from_dict(fields: Any, kind: type = Config) -> Any:
@@ -478,14 +490,18 @@ def from_dict(fields: Any, kind: type = Config) -> Any:
     return kind(**{name: nested(name, value) for name, value in fields.items()})
 
 
+def extendable(config: Config) -> dict[str, str]:
+    """`EXTENDABLE` of this run: the learning rates of a cosine depend on its length."""
+    fixed = "train.num_steps" if config.optimizer.schedule == "cosine" else None
+    return {name: what for name, what in EXTENDABLE.items() if name != fixed}
+
+
 def fixed_fields(config: Config) -> dict[str, Any]:
     """The configuration as nested dictionaries, less the fields in which a run may change."""
     tree = dataclasses.asdict(config)
-    for name in EXTENDABLE:
+    for name in extendable(config):
         section, _, leaf = name.rpartition(".")
-        # The learning rate of a cosine schedule depends on the length of the run.
-        if name != "train.num_steps" or config.optimizer.schedule != "cosine":
-            del tree[section][leaf]
+        del tree[section][leaf]
     return tree
 
 

@@ -1,9 +1,13 @@
 """A run from its configuration to its results, or from where it was interrupted."""
 
+import hashlib
+import importlib.metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 
+import zo_jax
 from zo_jax.atomic import write_atomic
 from zo_jax.layout import Layout
 from zo_jax.train import describe, evaluate, limits, processes
@@ -18,6 +22,7 @@ from zo_jax.train.run_folder import metrics
 from zo_jax.train.run_folder.checkpoint import CheckpointError
 from zo_jax.train.run_folder.folder import Workdir
 from zo_jax.train.run_folder.resume import open_run, rescue
+from zo_jax.train.settings import walk
 from zo_jax.train.signals import CannotWrite, RunStopped
 from zo_jax.train.steps import RunState, base_key, count_trained, init_state
 from zo_jax.train.tools import plots
@@ -44,44 +49,81 @@ def train_and_evaluate(config: Config, workdir: Path, restart: bool = False) -> 
       CheckpointError: the run's checkpoints cannot be read, and nothing else holds its state.
       RunStopped: the run ended early, for the reason that its message gives, and can go on.
     """
-    validate(config)
-    corpus = load_corpora(config)
+    folder = Path(workdir).expanduser()
+    config, corpus = _prepare(config, folder, restart)
+    with processes.explain_failures():
+        layout = make_layout(config)
+        needs = config, corpus.tokenizer.vocab_size, layout
+        limits.check_memory(*needs)
+        with limits.explain_memory(*needs), Workdir(folder) as opened:
+            opened.claim(config, corpus, restart)
+            return _train(config, corpus, opened, layout)
+
+
+def _train(
+    config: Config, corpus: Corpus, folder: Workdir, layout: Layout | None
+) -> dict[str, float]:
+    """`train_and_evaluate` in a folder that is claimed."""
+    model = make_model(config.model, corpus.tokenizer.vocab_size)
+    evaluate_fn = evaluate.make_evaluate(model)
+    held_out = evaluate.choose_blocks(corpus.validation_NT, config.train.eval_blocks)
+    evaluate_params = lambda params: float(evaluate_fn(params, held_out))
+    num_trained = count_trained(config, model)
+    processes.say(describe.describe(config, corpus, model, num_trained, folder.path, layout))
+    shapes = jax.eval_shape(lambda: init_state(config, model)).params
+    if layout and (whole := list(layout.replicated(shapes))):
+        size = layout.mesh.shape["model"]
+        processes.say(f"not divided over model={size}, so replicated: {', '.join(whole)}")
+    try:
+        with open_run(config, corpus, model, evaluate_params, folder, layout) as run:
+            loop = Loop(config, corpus, model, run, evaluate_params)
+            try:
+                state = loop.finish()
+            except OSError as error:
+                raise CannotWrite(rescue(run, loop.state, error)) from error
+        eval_loss = evaluate_params(state.params)
+        return _tell_results(config, corpus, model, state, eval_loss, folder.path)
+    except OSError as error:  # before the first step or after the last, which is saved
+        raise CannotWrite(f"{error}; put that right and run the same command again") from error
+
+
+def _prepare(config: Config, folder: Path, restart: bool) -> tuple[Config, Corpus]:
+    """The resolved configuration and the corpus, which are the same in all processes; see `processes.agree`."""
+    corpus: list[Corpus] = []
+
+    def check() -> dict[str, Any]:
+        validate(config)
+        return (
+            dict(walk(config))
+            | {"--workdir": str(folder.absolute()), "--restart": restart}
+            | versions()
+        )
+
+    def load() -> dict[str, Any]:
+        corpus.append(load_corpora(config))
+        return {f"corpus.{name}": value for name, value in corpus[0].digests.items()}
+
+    processes.agree(check)
+    processes.agree(load)
     queries = config.zo.num_queries, config.zo.parallel_batch_size
-    config = resolve(config, len(corpus.train_NT))
     if queries[1] > queries[0]:
         processes.say(
             f"zo.parallel_batch_size={queries[1]} is more than the queries: taken as {queries[0]}"
         )
-    layout = make_layout(config)
-    needs = config, corpus.tokenizer.vocab_size, layout
-    limits.check_memory(*needs)
-    model = make_model(config.model, corpus.tokenizer.vocab_size)
-    num_trained = count_trained(config, model)
-    evaluate_fn = evaluate.make_evaluate(model)
-    held_out = evaluate.choose_blocks(corpus.validation_NT, config.train.eval_blocks)
-    with (
-        processes.explain_failures(),
-        limits.explain_memory(*needs),
-        Workdir(Path(workdir).expanduser()) as folder,
-    ):
-        processes.first_does(lambda: folder.claim(config, corpus, restart))
-        processes.say(describe.describe(config, corpus, model, num_trained, folder.path, layout))
-        shapes = jax.eval_shape(lambda: init_state(config, model)).params
-        if layout and (whole := list(layout.replicated(shapes))):
-            size = layout.mesh.shape["model"]
-            processes.say(f"not divided over model={size}, so replicated: {', '.join(whole)}")
-        evaluate_params = lambda params: float(evaluate_fn(params, held_out))
-        try:
-            with open_run(config, model, folder, layout) as run:
-                loop = Loop(config, corpus, model, run, evaluate_params)
-                try:
-                    state = loop.finish()
-                except OSError as error:
-                    raise CannotWrite(rescue(run, loop.state, error)) from error
-            eval_loss = evaluate_params(state.params)
-            return _tell_results(config, corpus, model, state, eval_loss, folder.path)
-        except OSError as error:  # before the first step or after the last, which is saved
-            raise CannotWrite(f"{error}; put that right and run the same command again") from error
+    return resolve(config, len(corpus[0].train_NT)), corpus[0]
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers of a run come from besides its configuration, known before any device is used."""
+    settings = ("jax_enable_x64", "jax_default_matmul_precision", "jax_platforms")
+    packages = ("jax", "jaxlib", "numpy", "optax")
+    sources = Path(zo_jax.__file__).parent.rglob("*.py")
+    code = b"".join(path.read_bytes() for path in sorted(sources))
+    return {
+        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: str(jax.config.values[name]) for name in settings},
+        "zo_jax": hashlib.sha256(code).hexdigest()[:16],
+    }
 
 
 def make_layout(config: Config) -> Layout | None:
@@ -125,6 +167,7 @@ def _tell_results(
     rows = metrics.read(folder / "metrics.csv")
     loss = next((float(row["loss"]) for row in reversed(rows) if row["loss"]), float("nan"))
     result = dict(step=int(state.step), loss=loss, eval_loss=eval_loss)
+    processes.say_goodbye()
     if not processes.is_first():
         return result
     plots.plot_losses(rows, folder / "loss_curve.png", folder.name)

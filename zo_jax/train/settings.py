@@ -35,7 +35,7 @@ class Setting(NamedTuple):
       choices: the strings that it may be; none: any.
       allowed: the numbers that it may be, like "at least 0 and below 1", "from 0 to 1" or "at least 1, or -1"; empty: any.
       only_if: when it has an effect, as in `unmet_part`; empty: always.
-      may_change: whether a run may go on with another value.
+      may_change: what another value changes in a run that goes on; empty: it may not have one.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Setting(NamedTuple):
     choices: tuple[str, ...] = ()
     allowed: str = ""
     only_if: str = ""
-    may_change: bool = False
+    may_change: str = ""
 
 
 def setting(default: Any, help: str, **declared: Any) -> Any:

@@ -52,12 +52,14 @@ def load_corpora(config: Config) -> Corpus:
     """The run's corpus, with those that backprop and evaluation have of their own in their places."""
     corpus, fo, train = load_corpus(config.data), config.fo, config.train
     load = lambda *source: load_blocks(config.data, *source, corpus.tokenizer)
+    texts = [corpus.text]
     if fo.source:
-        corpus = corpus._replace(fo_NT=load(fo.source, fo.path, fo.max_samples))
+        blocks_NT, text = load(fo.source, fo.path, fo.max_samples)
+        corpus, texts = corpus._replace(fo_NT=blocks_NT), [*texts, text]
     if train.eval_source:
-        blocks_NT = load(train.eval_source, train.eval_path, train.eval_max_samples)
-        corpus = corpus._replace(validation_NT=blocks_NT)
-    return corpus
+        blocks_NT, text = load(train.eval_source, train.eval_path, train.eval_max_samples)
+        corpus, texts = corpus._replace(validation_NT=blocks_NT), [*texts, text]
+    return corpus._replace(text="-".join(texts))
 
 
 def reads(config: Config, step: int) -> tuple[bool, bool]:

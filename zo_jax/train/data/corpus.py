@@ -3,9 +3,12 @@
 Shapes are written as suffixes: `train_NT` is [num_blocks N, tokens of a block T].
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import NamedTuple
+import hashlib
+from typing import Any, NamedTuple
+import zlib
 
 import numpy as np
 
@@ -14,6 +17,11 @@ from zo_jax.train.data.sources import HUB_DATASETS, DataError, read_documents
 from zo_jax.train.data.tokenization import Tokenizer, make_tokenizer
 
 __all__ = ["HUB_DATASETS", "Corpus", "DataError", "batch_indices", "load_blocks", "load_corpus"]
+
+# The name of the order of batches, which a run keeps to.
+ORDER = "splitmix64"
+# 2⁶⁴ over the golden ratio.
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Corpus(NamedTuple):
@@ -25,6 +33,7 @@ class Corpus(NamedTuple):
       tokenizer: what made the ids.
       name: the source, or the path it was read from.
       num_documents: documents that hold text.
+      text: a digest of all the text that was read.
       fo_NT: int32 [num_fo_blocks, block_size], of backprop's own corpus, or None.
     """
 
@@ -33,12 +42,21 @@ class Corpus(NamedTuple):
     tokenizer: Tokenizer
     name: str
     num_documents: int
+    text: str
     fo_NT: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all blocks."""
         return self.train_NT.size + self.validation_NT.size
+
+    @property
+    def digests(self) -> dict[str, Any]:
+        """What makes this corpus and the order of its batches what they are; equal only for equal ones."""
+        ids = 0  # the same text can have other ids: a tokenizer's files can change too
+        for blocks_NT in (self.train_NT, self.validation_NT, self.fo_NT):
+            ids = ids if blocks_NT is None else zlib.crc32(blocks_NT.astype("<i4").tobytes(), ids)
+        return {"num_tokens": self.num_tokens, "text": self.text, "ids": ids, "order": ORDER}
 
     @property
     def summary(self) -> str:
@@ -83,13 +101,13 @@ def load_corpus(config: DataConfig) -> Corpus:
     blocks_NT = _pack(tokens, config.block_size)
     num_validation = min(max(round(num_blocks * config.validation_fraction), 1), num_blocks - 1)
     train_NT, validation_NT = np.split(blocks_NT, [num_blocks - num_validation])
-    return Corpus(train_NT, validation_NT, tokenizer, name, len(documents))
+    return Corpus(train_NT, validation_NT, tokenizer, name, len(documents), digest_text(documents))
 
 
 def load_blocks(
     config: DataConfig, source: str, path: str, max_samples: int, tokenizer: Tokenizer
-) -> np.ndarray:
-    """Another corpus in the blocks and the tokens of a run, whole: int32 [num_blocks, block_size].
+) -> tuple[np.ndarray, str]:
+    """Another corpus in the blocks and the tokens of a run, whole: int32 [num_blocks, block_size], and a digest of its text.
 
     Args:
       config: of the run's own corpus.
@@ -109,7 +127,16 @@ def load_blocks(
             f"{name} has {len(tokens)} tokens, fewer than one block of {config.block_size}; use "
             "more text or a smaller data.block_size"
         )
-    return _pack(tokens, config.block_size)
+    return _pack(tokens, config.block_size), digest_text(documents)
+
+
+def digest_text(documents: Sequence[str]) -> str:
+    """64 bits of the SHA-256 of the texts, each told apart from the next, in hexadecimal."""
+    digest = hashlib.sha256()
+    for document in documents:
+        raw = document.encode("utf-8", "surrogatepass")
+        digest.update(f"{len(raw)} ".encode() + raw)
+    return digest.hexdigest()[:16]
 
 
 def _read(config: DataConfig) -> tuple[list[str], str]:
@@ -131,7 +158,11 @@ def batch_indices(num_blocks: int, batch_size: int, seed: int, step: int) -> np.
 
     Epochs are permutations of the blocks, laid end to end without end; the batch is the part from
     step * batch_size to (step + 1) * batch_size. So it depends on nothing but its arguments, and a
-    resumed run reads what an uninterrupted one would have.
+    resumed run reads what an uninterrupted one would have. An epoch's permutation sorts the blocks
+    by the hash mix(g i + mix(g epoch + mix(seed))) of their indices i: integers alone, the same in
+    every version of every library. mix is the finaliser of SplitMix64 and g its increment (Steele,
+    Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014); it is one to one, so
+    that no two hashes are equal.
 
     Raises:
       DataError: no blocks, an empty batch, or a negative seed or step.
@@ -153,4 +184,12 @@ def batch_indices(num_blocks: int, batch_size: int, seed: int, step: int) -> np.
 
 @functools.lru_cache(maxsize=4)
 def _permutation(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(num_blocks)
+    word = lambda number: np.array([number], np.uint64)
+    of_epoch = _mix(_GOLDEN * word(epoch) + _mix(word(seed)))
+    return np.argsort(_mix(_GOLDEN * np.arange(num_blocks, dtype=np.uint64) + of_epoch))
+
+
+def _mix(h: np.ndarray) -> np.ndarray:
+    h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return h ^ (h >> np.uint64(31))

@@ -2,14 +2,22 @@
 
 from collections.abc import Iterator
 import contextlib
+import gc
+import logging
 from pathlib import Path
+import re
 import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from zo_jax.atomic import set_aside
 from zo_jax.fingerprint import fingerprint
+from zo_jax.train import processes
+from zo_jax.train.run_folder import identity as identities
 
 
 class CheckpointError(ValueError):
@@ -17,15 +25,18 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """The checkpoints of a folder. Each appears as a whole, when it is complete, and carries the state's fingerprint.
+    """The checkpoints of a folder. Each appears as a whole, when it is complete, and carries a seal; see `restore`.
 
     What killed runs left behind is removed on opening. Nothing in a checkpoint is executed: it is arrays and JSON.
     """
 
-    def __init__(self, folder: Path, keep: int | None = 2):
-        """Opens a folder, made if it is not there, of which the latest `keep` checkpoints are kept, or all."""
+    def __init__(self, folder: Path, keep: int | None = 2, identity: str = ""):
+        """Opens a folder, made if it is not there, of which the latest `keep` checkpoints are kept, or all.
+
+        What is saved is sealed with the run's identity.
+        """
         policies = ocp.training.preservation_policies
-        self.folder = Path(folder).absolute()
+        self.folder, self.identity = Path(folder).absolute(), identity
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
             preservation_policy=policies.LatestN(keep) if keep else policies.PreserveAll(),
@@ -45,12 +56,16 @@ class Checkpoints:
 
         Raises:
           OSError: the one before it, or this one, cannot be written.
+          AnotherProcessFailed: one of several that write it together has ended.
         """
         before = self.wait()
         with _disk_errors(self.folder):
             response = self._checkpointer.save_async(
                 step,
-                {"state": state, "fingerprint": fingerprint(state)},
+                {
+                    "state": state,
+                    "seal": _seal(state, *identities.words(self.identity), np.uint32(step)),
+                },
                 force=True,
                 overwrite=True,
             )
@@ -67,7 +82,7 @@ class Checkpoints:
         """Returns when all is written: the step of the checkpoint that was being, if there was one.
 
         Raises:
-          OSError: it could not be.
+          OSError, AnotherProcessFailed: as `save`.
         """
         if not self._writing:
             return None
@@ -76,19 +91,6 @@ class Checkpoints:
             response.result()
         return step
 
-    def restore_latest(self, like: Any) -> tuple[int, Any] | None:
-        """(step, state) of the latest checkpoint that is whole, None if there is none; tells of those that are not."""
-        for step in reversed(self.steps):
-            try:
-                return step, restore(self.folder, step, like)
-            except Exception as error:  # a damaged file can raise anything
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                print(
-                    f"the checkpoint of step {step} cannot be used: {reason}; trying the one before it",
-                    file=sys.stderr,
-                )
-        return None
-
     def close(self) -> None:
         """Waits, and closes. Errors of the disk were raised before, or are not worth hiding those that led here."""
         with contextlib.suppress(Exception):
@@ -96,9 +98,11 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def open_checkpoints(folder: Path, keep: int | None = 2) -> Iterator[Checkpoints]:
+def open_checkpoints(
+    folder: Path, keep: int | None = 2, identity: str = ""
+) -> Iterator[Checkpoints]:
     """`Checkpoints`, closed at the end."""
-    checkpoints = Checkpoints(folder, keep)
+    checkpoints = Checkpoints(folder, keep, identity)
     try:
         yield checkpoints
     finally:
@@ -108,24 +112,89 @@ def open_checkpoints(folder: Path, keep: int | None = 2) -> Iterator[Checkpoints
 def complete_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints of a folder, which another process may be writing to, ascending."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
-def restore(folder: Path, step: int, like: Any) -> Any:
+def find_whole(folder: Path, like: Any, identity: str = "") -> tuple[list[int], list[int], Any]:
+    """Reads all checkpoints of a folder, puts aside those that are damaged or of another run, and tells of them.
+
+    Must come before the folder is opened.
+
+    Returns:
+      (steps of those that are whole; of those that are not; the state of the latest that is whole, or None).
+    """
+    whole, damaged, latest = [], [], None
+    # What the first process finds is what all of them read together.
+    for step in processes.first_tells(lambda: complete_steps(folder)[::-1]):
+        try:
+            state = restore(folder, step, like, identity)
+            whole, latest = [step, *whole], state if latest is None else latest
+        except CheckpointError as error:
+            damaged.append(step)
+            word = f"the checkpoint of step {step} in {folder} cannot be used: {error}; it is now"
+            put_aside = lambda word=word, path=folder / str(step): print(
+                word, set_aside(path), file=sys.stderr
+            )
+            processes.first_does(put_aside)
+    return whole, damaged, latest
+
+
+def restore(folder: Path, step: int, like: Any, identity: str = "") -> Any:
     """The state of a step, placed as the arrays of `like` are.
 
+    Its seal must be right: the fingerprint of its bits, the identity of the run (unless none is given), and the step.
+
     Raises:
-      CheckpointError: its bits are not those that were saved.
-      Exception: whatever a damaged file raises.
+      CheckpointError: it is not, or a file is damaged.
     """
+    mine = identities.words(identity)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-        {"state": like, "fingerprint": fingerprint(like)},
+        {"state": like, "seal": _seal(like, *mine, np.uint32(step))},
     )
-    found = ocp.load(Path(folder).absolute() / str(step), abstract)
-    if int(fingerprint(found["state"])) != int(found["fingerprint"]):
+    found, reason = None, ""
+    with _quiet():
+        try:
+            found = ocp.load(Path(folder).absolute() / str(step), abstract)
+        except Exception as error:  # a damaged file can raise anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    # A file that one of several processes cannot read is lost to all.
+    if not processes.all_agree(not reason) or found is None:
+        raise CheckpointError(reason or "another process cannot read it")
+    there, *of_run, of_step = np.asarray(found["seal"])
+    if identity and tuple(of_run) != mine:
+        raise CheckpointError("it is of another run")
+    if of_step != step:
+        raise CheckpointError(f"it is that of step {of_step}")
+    if fingerprint(found["state"]) != there:
         raise CheckpointError("its bits are not those that were saved (wrong fingerprint)")
     return found["state"]
+
+
+@jax.jit
+def _seal(state: Any, *words: Any) -> jax.Array:
+    """uint32 [4]: the fingerprint of a state, and what is given besides."""
+    return jnp.stack([fingerprint(state), *(jnp.asarray(word, jnp.uint32) for word in words)])
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "/orbax/" not in record.pathname
+
+
+# What goes wrong, orbax raises too, and that is told in one line; its log has the frames of every thread besides.
+logging.getLogger("absl").addFilter(_is_not_of_orbax)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, tasks of orbax that nothing awaits any more print no frames."""
+    hook = sys.unraisablehook
+    try:
+        sys.unraisablehook = lambda _: None
+        yield
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 @contextlib.contextmanager
@@ -136,5 +205,6 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
+        processes.check_alive(error)
         lines = str(error).splitlines() or [type(error).__name__]
         raise OSError(f"{folder}: {lines[0]}") from error

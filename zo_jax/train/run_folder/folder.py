@@ -7,37 +7,53 @@ import os
 from pathlib import Path
 import shutil
 import socket
+import sys
 from typing import Any
 import zlib
 
-from zo_jax.atomic import write_atomic
+from zo_jax.atomic import set_aside, write_atomic
 from zo_jax.train import processes
-from zo_jax.train.config import EXTENDABLE, Config, ConfigError
+from zo_jax.train.config import Config, ConfigError
 from zo_jax.train.data.corpus import Corpus
+from zo_jax.train.run_folder import identity as identities
+from zo_jax.train.run_folder.reports import Interval, Reports
 
 # The name of a run's ledger in its folder.
 LEDGER = "ledger.bin"
-RUN_FILES = (
-    *("metrics.csv", "evaluations.jsonl", "tensorboard", "loss_curve.png", "sample.txt"),
-    *(LEDGER, "checkpoints", "snapshots", "config.json"),
-)
+_FOLDERS = ("tensorboard", "checkpoints", "snapshots")
+_FILES = ("metrics.csv", "evaluations.jsonl", "loss_curve.png", "sample.txt", LEDGER)
+RUN_FILES = (*_FILES, *_FOLDERS, "config.json")
 
 
 class Workdir:
-    """A run folder that this process, and those that run with it, have for their own, until it is closed or dies."""
+    """A run folder that this process, and those that run with it, have for their own, until it is closed or dies.
+
+    Attributes:
+      path: of the folder.
+      identity: of the run in it, once it is claimed.
+      reports: what the run writes at which step.
+    """
 
     def __init__(self, path: Path):
+        self.path, self._lock = path, None
+        self.identity, self.reports = "", Reports([])
+
+    def __enter__(self) -> "Workdir":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock:
+            self._lock.close()
+
+    def lock(self) -> None:
         """Makes the folder if it is not there, and locks it.
 
         Raises:
           ConfigError: another process has it, or it cannot be made.
         """
-        self.path, self._lock = path, None
-        if not processes.is_first():
-            return
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("a+")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a+", errors="replace")
         except OSError as error:
             raise ConfigError(f"--workdir cannot be written to: {error}") from error
         try:
@@ -46,19 +62,13 @@ class Workdir:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
             self._lock.close()
+            self._lock = None
             raise ConfigError(
-                f"{path} is in use by {owner}; wait until it ends, or use another --workdir"
+                f"{self.path} is in use by {owner}; wait until it ends, or use another --workdir"
             ) from error
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
-
-    def __enter__(self) -> "Workdir":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._lock:
-            self._lock.close()
 
     def check(self) -> None:
         """Raises OSError if the folder is no longer there, or another in its place."""
@@ -69,70 +79,112 @@ class Workdir:
             raise OSError(f"{self.path} is not the folder that the run began in")
 
     def claim(self, config: Config, corpus: Corpus, restart: bool) -> None:
-        """Writes config.json, or sees that the one there is this run's.
+        """Locks the folder, and writes config.json, or sees that the one there is this run's. For all processes.
 
         Raises:
           ConfigError: the folder holds another run; nothing in it was changed.
         """
+
+        def claim() -> tuple[str, list[Interval]]:
+            self.lock()
+            self._claim(config, corpus, restart)
+            return self.identity, self.reports.intervals
+
+        self.identity, intervals = processes.first_tells(claim)
+        self.reports = Reports([Interval(*interval) for interval in intervals])
+
+    def _claim(self, config: Config, corpus: Corpus, restart: bool) -> None:
         file = self.path / "config.json"
         if restart:
             for name in RUN_FILES:  # config.json last: without it the rest would belong to no run
                 old = self.path / name
-                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        here = dataclasses.asdict(config)
-        # A text file can change behind its path, and a run must not continue on another text.
-        blocks = 0
-        for blocks_NT in (corpus.train_NT, corpus.validation_NT, corpus.fo_NT):
-            blocks = blocks if blocks_NT is None else zlib.crc32(blocks_NT.tobytes(), blocks)
-        here["corpus"] = {"num_tokens": corpus.num_tokens, "crc32": blocks}
-        if file.exists():
-            there = _read_json(file)
-            _check_same(_flat(there), _flat(here), config.optimizer.schedule, self.path)
+                is_folder = old.is_dir() and not old.is_symlink()
+                shutil.rmtree(old) if is_folder else old.unlink(missing_ok=True)
+        self._config = dataclasses.asdict(config) | {"corpus": corpus.digests}
+        self.identity = identities.identify(config, corpus)
+        if os.path.lexists(file):
+            there = _read_config(file)
+            self._check_same(there, config)
+            self.identity = there["identity"]
+            self.reports = Reports([Interval(**interval) for interval in there["reports"]])
         elif found := [name for name in RUN_FILES if (self.path / name).exists()]:
             raise ConfigError(
                 f"{self.path} holds {', '.join(found)}, but no config.json to say what run they are of; "
                 "use --restart to delete them, or another --workdir"
             )
-        self.config_text = json.dumps(here, indent=2) + "\n"
-        try:
-            write_atomic(file, self.config_text)
-        except OSError as error:
-            raise ConfigError(f"--workdir cannot be written to: {error}") from error
+        else:  # before all other files, which without it would belong to no run
+            try:
+                self.begin(Reports([]).go_on(config, 0))
+            except OSError as error:
+                raise ConfigError(f"--workdir cannot be written to: {error}") from error
+        self._clear()
+
+    def begin(self, reports: Reports) -> None:
+        """Writes config.json, with what the run writes at which step."""
+        self.reports = reports
+        content = self._config | {
+            "identity": self.identity,
+            "reports": [interval._asdict() for interval in reports.intervals],
+        }
+        content["check"] = _check(content)
+        self.config_text = json.dumps(content, indent=2) + "\n"
+        write_atomic(self.path / "config.json", self.config_text)
+
+    def go_on(self, config: Config, step: int) -> None:
+        """From a step on, the run writes what the configuration says. For all processes."""
+        self.reports = self.reports.go_on(config, step)
+        processes.first_does(lambda: self.begin(self.reports))
+
+    def _check_same(self, there: dict[str, Any], config: Config) -> None:
+        ours = ("identity", "reports", "check")
+        before = {name: x for name, x in there.items() if name not in ours}
+        before, here = identities.flatten(before), identities.flatten(self._config)
+        different, notes = identities.compare(before, here, config)
+        if different:
+            free = ", ".join(sorted(identities.extendable(config)))
+            raise ConfigError(
+                f"{self.path} holds a run with a different configuration: {', '.join(different)}; a run may go on with "
+                f"another {free} alone; use another --workdir, or --restart to delete that run"
+            )
+        for note in notes:
+            print(note, file=sys.stderr)
+
+    def _clear(self) -> None:
+        """Puts aside folders in the place of files, and files in that of folders."""
+        for name in (*_FILES, *_FOLDERS):
+            path = self.path / name
+            if path.exists() and path.is_dir() != (name in _FOLDERS):
+                kind = "no folder" if name in _FOLDERS else "a folder"
+                print(f"{path} is {kind}; it is now {set_aside(path)}", file=sys.stderr)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_identity(folder: Path) -> str | None:
+    """The identity of the run in a folder; None if there is no config.json.
+
+    Raises:
+      ConfigError: it cannot be read.
+    """
+    file = folder / "config.json"
+    return _read_config(file)["identity"] if file.exists() else None
+
+
+def _read_config(file: Path) -> dict[str, Any]:
     try:
         there = json.loads(file.read_text())
         if not isinstance(there, dict):
             raise ValueError(f"it is a {type(there).__name__}")
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ConfigError(
             f"{file} is not the JSON of a configuration ({error}); use --restart, or another --workdir"
         ) from error
+    if there.get("check") != _check(there):
+        raise ConfigError(
+            f"{file} is damaged, was changed by hand, or is of a version that ordered batches otherwise (its check is "
+            "missing or wrong): put the former one back, or use --restart, or another --workdir"
+        )
     return there
 
 
-def _check_same(there: dict[str, Any], here: dict[str, Any], schedule: str, workdir: Path) -> None:
-    free = set(EXTENDABLE)
-    if schedule == "cosine":  # the length is part of the learning rate
-        free.remove("train.num_steps")
-    names = [*here, *(name for name in there if name not in here)]
-    different = [
-        f"{name} (there {there.get(name, 'absent')!r}, here {here.get(name, 'absent')!r})"
-        for name in names
-        if name not in free and there.get(name) != here.get(name)
-    ]
-    if different:
-        raise ConfigError(
-            f"{workdir} holds a run with a different configuration: {', '.join(different)}; a run may go on with "
-            f"another {', '.join(sorted(free))} alone; use another --workdir, or --restart to delete that run"
-        )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
-    return flat
+def _check(content: dict[str, Any]) -> str:
+    text = json.dumps({k: v for k, v in content.items() if k != "check"}, sort_keys=True)
+    return f"{zlib.crc32(text.encode()):08x}"

@@ -1,20 +1,24 @@
-"""What a run says of itself: metrics.csv, and its plan in plain words."""
+"""The rows of a run: metrics.csv, and what is derived from it.
+
+Each row ends with a check, a CRC-32 of the run's identity and the row: a changed digit, and a row of another run, are noticed.
+"""
 
 import contextlib
 import csv
 import datetime
 import io
 import json
-import os
 from pathlib import Path
+import re
 import shutil
 from typing import Any
+import zlib
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
-from zo_jax.atomic import read_open, write_atomic, write_whole
+from zo_jax.atomic import AppendFile, write_atomic
 
 COLUMNS = (
     "timestamp",
@@ -38,46 +42,96 @@ COLUMNS = (
     "forward_passes",
     "tokens",
     "skipped_steps",
+    "check",
 )
+_HEADER = ",".join(COLUMNS)
+
+Row = dict[str, str]
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv, less what a killed run left unfinished.
+def read(path: Path) -> list[Row]:
+    """The rows of a metrics.csv as they stand, less what has not all its cells; their checks are not looked at."""
+    return [row for line in _lines(path) if (row := _parse(line))]
 
-    A row is finished when its line is: it ends in a newline and has a cell for every column.
+
+def read_checked(path: Path, identity: str) -> tuple[list[Row], list[str]]:
+    """The rows of a run's metrics.csv that are as they were written, by step, and what is wrong with the rest.
+
+    A last line without an end is what a killed run leaves, and nothing wrong.
     """
+    lines = _lines(path)
+    if not lines:
+        return [], []
+    wrong = [] if lines[0] == _HEADER else ["its header is damaged"]
+    valid: dict[int, Row] = {}
+    damaged = 0
+    for line in lines[1:] if lines[0].lstrip("\ufeff").startswith(COLUMNS[0]) else lines:
+        row = _parse(line)
+        if row and _check(line.rpartition(",")[0], identity) == row["check"]:
+            valid[int(row["step"])] = row
+        else:
+            damaged += line != _HEADER
+    if damaged:
+        wrong.append(f"{damaged} of its {len(lines)} lines are damaged or of another run")
+    return [valid[step] for step in sorted(valid)], wrong
+
+
+def _lines(path: Path) -> list[str]:
+    """The finished lines of a file."""
     if not path.is_file():
         return []
-    # The part after the last newline was never finished: it is empty, or a torn line.
-    lines = path.read_text(errors="replace").split("\n")[:-1]
-    rows = list(csv.reader(lines))
-    if not rows or tuple(rows[0]) != COLUMNS:
-        return []
-    full = [dict(zip(COLUMNS, row, strict=True)) for row in rows[1:] if len(row) == len(COLUMNS)]
-    return [row for row in full if row["step"].isdigit()]
+    text = path.read_bytes().decode("utf-8", "replace")
+    return [line.removesuffix("\r") for line in text.split("\n")[:-1]]
 
 
-class Log:
-    """What a run writes while it trains: metrics.csv, and what is derived from its rows, evaluations.jsonl and TensorBoard events.
+def _parse(line: str) -> Row | None:
+    try:
+        cells = next(csv.reader([line]), [])
+    except csv.Error:
+        return None
+    row = dict(zip(COLUMNS, cells, strict=False))
+    return row if len(cells) == len(COLUMNS) and re.fullmatch("[0-9]+", row["step"]) else None
 
-    Opening it drops the rows past `last_step`, of steps that will be taken again, and derives the rest anew, so that a killed
-    run leaves nothing missing and nothing twice.
 
-    Attributes:
-      last_row: the step of the last row, -1 before the first.
-      eval_losses: by step.
+def format_row(row: dict[str, Any], identity: str) -> Row:
+    """The cells of a row, stamped with the time if it has none, and its check; columns that it lacks are empty.
+
+    Floats get nine digits, with which a float32 reads back exactly.
+    """
+    stamp = {"timestamp": datetime.datetime.now().isoformat(timespec="seconds")}
+    cells = {
+        name: f"{x:.9g}" if isinstance(x, float) else str(x) for name, x in (stamp | row).items()
+    }
+    cells = {name: cells.get(name, "").replace("\n", " ") for name in COLUMNS[:-1]}
+    return cells | {"check": _check(_line(cells), identity)}
+
+
+def _check(line: str, identity: str) -> str:
+    return f"{zlib.crc32(f'{identity},{line}'.encode()):08x}"
+
+
+def _line(cells: Row) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(cells.values())
+    return text.getvalue()
+
+
+class Files:
+    """What a run writes while it trains: metrics.csv, and, derived from its rows, evaluations.jsonl and TensorBoard events.
+
+    They are made anew when a run is opened, so that a killed one leaves nothing missing and nothing twice.
     """
 
-    def __init__(self, workdir: Path, last_step: int):
-        rows = [row for row in read(workdir / "metrics.csv") if int(row["step"]) <= last_step]
-        self.last_row, self.eval_losses = -1, {}
-        table = [_csv_line(dict(zip(COLUMNS, COLUMNS, strict=True))), *map(_csv_line, rows)]
-        write_atomic(workdir / "metrics.csv", "".join(table))
-        write_atomic(workdir / "evaluations.jsonl", "")
-        open_end = lambda name: (workdir / name).open("r+b", buffering=0)
-        self._table, self._evaluations = open_end("metrics.csv"), open_end("evaluations.jsonl")
-        self._table.seek(0, os.SEEK_END)
-        folder = workdir / "tensorboard"
+    def __init__(self, workdir: Path, rows: list[Row]):
+        """Writes the rows that are there."""
+        table, evaluations, folder = (
+            workdir / name for name in ("metrics.csv", "evaluations.jsonl", "tensorboard")
+        )
+        text = "".join(f"{line}\n" for line in (_HEADER, *map(_line, rows))).encode()
+        if not table.is_file() or table.read_bytes() != text:
+            write_atomic(table, text)
+        write_atomic(evaluations, "")
+        self._table, self._evaluations = AppendFile(table), AppendFile(evaluations)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         # Its EventsWriter, not its SummaryWriter, whose thread would wait for ever once the disk is full.
@@ -85,40 +139,28 @@ class Log:
         for row in rows:
             self._derive(row)
 
-    def __enter__(self) -> "Log":
-        return self
+    def write(self, row: Row) -> None:
+        """Appends a row, whole; if the disk has no room, metrics.csv is as before and OSError is raised."""
+        self._table.append(f"{_line(row)}\n".encode())
+        self._derive(row)
 
-    def __exit__(self, *_: object) -> None:
+    def sync(self) -> None:
+        """Returns when the rows are on the disk, not only with the kernel."""
+        self._table.sync()
+
+    def contents(self) -> bytes:
+        """metrics.csv, even if it has been deleted, and the rows that could not be written."""
+        return self._table.contents()
+
+    def close(self) -> None:
         self._table.close()
         self._evaluations.close()
         with contextlib.suppress(OSError):
             self._events.close()
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Appends a row, whole, stamped with the time; columns that the row lacks stay empty.
-
-        Floats get nine digits, with which a float32 reads back exactly.
-
-        Raises:
-          OSError: the disk; metrics.csv is as before.
-        """
-        row = row | {"timestamp": datetime.datetime.now().isoformat(timespec="seconds")}
-        cells = {name: f"{x:.9g}" if isinstance(x, float) else x for name, x in row.items()}
-        write_whole(self._table, _csv_line(cells).encode())
-        self._derive(cells)
-
-    def sync(self) -> None:
-        """Returns when the rows are on the disk, not only with the kernel."""
-        os.fsync(self._table.fileno())
-
-    def contents(self) -> bytes:
-        """metrics.csv, even if it has been deleted."""
-        return read_open(self._table)
-
-    def _derive(self, cells: dict[str, Any]) -> None:
+    def _derive(self, cells: Row) -> None:
         """Tells the other files of a row that is in metrics.csv."""
-        row = {name: _number(str(cell)) for name, cell in cells.items() if cell != ""}
-        self.last_row = row["step"]
+        row = {name: _number(cell) for name, cell in cells.items() if cell != ""}
         seconds = datetime.datetime.fromisoformat(row["timestamp"]).timestamp()
         scalars = ("loss", "eval_loss", "grad_norm", "current_lr")
         values = [Summary.Value(tag=x, simple_value=row[x]) for x in scalars if x in row]
@@ -126,39 +168,48 @@ class Log:
             Event(wall_time=seconds, step=row["step"], summary=Summary(value=values))
         )
         if "eval_loss" in row:
-            self.eval_losses[row["step"]] = row["eval_loss"]
             names = ("timestamp", "step", "eval_loss", "loss", "forward_passes", "tokens")
             record = {name: row[name] for name in names if name in row}
-            write_whole(self._evaluations, (json.dumps(record) + "\n").encode())
+            self._evaluations.append((json.dumps(record) + "\n").encode())
             self._events.flush()
 
 
-class Follower(Log):
-    """The log of a process that writes none: it knows what the first process has written."""
+class Log:
+    """Which rows a run has; in the process that has the files, it writes them too.
 
-    def __init__(self, workdir: Path):
-        rows = read(workdir / "metrics.csv")
-        self.last_row = int(rows[-1]["step"]) if rows else -1
-        self.eval_losses = {
-            int(row["step"]): float(row["eval_loss"]) for row in rows if row["eval_loss"]
-        }
+    Attributes:
+      steps: of the rows.
+      eval_losses: by step, as they read back from metrics.csv.
+    """
 
-    def __exit__(self, *_: object) -> None:
-        pass
+    def __init__(self, identity: str, rows: list[Row], files: Files | None = None):
+        self._identity, self._files = identity, files
+        self.steps, self.eval_losses = set[int](), dict[int, float]()
+        for row in rows:
+            self._remember(row)
 
     def write(self, row: dict[str, Any]) -> None:
-        self.last_row = row["step"]
-        if "eval_loss" in row:
-            self.eval_losses[row["step"]] = row["eval_loss"]
+        """Adds a row; see `Files.write`."""
+        cells = format_row(row, self._identity)
+        self._remember(cells)
+        if self._files:
+            self._files.write(cells)
 
     def sync(self) -> None:
-        pass
+        if self._files:
+            self._files.sync()
 
+    def contents(self) -> bytes:
+        return self._files.contents() if self._files else b""
 
-def _csv_line(cells: dict[str, Any]) -> str:
-    line = io.StringIO()
-    csv.DictWriter(line, COLUMNS, lineterminator="\n").writerow(cells)
-    return line.getvalue()
+    def close(self) -> None:
+        if self._files:
+            self._files.close()
+
+    def _remember(self, row: Row) -> None:
+        self.steps.add(int(row["step"]))
+        if row["eval_loss"]:
+            self.eval_losses[int(row["step"])] = float(row["eval_loss"])
 
 
 def _number(cell: str) -> Any:

@@ -1,44 +1,33 @@
-"""Where a run goes on: what its folder holds, opened for writing; and what is saved when the folder fails.
+"""Where a run goes on: what its folder holds, mended and opened for writing; and what is saved when the folder fails.
 
-The state is that of the latest checkpoint that is whole, or of the seed, and the ledger has the steps after it.
+The state is that of the latest checkpoint that is whole, or of the seed, and the ledger has the steps after it. What else is
+missing is made again where that can be, and told.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
-import os
 from pathlib import Path
 import sys
 import tempfile
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from zo_jax import ledger
-from zo_jax.atomic import write_atomic
+from zo_jax.atomic import set_aside, write_atomic
 from zo_jax.layout import Layout
 from zo_jax.replay import make_header
 from zo_jax.train import processes
 from zo_jax.train.config import Config, ConfigError, fixed_fields
+from zo_jax.train.data.corpus import Corpus
 from zo_jax.train.model import GPT
+from zo_jax.train.run_folder import checkpoint, metrics
 from zo_jax.train.run_folder.checkpoint import CheckpointError, Checkpoints, open_checkpoints
 from zo_jax.train.run_folder.folder import LEDGER, Workdir
-from zo_jax.train.run_folder.metrics import Follower, Log
-from zo_jax.train.steps import RunState, init_state
-
-
-def run_header(config: Config, model: GPT, start: RunState) -> dict[str, Any]:
-    """The header of a run's ledger, from its resolved configuration."""
-    return make_header(
-        start,
-        num_queries=config.zo.num_queries,
-        perturbation=config.zo.perturbation,
-        rank=config.zo.rank,
-        scope=config.scope,
-        clip_norm=config.instruct.grad_clip_norm,
-        rounding=config.optimizer.rounding,
-        vocab_size=model.vocab_size,
-        config=fixed_fields(config),
-    )
+from zo_jax.train.run_folder.rebuild import visit_steps
+from zo_jax.train.run_folder.reports import make_row
+from zo_jax.train.steps import RunState, StepMetrics, init_state, make_update
 
 
 class Run(NamedTuple):
@@ -58,15 +47,36 @@ class Run(NamedTuple):
     layout: Layout | None
     state: RunState
     records: np.ndarray
-    log: Log
+    log: metrics.Log
     checkpoints: Checkpoints
     snapshots: Checkpoints | None
     writer: ledger.Writer | None
 
 
+def run_header(config: Config, model: GPT, start: RunState, identity: str = "") -> dict[str, Any]:
+    """The header of a run's ledger, from its resolved configuration."""
+    return make_header(
+        start,
+        num_queries=config.zo.num_queries,
+        perturbation=config.zo.perturbation,
+        rank=config.zo.rank,
+        scope=config.scope,
+        clip_norm=config.instruct.grad_clip_norm,
+        rounding=config.optimizer.rounding,
+        vocab_size=model.vocab_size,
+        config=fixed_fields(config),
+        identity=identity,
+    )
+
+
 @contextlib.contextmanager
 def open_run(
-    config: Config, model: GPT, workdir: Workdir, layout: Layout | None = None
+    config: Config,
+    corpus: Corpus,
+    model: GPT,
+    evaluate_params: Callable[[Any], float],
+    workdir: Workdir,
+    layout: Layout | None = None,
 ) -> Iterator[Run]:
     """Opens what a claimed run folder holds, and says from where it goes on.
 
@@ -74,60 +84,147 @@ def open_run(
       ConfigError: the run is past its last step.
       CheckpointError: there are checkpoints, but none can be read, and no ledger can replace them.
     """
-    train, folder = config.train, workdir.path
+    train, folder, identity = config.train, workdir.path, workdir.identity
+    init = lambda: init_state(config, model, layout)
+    state = init()
+    header = None if config.mode == "fo" else run_header(config, model, state, identity)
+    whole, damaged, latest = checkpoint.find_whole(folder / "checkpoints", state, identity)
+    state, start = (state, 0) if latest is None else (latest, whole[-1])
+    del latest
+
+    def find_last() -> int:
+        there = header and _read_ledger(folder / LEDGER, header)
+        last = there.replayable(start) if there else start
+        if damaged and last == 0:
+            raise CheckpointError(
+                f"no checkpoint in {folder / 'checkpoints'} can be used; use --restart to delete the run and train from "
+                "scratch, or another --workdir"
+            )
+        if last > train.num_steps:
+            raise ConfigError(
+                f"the run in {folder} is at step {last}, past train.num_steps={train.num_steps}; raise "
+                "it, use --restart to train from scratch, or another --workdir"
+            )
+        return last
+
+    last = processes.first_tells(find_last)
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(
-            open_checkpoints(folder / "checkpoints", train.keep_checkpoints)
-        )
-        state = init_state(config, model, layout)
-        header = run_header(config, model, state)
-        restored = checkpoints.restore_latest(state)
-        start, state = restored or (0, state)
-
-        def open_files():
-            there = None if config.mode == "fo" else _read_ledger(folder / LEDGER, header)
-            last = there.replayable(start) if there else start
-            if checkpoints.steps and not restored and last == 0:
-                raise CheckpointError(
-                    f"no checkpoint in {checkpoints.folder} can be used; use --restart to delete the run and train from "
-                    "scratch, or another --workdir"
-                )
-            if last > train.num_steps:
-                raise ConfigError(
-                    f"the run in {folder} is at step {last}, past train.num_steps={train.num_steps}; raise "
-                    "it, use --restart to train from scratch, or another --workdir"
-                )
-            writer = None
-            if config.mode != "fo":
+        writer, kept = None, None
+        if header:
+            if processes.is_first():
                 writer = ledger.Writer(folder / LEDGER, header, last)
-            return writer, Log(folder, last)
-
-        writer, log = processes.first_does(open_files) or (None, Follower(folder))
-        stack.enter_context(log)
-        # What the first process has mended is what all of them replay.
-        rows = np.zeros(0)
-        if config.mode != "fo":
-            rows = ledger.read(folder / LEDGER).records
-        if writer:
-            stack.callback(writer.close)
-            if writer.lost:
-                print(
-                    f"the ledger lacks {len(writer.lost)} of the steps up to {len(rows)}: no replay can pass step "
-                    f"{writer.lost[-1]} but from a later checkpoint"
-                )
+                stack.callback(writer.close)
+            processes.all_agree(
+                True
+            )  # what the first process has mended is what all of them replay
+            kept = ledger.read(folder / LEDGER)
+        if writer and writer.lost:
+            print(
+                f"the ledger lacks {len(writer.lost)} of the steps up to {last}: no replay can pass step "
+                f"{writer.lost[-1]} but from a later checkpoint"
+            )
+        kept_snapshots, lost_snapshots, _ = checkpoint.find_whole(
+            folder / "snapshots", state, identity
+        )
         snapshots = None
-        if train.snapshot_delta:
-            snapshots = stack.enter_context(open_checkpoints(folder / "snapshots", keep=None))
-        last = max(start, len(rows))
+        if train.snapshot_delta or lost_snapshots:
+            snapshots = stack.enter_context(open_checkpoints(folder / "snapshots", None, identity))
+        rows: list[metrics.Row] = []
+
+        def find_rows() -> tuple[list[metrics.Row], list[int]]:
+            found, missing = _find_rows(workdir, start, last)
+            rows.extend(found)
+            return [{name: row[name] for name in ("step", "eval_loss")} for row in found], missing
+
+        brief, missing = processes.first_tells(find_rows)
+        rows = rows or brief  # the other processes need to know no more of them
+
+        def make_again(step: int, state: RunState, told: StepMetrics | None) -> None:
+            if step in missing:
+                eval_loss = None
+                if workdir.reports.has_evaluation(step):
+                    eval_loss = evaluate_params(state.params)
+                row = make_row(config, corpus.train_NT.shape, step, told, eval_loss)
+                rows.append(metrics.format_row(row, identity))
+            if step in lost_snapshots and snapshots:
+                snapshots.save(step, state)
+
+        if wanted := sorted({*missing, *(step for step in lost_snapshots if step <= start)}):
+            load = lambda step: (
+                checkpoint.restore(folder / "checkpoints", step, state, identity)
+                if step
+                else init()
+            )
+            update = make_update(config, model, layout)
+            visit_steps(wanted, kept, [0, *whole], load, update, layout, make_again)
+            rows.sort(key=lambda row: int(row["step"]))
+        log = metrics.Log(
+            identity, rows, metrics.Files(folder, rows) if processes.is_first() else None
+        )
+        stack.callback(log.close)
+        found = [*kept_snapshots, *(snapshots.steps if snapshots else [])]
+        _tell_missing(workdir, start, log, [*missing], found)
+        workdir.go_on(config, last)
+        checkpoints = stack.enter_context(
+            open_checkpoints(folder / "checkpoints", train.keep_checkpoints, identity)
+        )
         if start == train.num_steps:
             processes.say(
                 f"this run is complete: {start} of {train.num_steps} steps; nothing to train"
             )
         elif last:
-            origin = f"the checkpoint of step {start}" if restored else "the seed"
+            origin = f"the checkpoint of step {start}" if start else "the seed"
             replayed = f", replaying steps {start + 1} to {last} from the ledger"
             processes.say(f"continuing from {origin}{replayed if last > start else ''}")
-        yield Run(workdir, layout, state, rows, log, checkpoints, snapshots, writer)
+        records = kept.records if kept else np.zeros(0)
+        yield Run(workdir, layout, state, records, log, checkpoints, snapshots, writer)
+
+
+def _find_rows(workdir: Workdir, start: int, last: int) -> tuple[list[metrics.Row], list[int]]:
+    """The rows of a run up to its last step, and the steps up to `start` whose rows are missing; tells what is damaged."""
+    path, reports = workdir.path / "metrics.csv", workdir.reports
+    there, wrong = metrics.read_checked(path, workdir.identity)
+    if wrong:
+        print(f"{path}: {' and '.join(wrong)}", file=sys.stderr)
+    rows = {int(row["step"]): row for row in there}
+    if rows and last == 0 and max(rows) > 0:
+        print(f"nothing of the run is left but its rows up to step {max(rows)}: it begins again")
+    expected = [step for step in range(last + 1) if reports.has_row(step)]
+    missing = [step for step in expected if step not in rows]
+    # Steps past the start are taken again, and write their rows from the first that is missing on.
+    end = min([last + 1, *(step for step in missing if step > start)])
+    rows = [row for step, row in rows.items() if step < end]
+    return rows, [step for step in missing if step <= start and start]
+
+
+def _tell_missing(
+    workdir: Workdir, start: int, log: metrics.Log, missing: list[int], snapshots: list[int]
+) -> None:
+    """Says what became of the rows that were missing, and which snapshots are."""
+    again = [step for step in missing if step in log.steps]
+    lost = [step for step in missing if step not in log.steps]
+    path = workdir.path / "metrics.csv"
+    if again:
+        processes.say(
+            f"{path}: the rows of {_steps(again)} were missing, and are made again by replay"
+        )
+    if lost:
+        processes.say(
+            f"{path}: the rows of {_steps(lost)} are lost: replay does not reach them, and nothing is guessed"
+        )
+    due = [step for step in log.eval_losses if workdir.reports.has_snapshot(step, log.eval_losses)]
+    if gone := [step for step in due if step <= start and step not in snapshots]:
+        processes.say(f"the snapshots of {_steps(gone)} are gone, and no replay makes them again")
+
+
+def _steps(steps: list[int]) -> str:
+    """Some of the steps, and how many there are."""
+    few = ", ".join(map(str, steps[:10]))
+    return (
+        f"step {few}"
+        if len(steps) == 1
+        else f"{len(steps)} steps ({few}{', ...' * (len(steps) > 10)})"
+    )
 
 
 def _read_ledger(path: Path, header: dict) -> ledger.Ledger | None:
@@ -139,19 +236,14 @@ def _read_ledger(path: Path, header: dict) -> ledger.Ledger | None:
         if not ledger.same_run(there.header, header):
             raise ledger.LedgerError(f"{path} is the ledger of another run")
     except ledger.LedgerError as error:
-        aside = path.with_name(path.name + ".damaged")
-        os.replace(path, aside)
-        print(f"{error}; it is now {aside.name}, and a new one begins", file=sys.stderr)
+        print(f"{error}; it is now {set_aside(path)}, and a new one begins", file=sys.stderr)
         return None
     if there.corrupt:
+        print(f"{path}: the records of {_steps(there.corrupt)} are damaged", file=sys.stderr)
+    before, now = there.header.get("versions"), header["versions"]
+    if before != now:
         print(
-            f"{path}: the records of steps {', '.join(map(str, there.corrupt[:10]))} are damaged",
-            file=sys.stderr,
-        )
-    if there.header.get("versions") != header["versions"]:
-        print(
-            f"the run began with {there.header.get('versions')}, and goes on with {header['versions']}: its numbers may "
-            "differ in their last bits",
+            f"the run began with {before}, and goes on with {now}: its numbers may differ in their last bits",
             file=sys.stderr,
         )
     return there
@@ -160,11 +252,13 @@ def _read_ledger(path: Path, header: dict) -> ledger.Ledger | None:
 def rescue(run: Run, state: RunState, error: OSError) -> str:
     """Says what became of a run whose folder failed, after saving it elsewhere if it would lose more than the step in flight."""
     step, folder = int(state.step), run.workdir.path
+    if jax.process_count() > 1:  # a state that several hold together cannot be saved by one
+        return f"{error}; put that right and start all processes again: the run goes on from what is saved"
+    start = max(checkpoint.complete_steps(folder / "checkpoints"), default=0)
     if run.writer:
         with contextlib.suppress(OSError, ledger.LedgerError):
             run.workdir.check()
             kept = ledger.read(run.writer.path)
-            start = max(run.checkpoints.steps, default=0)
             if kept.replayable(start) >= step - 1:
                 return (
                     f"{error}; the ledger holds steps up to {kept.replayable(start)}: put that right and run the same "
@@ -177,7 +271,7 @@ def rescue(run: Run, state: RunState, error: OSError) -> str:
             write_atomic(safe / "metrics.csv", run.log.contents())
             if run.writer:
                 write_atomic(safe / LEDGER, run.writer.contents())
-        with open_checkpoints(safe / "checkpoints") as checkpoints:
+        with open_checkpoints(safe / "checkpoints", identity=run.workdir.identity) as checkpoints:
             checkpoints.save(step, state)
             checkpoints.wait()
     except OSError as second:

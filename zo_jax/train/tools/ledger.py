@@ -7,19 +7,21 @@ zo-jax ledger RUN --to-step=N --out=DIR    and writes it to DIR as a checkpoint
 
 from collections.abc import Sequence
 from pathlib import Path
+import re
 
 import numpy as np
 import tqdm
 
 from zo_jax.fingerprint import fingerprint
 from zo_jax.ledger import BACKPROP, LedgerError, read
-from zo_jax.replay import arguments, check_replayable, check_start
+from zo_jax.replay import arguments, check_replayable, check_start, versions
 from zo_jax.train import steps
 from zo_jax.train.arguments import Parser, fail, parse
 from zo_jax.train.config import ConfigError, from_dict
 from zo_jax.train.model import make_model
 from zo_jax.train.run_folder import checkpoint
-from zo_jax.train.run_folder.folder import LEDGER
+from zo_jax.train.run_folder.checkpoint import CheckpointError
+from zo_jax.train.run_folder.folder import LEDGER, read_identity
 from zo_jax.train.validation import check_possible
 
 
@@ -38,7 +40,7 @@ def main(args: Sequence[str]) -> int:
         if options.out and options.to_step is None:
             raise LedgerError("--out needs --to-step=N, the step to rebuild")
         return _rebuild(options.run, options.to_step, options.out)
-    except (LedgerError, ConfigError, OSError) as error:
+    except (LedgerError, ConfigError, CheckpointError, OSError) as error:
         return fail(error)
 
 
@@ -49,6 +51,14 @@ def _rebuild(run: Path, to_step: int | None, out: Path | None) -> int:
     print(
         f"{run / LEDGER}: {last} steps of {header['num_queries']} {header.get('perturbation')} queries, {size} bytes each"
     )
+    identity = str(header.get("identity", ""))
+    if not re.fullmatch("[0-9a-f]{0,16}", identity):
+        raise LedgerError(f"the header's identity is {identity!r:.40}, which is none")
+    if (of_folder := read_identity(run)) not in (None, identity):
+        raise LedgerError(
+            f"the ledger is of another run ({identity!r:.40}) than the folder ({of_folder}); put it in a folder of its own "
+            "to replay it"
+        )
     if ledger.corrupt:
         print(f"damaged records: {', '.join(map(str, ledger.corrupt[:20]))}")
     config = from_dict(header.get("config"))
@@ -63,13 +73,21 @@ def _rebuild(run: Path, to_step: int | None, out: Path | None) -> int:
         return 0
     model = make_model(config.model, header.get("vocab_size"))
     state = steps.init_state(config, model)
-    check_start(state, ledger)
+    if not check_start(state, ledger):
+        print(
+            f"the run began with {header.get('versions')}, and is replayed with {versions()}: last bits may differ"
+        )
     folder = run / "checkpoints"
-    saved = checkpoint.complete_steps(folder)
+    saved = {}
+    for step in checkpoint.complete_steps(folder):
+        try:
+            saved[step] = int(fingerprint(checkpoint.restore(folder, step, state, identity)))
+        except CheckpointError as error:
+            print(f"the checkpoint of step {step} cannot be used: {error}")
     if ledger.replayable(0) < min(to_step, last):
         nearest = max((step for step in saved if step <= to_step), default=0)
         if nearest:
-            state = checkpoint.restore(folder, nearest, state)
+            state = checkpoint.restore(folder, nearest, state, identity)
             print(f"beginning at the checkpoint of step {nearest}")
     check_replayable(ledger, int(state.step), to_step)
     update = steps.make_update(config, model)
@@ -82,14 +100,13 @@ def _rebuild(run: Path, to_step: int | None, out: Path | None) -> int:
     for step, record in enumerate(left, start + 1):
         state, _ = update(state, *arguments(record))
         if step in saved:
-            there = checkpoint.restore(folder, step, state)
-            equal = int(fingerprint(there)) == int(fingerprint(state))
+            equal = saved[step] == int(fingerprint(state))
             word = "equal to the bit" if equal else "NOT EQUAL"
             left.write(f"step {step}: parameters and optimiser state are {word} to its checkpoint")
             same &= equal
     print(f"replayed to step {to_step}; fingerprint {int(fingerprint(state)):08x}")
     if out:
-        with checkpoint.open_checkpoints(out, keep=None) as checkpoints:
+        with checkpoint.open_checkpoints(out, None, identity) as checkpoints:
             checkpoints.save(to_step, state)
             checkpoints.wait()
         print(f"written to {out / str(to_step)}")

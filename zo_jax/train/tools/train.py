@@ -4,14 +4,17 @@ zo-jax train                                     the default experiment, in a fo
 zo-jax train --config=gpt2_20m --workdir=DIR --config.zo.num_queries=16
 """
 
+import argparse
 from collections.abc import Sequence
 import logging
 from pathlib import Path
 
 from zo_jax.train import processes
 from zo_jax.train.arguments import Parser, add_experiment, fail, parse, read_experiment
+from zo_jax.train.config import Config
 from zo_jax.train.describe import default_run_name
 from zo_jax.train.run import FAILURES, train_and_evaluate
+from zo_jax.train.settings import ConfigError
 from zo_jax.train.validation import validate
 
 
@@ -21,16 +24,24 @@ def main(args: Sequence[str]) -> int:
     # Orbax tells of every file it writes.
     logging.getLogger("absl").setLevel(logging.WARNING)
     try:
-        options = parse(parser, args)
-        config = read_experiment(options)
-        validate(config)
+        processes.join_if_asked(args)
+        options, config = _read(parser, args)
         workdir = Path(options.workdir or f"runs/{default_run_name(config)}")
-        if options.distributed:
-            processes.join(options.coordinator, options.num_processes, options.process_id)
         train_and_evaluate(config, workdir, options.restart)
     except FAILURES as error:
         return fail(error)
     return 0
+
+
+def _read(parser: Parser, args: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+    """The flags, and the experiment that they name; what is wrong with them is told to the other processes."""
+    try:
+        options = parse(parser, args)
+        config = read_experiment(options)
+        validate(config)
+    except ConfigError as error:
+        raise processes.agree_on_failure(error) from error
+    return options, config
 
 
 def _make_parser() -> Parser:
@@ -51,12 +62,5 @@ def _make_parser() -> Parser:
         action="store_true",
         help="delete the run that the folder holds, and train from scratch",
     )
-    parser.add_argument(
-        "--distributed",
-        action="store_true",
-        help="this is one of several processes, of a cluster that JAX knows or of those named next",
-    )
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
-    parser.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
-    parser.add_argument("--process_id", type=int, metavar="I", help="which this is, from 0")
+    processes.add_flags(parser)
     return parser

@@ -1,0 +1,124 @@
+"""What the steps of a run tell: their records in the ledger, their rows, validation losses and snapshots, and the progress."""
+
+from collections.abc import Callable
+import contextlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from zo_jax import ledger
+from zo_jax.train import describe, processes
+from zo_jax.train.config import Config
+from zo_jax.train.data.corpus import Corpus
+from zo_jax.train.progress import Progress
+from zo_jax.train.run_folder.reports import make_row
+from zo_jax.train.run_folder.resume import Run
+from zo_jax.train.steps import RunState, StepMetrics, StepRecord
+
+
+class Taken(NamedTuple):
+    """A step, perhaps still on the device: its number, what it told, and its record unless it was replayed or used backprop."""
+
+    step: int
+    metrics: StepMetrics
+    record: StepRecord | None
+
+
+class Report:
+    """Tells of steps one behind the device, so that it never waits.
+
+    Attributes:
+      diverged: whether too many steps in a row had no finite loss.
+      progress: where lines for the user go.
+    """
+
+    def __init__(
+        self, config: Config, corpus: Corpus, run: Run, evaluate_params: Callable[[Any], float]
+    ):
+        self.config, self.run = config, run
+        self.shape_NT = corpus.train_NT.shape
+        self.evaluate_params = evaluate_params
+        self.start, self.diverged = int(run.state.step), False
+        self._pending: Taken | None = None
+        self._began: float | None = None
+        num_steps = config.train.num_steps
+        self.progress = Progress(
+            self.start, num_steps, on=self.start < num_steps and processes.is_first()
+        )
+
+    def take(self, taken: Taken) -> None:
+        """Notes a step, and tells of the one before it."""
+        before, self._pending = self._pending, taken
+        if before:
+            self._tell(before)
+
+    def flush(self, eval_loss: float | None = None) -> None:
+        """Tells of the last step, with the validation loss after it."""
+        last, self._pending = self._pending, None
+        if last:
+            self._tell(last, eval_loss)
+
+    def evaluate(self, step: int, state: RunState) -> None:
+        """Tells the validation loss, unless that was done before an interruption, and keeps a snapshot if it is due."""
+        log = self.run.log
+        if step not in log.steps:
+            eval_loss = self.evaluate_params(state.params)
+            if step == 0:
+                log.write(make_row(self.config, self.shape_NT, 0, None, eval_loss))
+            else:
+                self.flush(eval_loss)
+            when = f"after step {step}" if step else "before training"
+            self.progress.say(f"validation loss {when}: {eval_loss:.6f} nats per token")
+        snapshots = self.run.snapshots
+        if snapshots and self.run.workdir.reports.has_snapshot(step, log.eval_losses):
+            if step not in snapshots.steps:
+                snapshots.save(step, state)
+
+    def settle(self, step: int, state: RunState) -> None:
+        """After a write has failed: what is still to tell of the steps taken goes where it is kept in memory."""
+        if jax.process_count() > 1:  # the others do not evaluate now
+            return
+        with contextlib.suppress(OSError):
+            self.flush(
+                self.evaluate_params(state.params)
+                if self._pending and self.run.workdir.reports.has_evaluation(step)
+                else None
+            )
+
+    def _tell(self, taken: Taken, eval_loss: float | None = None) -> None:
+        """Writes what a step has to tell: its record first, then its row."""
+        step, last, record = jax.device_get(taken)
+        config, log = self.config, self.run.log
+        self.diverged |= bool(0 < config.train.max_skipped <= last.skipped_in_row)
+        self._show(step, last)
+        try:
+            self._record(step, last, record)
+        finally:  # a row that cannot be written is kept in memory too
+            due = eval_loss is not None or self.run.workdir.reports.has_row(step)
+            if due and step not in log.steps:
+                log.write(make_row(config, self.shape_NT, step, last, eval_loss))
+
+    def _record(self, step: int, last: StepMetrics, record: StepRecord | None) -> None:
+        writer = self.run.writer
+        if not writer or step <= len(self.run.records):
+            return
+        if record:
+            writer.append(step, ledger.REPLAYABLE, *record)
+        else:
+            nothing = np.full(self.config.zo.num_queries, np.nan, np.float32)
+            writer.append(step, ledger.BACKPROP, 0, last.loss, nothing)
+
+    def _show(self, step: int, last: StepMetrics) -> None:
+        # Compilation is in the first step, and not in the rate.
+        self._began = self._began or time.monotonic()
+        blocks = describe.blocks_until(self.config, step) - describe.blocks_until(
+            self.config, self.start + 1
+        )
+        rate = blocks * self.shape_NT[1] / max(time.monotonic() - self._began, 1e-9)
+        self.progress.show(
+            step,
+            f"loss {last.loss:.4f}, lr {last.learning_rate:.2e}, |g| {last.grad_norm:.3g}, "
+            f"{rate:,.0f} tokens/s, {describe.passes_until(self.config, step):,} passes",
+        )
