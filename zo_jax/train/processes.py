@@ -61,9 +61,12 @@ def join_if_asked(args: Sequence[str]) -> None:
 
     So that a process with a wrong command can tell the others; must come before the first use of a device.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_flags(parser)
-    options, _ = parser.parse_known_args(args)
+    try:
+        options, _ = parser.parse_known_args(args)
+    except argparse.ArgumentError:  # which the parser of all flags explains
+        return
     if options.distributed:
         join(options.coordinator, options.num_processes, options.process_id)
 
