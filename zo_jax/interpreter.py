@@ -16,8 +16,8 @@ from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
 
+from zo_jax import entries, lookups, products  # noqa: F401 (their rules)
 from zo_jax.loops import CALLS, body_of, is_cheap_inside, open_jaxpr, scan_sizes
-import zo_jax.products  # noqa: F401 (its rules)
 from zo_jax.rules import apply_rule, is_perturbed
 
 

@@ -4,6 +4,7 @@ Axes are labelled as in einsum: a label is a number, shared by the axes of both 
 """
 
 from collections.abc import Sequence
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -11,8 +12,9 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from zo_jax.perturbed import Cast, Dense, Factored, Transposed, sum_dtype
-from zo_jax.rules import apply_rule, is_perturbed, register_rule
+from zo_jax.composed import Transposed
+from zo_jax.perturbed import Cast, Dense, Factored, sum_dtype
+from zo_jax.rules import apply_rule, is_perturbed, rule_for
 
 # A product with a larger table of rows goes block by block: the perturbed rows stay in cache and no perturbed
 # copy of the table exists. Entries of a block: 4 MB in float32.
@@ -41,7 +43,7 @@ def _labels(lhs_ndim: int, rhs_ndim: int, dimension_numbers: Any) -> _Labels:
     return _Labels(lhs, rhs, out)
 
 
-@register_rule(lax.dot_general_p, Factored)
+@rule_for(Factored, lax.dot_general_p)
 def _product_with_factors(lhs, rhs, **params):
     """x (W + s u vᵀ) = x W + s (x u) vᵀ, if the change costs less than the product."""
     x, other = (lhs, rhs) if is_perturbed(lhs) else (rhs, lhs)
@@ -109,43 +111,60 @@ def _spread(x: jax.Array, labels: list[int], out_labels: list[int]) -> jax.Array
     return lax.expand_dims(x, [i for i, a in enumerate(out_labels) if a not in labels])
 
 
-@register_rule(lax.dot_general_p, Dense)
-@register_rule(lax.dot_general_p, Cast)
-def _product_by_blocks(lhs, rhs, **params):
-    """Block by block over the rows of a large table, contracted along its last axis (an output head)."""
-    table, other = (lhs, rhs) if is_perturbed(lhs) else (rhs, lhs)
+@rule_for((Dense, Cast), lax.dot_general_p)
+def _product_in_parts(lhs, rhs, **params):
+    """With a large table or stack part by part, each perturbed in cache: no perturbed copy of the whole exists."""
+    x, other = (lhs, rhs) if is_perturbed(lhs) else (rhs, lhs)
+    is_lhs = x is lhs
     contract, batch = params["dimension_numbers"]
-    other_axes, table_axes = contract if table is rhs else contract[::-1]
-    if table.ndim != 2 or any(batch) or tuple(table_axes) != (1,) or table.size < MIN_BLOCKED:
-        return NotImplemented
+    order = slice(None) if is_lhs else slice(None, None, -1)
+    (x_contract, other_contract), (x_batch, other_batch) = contract[order], batch[order]
+
+    def dot(x, other, **changed):
+        operands = (x, other) if is_lhs else (other, x)
+        return lax.dot_general_p.bind(*operands, **params | changed)
+
+    if tuple(x_batch) == (0,) and x.size >= _BLOCK_ENTRIES and x.layers() is not None:
+        less = lambda axes, than: tuple(a - (a > than) for a in axes)
+        pair = less(x_contract, 0), less(other_contract, other_batch[0])
+        return _slice_by_slice(
+            x,
+            jnp.moveaxis(other, other_batch[0], 0),
+            functools.partial(dot, dimension_numbers=(pair[order], ((), ()))),
+        )
+    if x.ndim == 2 and not x_batch and tuple(x_contract) == (1,) and x.size >= MIN_BLOCKED:
+        return _block_by_block(x, lambda rows: dot(rows, other), is_lhs)
+    return NotImplemented
+
+
+def _slice_by_slice(x, other, dot):
+    """A stack of matrices with a stack of other operands (experts)."""
+    arrays, rebuild = x.layers()
+    return lax.map(lambda pair: dot(rebuild(pair[0]).form(), pair[1]), (arrays, other))
+
+
+def _block_by_block(table, dot, is_lhs):
+    """Over the rows of a table that is contracted along its last axis (an output head)."""
     num_rows, width = table.shape
     num_blocks = -(-table.size // _BLOCK_ENTRIES)
     block_rows = -(-num_rows // num_blocks)
+    out = jax.eval_shape(dot, jax.ShapeDtypeStruct(table.shape, table.dtype))
+    axis = 0 if is_lhs else len(out.shape) - 1
 
     def rows(start):
         starts = start, jnp.zeros((), start.dtype)
-        return apply_rule(
-            lax.dynamic_slice_p, [table, *starts], dict(slice_sizes=(block_rows, width))
-        )
-
-    def dot(rows_of_table):
-        operands = (rows_of_table, other) if table is lhs else (other, rows_of_table)
-        return lax.dot_general_p.bind(*operands, **params)
-
-    free_shape = tuple(n for i, n in enumerate(other.shape) if i != other_axes[0])
-    axis = 0 if table is lhs else len(free_shape)
-    out_shape = (num_rows, *free_shape) if table is lhs else (*free_shape, num_rows)
+        sizes = dict(slice_sizes=(block_rows, width))
+        return apply_rule(lax.dynamic_slice_p, [table, *starts], sizes)
 
     def put_block(i, out):
         # The last block starts early enough to be whole; the rows that it shares are computed twice.
         start = jnp.minimum(i * block_rows, num_rows - block_rows)
         return lax.dynamic_update_slice_in_dim(out, dot(rows(start).form()), start, axis)
 
-    out_dtype = jax.eval_shape(dot, jax.ShapeDtypeStruct(table.shape, table.dtype)).dtype
-    return lax.fori_loop(0, num_blocks, put_block, jnp.zeros(out_shape, out_dtype))
+    return lax.fori_loop(0, num_blocks, put_block, jnp.zeros(out.shape, out.dtype))
 
 
-@register_rule(lax.dot_general_p, Transposed)
+@rule_for(Transposed, lax.dot_general_p)
 def _product_with_transposed(lhs, rhs, *, dimension_numbers, **params):
     """The product with the array as it lies in memory, and the axes of the result put in order."""
     x, other = (lhs, rhs) if is_perturbed(lhs) else (rhs, lhs)
