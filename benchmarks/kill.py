@@ -134,12 +134,19 @@ def kill_until_done(
     return hit
 
 
-def differences(one: Path, other: Path, num_steps: int, num_rows: int) -> list[str]:
-    """What two finished runs do not have in common; `one` is as it should be, with so many rows."""
+def differences(
+    one: Path,
+    other: Path,
+    num_steps: int,
+    num_rows: int,
+    load: Callable[[Path], Any] = ocp.load,
+) -> list[str]:
+    """What two finished runs do not have in common; `one` is as it should be, with so many rows. `load` reads a checkpoint."""
     found = []
-    if not _same_state(
-        one / "checkpoints" / str(num_steps), other / "checkpoints" / str(num_steps)
-    ):
+    same_state = lambda name, step: _same_state(
+        *(run / name / str(step) for run in (one, other)), load
+    )
+    if not same_state("checkpoints", num_steps):
         found.append("state")
     rows = lambda run: [_without_time(row) for row in metrics.read(run / "metrics.csv")]
     if rows(one) != rows(other) or len(rows(one)) != num_rows:

@@ -187,7 +187,7 @@ def test_full_disk_takes_no_row_of_backprop(tiny_config, tmp_path, small_disk, t
     tiny_config.train.checkpoint_interval, tiny_config.train.eval_interval = 0, 7
     free = os.statvfs(small_disk).f_bavail * 4096
     (small_disk / "filler").write_bytes(b"x" * (free - 60_000))
-    with pytest.raises(CannotWrite, match="No space left on device.* was saved in") as error:
+    with pytest.raises(CannotWrite, match=r"No space left on device.* was saved in") as error:
         train_and_evaluate(tiny_config, small_disk / "run")
     assert "Traceback" not in capfd.readouterr().err
     rescued = Path(str(error.value).split("--workdir=")[1].split()[0])
