@@ -38,7 +38,8 @@ import tiny
 
 from zo_jax.train import evaluate, loop, run
 from zo_jax.train.config import Config
-from zo_jax.train.run_folder import resume
+from zo_jax.train.model import make_model
+from zo_jax.train.run_folder import checkpoint, resume
 from zo_jax.train.signals import RunStopped
 
 MODES = ("zo", "calibrate", "instruct", "fo")
@@ -194,7 +195,12 @@ def try_one(task: tuple[str, Path, int]) -> tuple[str, str, str]:
     how, text = go_on(mode, folder, work)
     if how:
         return how, what, text
-    found = differences(folder / mode / "complete", work, NUM_STEPS, NUM_STEPS + 1)
+    config = configure(mode, folder)
+    model = make_model(config.model, len(set(tiny.TEXT)))
+    like = resume.init_state(config, model, None)
+    # As the program reads them: what it does not look at, such as where the arrays once were, is no part of a run.
+    load = lambda path: checkpoint.restore(path.parent, int(path.name), like)
+    found = differences(folder / mode / "complete", work, NUM_STEPS, NUM_STEPS + 1, load)
     told = [line for line in text.splitlines() if not line.startswith(USUAL)]
     usual = (folder / mode / "usual.log").read_text().splitlines()
     told = [line for line in told if line.strip() and line.replace(str(work), "") not in usual]

@@ -1,23 +1,28 @@
-"""Kills a real run with SIGKILL at random moments until it has ended all the same, and compares it with one that was left alone.
+"""Kills real runs with SIGKILL at random moments until they have ended all the same, and compares them with ones left alone.
 
-  python benchmarks/kill.py                      every case, the first one killed 20 times, the others 8 times
-  python benchmarks/kill.py --kills=3 --only=zo --num-steps=200
+  python benchmarks/kill.py                                200 kills over every mode and optimiser, and runs of two processes
+  python benchmarks/kill.py --count=3 --only=zo-adam --num-steps=200 --seed=1
 
 What must be equal to the bit: parameters, optimiser state and all else of the final checkpoint, the rows of metrics.csv but for their
-timestamps, evaluations likewise, the ledger, the steps of the snapshots. While the run is dead, metrics.csv must be a CSV.
+timestamps, evaluations likewise, the ledger, the snapshots. While a run is dead, metrics.csv must be a CSV. Of two processes one is
+killed, and the other must end within 30 seconds with exit code 76.
 """
 
 import argparse
+from collections.abc import Callable
 import csv
+import itertools
 import os
 from pathlib import Path
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,21 +31,52 @@ from orbax.checkpoint import v1 as ocp
 from zo_jax.train.run_folder import checkpoint, metrics
 
 ROOT = Path(__file__).parent.parent
-CASES = {
-    "zo": "train.snapshot_delta=0.05",
-    "zo-muon": "optimizer.name=muon zo.batch_per_query=true",
-    "calibrate": "mode=calibrate fo.bp_interval=7 optimizer.name=mudamw",
-    "instruct": "mode=instruct fo.bp_interval=5 instruct.adaptive=true instruct.num_guided=2 "
-    "optimizer.name=sgd optimizer.momentum=0.9 optimizer.learning_rate=0.0005",
-    "fo": "mode=fo optimizer.name=adamw",
+OPTIMIZERS = {
+    "sgd": "optimizer.name=sgd optimizer.momentum=0.9 optimizer.learning_rate=0.0005",
+    "adam": "optimizer.name=adam",
+    "adamw": "optimizer.name=adamw",
+    "muon": "optimizer.name=muon",
+    "mudamw": "optimizer.name=mudamw",
 }
+MODES = {
+    "zo": "mode=zo train.snapshot_delta=0.05",
+    "calibrate": "mode=calibrate fo.bp_interval=7 zo.batch_per_query=true",
+    "instruct": "mode=instruct fo.bp_interval=5 instruct.adaptive=true instruct.num_guided=2",
+    "fo": "mode=fo",
+}
+# (settings, number of processes) of a run.
+CASES = {
+    f"{mode}-{optimizer}": (f"{MODES[mode]} {OPTIMIZERS[optimizer]}", 1)
+    for mode, optimizer in itertools.product(MODES, OPTIMIZERS)
+} | {
+    "zo-adam-2": ("train.snapshot_delta=0.05", 2),
+    "fo-adam-2": ("mode=fo mesh.query=1 mesh.data=2", 2),
+}
+# Seconds after which the death of one process must have ended the other.
+LIMIT = 30
 
 
-def start(workdir: Path, arguments: list[str]) -> subprocess.Popen:
-    """The program, in a process of its own."""
+def start(workdir: Path, arguments: list[str], num_processes: int = 1) -> list[subprocess.Popen]:
+    """The program, in processes of its own."""
     command = [sys.executable, str(ROOT / "main.py"), f"--workdir={workdir}", *arguments]
-    log = workdir.with_suffix(".log").open("ab")
-    return subprocess.Popen(command, stdout=log, stderr=log)
+    if num_processes > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            command += ["--distributed", f"--coordinator=localhost:{free.getsockname()[1]}"]
+        command += [f"--num_processes={num_processes}"]
+    processes = []
+    for i in range(num_processes):
+        with workdir.with_suffix(f".{i}.log").open("ab") as log:
+            processes.append(
+                subprocess.Popen([*command, f"--process_id={i}"], stdout=log, stderr=log)
+            )
+    return processes
+
+
+def finish(workdir: Path, arguments: list[str], num_processes: int) -> None:
+    """Lets a run end."""
+    if any([process.wait() for process in start(workdir, arguments, num_processes)]):
+        raise SystemExit(f"the run failed; see {workdir.with_suffix('.0.log')}")
 
 
 def num_rows(workdir: Path) -> int:
@@ -55,42 +91,62 @@ def num_rows(workdir: Path) -> int:
 
 
 def kill_until_done(
-    workdir: Path, arguments: list[str], num_steps: int, kills: int, rng: random.Random
+    workdir: Path,
+    arguments: list[str],
+    num_processes: int,
+    num_steps: int,
+    kills: int,
+    rng: random.Random,
 ) -> dict[str, int]:
     """Starts and kills the run `kills` times, then lets it end; what the kills hit."""
     hit = {"kills": 0, "in a checkpoint": 0, "before a step": 0, "replayed": 0}
+    log = workdir.with_suffix(".0.log")
     while hit["kills"] < kills:
         before = num_rows(workdir)
         left = kills - hit["kills"]
         # One in five at any time while it starts and compiles, the others spread over the steps that are left.
         early = rng.random() < 0.2
         target = before + rng.randint(1, max(1, 3 * (num_steps - before) // (2 * left + 4)))
-        process, began = start(workdir, arguments), time.monotonic()
-        deadline = began + (rng.uniform(0, 8) if early else 120)
-        while process.poll() is None and time.monotonic() < deadline:
+        said = log.read_text().count("model:") if log.exists() else 0
+        processes = start(workdir, arguments, num_processes)
+        while num_processes > 1 and log.read_text().count("model:") == said:
+            time.sleep(0.01)  # until they have come together: who has not cannot be missed
+            assert all(process.poll() is None for process in processes), log
+        deadline = time.monotonic() + (rng.uniform(0, 8) if early else 120)
+        while processes[0].poll() is None and time.monotonic() < deadline:
             path = workdir / "metrics.csv"
             if path.exists() and path.read_bytes().count(b"\n") - 1 >= target:
                 break
             time.sleep(0.002)
         time.sleep(rng.random() * 0.02)
-        process.send_signal(signal.SIGKILL)
-        if process.wait() != -signal.SIGKILL:
-            raise SystemExit(f"the run ended by itself; see {workdir.with_suffix('.log')}")
+        victim = processes.pop(rng.randrange(num_processes))
+        victim.send_signal(signal.SIGKILL)
+        if victim.wait() != -signal.SIGKILL:
+            raise SystemExit(f"the run ended by itself; see {log}")
+        for process in processes:
+            if process.wait(timeout=LIMIT) != 76:
+                raise SystemExit(f"another process ended with {process.returncode}; see {log}")
         hit["kills"] += 1
         hit["in a checkpoint"] += bool(list(workdir.glob("*/*orbax-checkpoint-tmp*")))
         hit["before a step"] += num_rows(workdir) == before
-    if start(workdir, arguments).wait():
-        raise SystemExit(f"the run failed; see {workdir.with_suffix('.log')}")
-    hit["replayed"] = workdir.with_suffix(".log").read_text().count("replaying steps")
+    finish(workdir, arguments, num_processes)
+    hit["replayed"] = log.read_text().count("replaying steps")
     return hit
 
 
-def differences(one: Path, other: Path, num_steps: int, num_rows: int) -> list[str]:
-    """What two finished runs do not have in common; `one` is as it should be, with so many rows."""
+def differences(
+    one: Path,
+    other: Path,
+    num_steps: int,
+    num_rows: int,
+    load: Callable[[Path], Any] = ocp.load,
+) -> list[str]:
+    """What two finished runs do not have in common; `one` is as it should be, with so many rows. `load` reads a checkpoint."""
     found = []
-    if not _same_state(
-        one / "checkpoints" / str(num_steps), other / "checkpoints" / str(num_steps)
-    ):
+    same_state = lambda name, step: _same_state(
+        *(run / name / str(step) for run in (one, other)), load
+    )
+    if not same_state("checkpoints", num_steps):
         found.append("state")
     rows = lambda run: [_without_time(row) for row in metrics.read(run / "metrics.csv")]
     if rows(one) != rows(other) or len(rows(one)) != num_rows:
@@ -107,17 +163,15 @@ def differences(one: Path, other: Path, num_steps: int, num_rows: int) -> list[s
         steps = checkpoint.complete_steps(one / name)
         if checkpoint.complete_steps(other / name) != steps:
             found.append(f"{name}: {steps}, {checkpoint.complete_steps(other / name)}")
-        elif different := [
-            step for step in steps if not _same_state(*(x / name / str(step) for x in (one, other)))
-        ]:
+        elif different := [step for step in steps if not same_state(name, step)]:
             found.append(f"{name} {different}")
     return found
 
 
-def _same_state(one: Path, other: Path) -> bool:
-    """Whether two checkpoints hold the same bits, seals and all."""
+def _same_state(one: Path, other: Path, load: Callable[[Path], Any]) -> bool:
+    """Whether two checkpoints hold the same bits."""
     try:
-        a, b = (jax.tree.leaves_with_path(ocp.load(path)) for path in (one, other))
+        a, b = (jax.tree.leaves_with_path(load(path)) for path in (one, other))
     except Exception:  # a damaged file can raise anything
         return False
     return [(path, np.asarray(x).tobytes()) for path, x in a] == [
@@ -136,41 +190,45 @@ def _content(path: Path) -> bytes | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--num-steps", type=int, default=1500)
-    parser.add_argument("--only", choices=CASES, help="one case alone")
+    parser.add_argument("--count", type=int, default=200, help="kills, over all cases")
+    parser.add_argument("--num-steps", type=int, default=600)
+    parser.add_argument("--only", default="", help="the cases whose names contain this")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="zo_jax_kill_"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    rng, failed = random.Random(options.seed), False
-    for i, (name, fields) in enumerate(CASES.items()):
-        if options.only not in (None, name):
+    cases = {name: case for name, case in CASES.items() if options.only in name}
+    shares = [
+        options.count * (i + 1) // len(cases) - options.count * i // len(cases)
+        for i in range(len(cases))
+    ]
+    failed, total = 0, 0
+    for (name, (fields, num_processes)), kills in zip(cases.items(), shares, strict=True):
+        if not kills:
             continue
+        rng = random.Random(f"{name} {options.seed}")
         folder = Path(tempfile.mkdtemp(prefix=f"zo_jax_{name}_"))
         arguments = [
             f"--config={ROOT / 'tests/train/tiny.py'}",
             f"--config.train.num_steps={options.num_steps}",
-            "--config.train.checkpoint_interval=40",
+            "--config.train.checkpoint_interval=20",
             "--config.train.eval_interval=25",
             *(f"--config.{field}" for field in fields.split()),
         ]
-        if start(folder / "whole", arguments).wait():
-            raise SystemExit(f"the run failed; see {folder / 'whole.log'}")
-        kills = options.kills if i == 0 or options.only else min(options.kills, 8)
-        hit = kill_until_done(folder / "killed", arguments, options.num_steps, kills, rng)
-        found = differences(
-            folder / "whole", folder / "killed", options.num_steps, options.num_steps + 1
-        )
+        steps = options.num_steps
+        finish(folder / "whole", arguments, num_processes)
+        hit = kill_until_done(folder / "killed", arguments, num_processes, steps, kills, rng)
+        found = differences(folder / "whole", folder / "killed", steps, steps + 1)
         counts = ", ".join(f"{count} {what}" for what, count in hit.items())
         print(
-            f"{name}: {counts}: {'DIFFERENT: ' + ', '.join(found) if found else 'equal to the bit'}"
+            f"{name}: {counts}: {'DIFFERENT: ' + ', '.join(found) if found else 'equal to the bit'}",
+            flush=True,
         )
-        sys.stdout.flush()
-        failed |= bool(found)
+        failed, total = failed + bool(found), total + hit["kills"]
         if not found:
             shutil.rmtree(folder)
-    sys.exit(failed)
+    print(f"{total} kills, {failed} of the runs different from one left alone")
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

@@ -306,7 +306,7 @@ def _outer_on_axes(
     absent = lambda *axes: [a for a in range(ndim) if not any(a in of for of in axes)]
     if u.shape[-1] <= _FUSED_RANK:
         u, v = lax.expand_dims(u, absent(u_axes)), lax.expand_dims(v, absent(v_axes))
-        return sum(u[..., k] * v[..., k] for k in range(u.shape[-1]))
+        return sum((u[..., k] * v[..., k] for k in range(1, u.shape[-1])), u[..., 0] * v[..., 0])
     both = sorted({*u_axes, *v_axes})
     z = jnp.einsum(u, [*u_axes, ndim], v, [*v_axes, ndim], both)
     return lax.expand_dims(z, absent(both))

@@ -82,9 +82,16 @@ def text(tmp_path, tiny_config):
 
 @pytest.mark.slow
 def test_killed_at_random_and_equal_all_the_same():
-    command = [sys.executable, str(ROOT / "benchmarks/kill.py"), "--kills=3", "--only=zo"]
+    command = [sys.executable, str(ROOT / "benchmarks/kill.py"), "--count=3", "--only=zo-adam-2"]
     done = subprocess.run([*command, "--num-steps=120"], capture_output=True, text=True)
     assert done.returncode == 0 and "equal to the bit" in done.stdout, done
+
+
+@pytest.mark.slow
+def test_damaged_at_random_and_never_silent():
+    command = [sys.executable, str(ROOT / "benchmarks/damage.py"), "--count=40", "--workers=1"]
+    done = subprocess.run([*command, "--mode=zo"], capture_output=True, text=True)
+    assert done.returncode == 0 and "40 damages, 0 of them" in done.stdout, done
 
 
 @pytest.mark.slow

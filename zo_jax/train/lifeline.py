@@ -25,6 +25,10 @@ class Lifeline:
             one.settimeout(None)
             threading.Thread(target=self._watch, args=(one,), daemon=True).start()
 
+    def let_go(self) -> None:
+        """Before this process ends for a reason of its own: it cares no more for the others, which see it die."""
+        self._left = True
+
     def say_goodbye(self) -> None:
         """Before this process ends as all of them do."""
         self._left = True

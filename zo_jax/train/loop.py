@@ -83,8 +83,8 @@ class Loop:
                     report.evaluate(self.step, self.state)
                 if at_end or stop or (not replayed and self._is_due()):
                     self._save(wait=bool(at_end or stop))
-                elif (done := self.run.checkpoints.finished()) is not None:
-                    report.progress.say(f"saved the checkpoint of step {done}")
+                else:
+                    report.tell_saved(self.run.checkpoints.finished())
                 if stop and not at_end:
                     raise self._stopped(stop)
 
@@ -122,10 +122,9 @@ class Loop:
         if run.snapshots:
             run.snapshots.wait()
         self.saved_at = time.monotonic()
-        before = checkpoints.save(self.step, self.state)
-        for done in (before, checkpoints.wait() if wait else None):
-            if done is not None:
-                self.report.progress.say(f"saved the checkpoint of step {done}")
+        self.report.tell_saved(checkpoints.save(self.step, self.state))
+        if wait:
+            self.report.tell_saved(checkpoints.wait())
 
     def _stopped(self, reason: str) -> signals.RunStopped:
         folder = self.run.workdir.path

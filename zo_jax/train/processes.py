@@ -268,6 +268,8 @@ def first_does(work: Callable[[], Any]) -> None:
 
 def leave(code: int) -> None:
     """Ends this process without waiting for the others, which may be gone or hang; the first one lets them speak before."""
+    if _lifeline:
+        _lifeline.let_go()
     sys.stdout.flush()
     sys.stderr.flush()
     if is_first():

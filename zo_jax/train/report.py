@@ -74,7 +74,14 @@ class Report:
         snapshots = self.run.snapshots
         if snapshots and self.run.workdir.reports.has_snapshot(step, log.eval_losses):
             if step not in snapshots.steps:
+                # Several processes cannot write two at once: orbax has one name for the barriers of both.
+                self.tell_saved(self.run.checkpoints.wait())
                 snapshots.save(step, state)
+
+    def tell_saved(self, step: int | None) -> None:
+        """Tells that the checkpoint of a step is complete, if it is that of one."""
+        if step is not None:
+            self.progress.say(f"saved the checkpoint of step {step}")
 
     def settle(self, step: int, state: RunState) -> None:
         """After a write has failed: what is still to tell of the steps taken goes where it is kept in memory."""

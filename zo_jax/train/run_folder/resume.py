@@ -157,6 +157,8 @@ def open_run(
             )
             update = make_update(config, model, layout)
             visit_steps(wanted, kept, [0, *whole], load, update, layout, make_again)
+            if snapshots:
+                snapshots.wait()
             rows.sort(key=lambda row: int(row["step"]))
         log = metrics.Log(
             identity, rows, metrics.Files(folder, rows) if processes.is_first() else None
