@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
-from jax.extend import core
+from jax.extend import core, source_info_util
 from jax.extend.core import primitives
 
 from zo_jax import entries, lookups, products  # noqa: F401 (their rules)
@@ -121,7 +121,7 @@ class _Evaluation:
     def _form_all(self, eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
         if not any(map(is_perturbed, values)):
             return list(values)
-        where = jax.extend.source_info_util.summarize(eqn.source_info)
+        where = source_info_util.summarize(eqn.source_info)
         return [_formed(x, eqn.primitive.name, where) for x in values]
 
     def _equation(self, eqn: core.JaxprEqn, operands: list[Any]) -> Sequence[Any]:
@@ -233,7 +233,7 @@ def _checked(eqn: core.JaxprEqn, result: Any) -> Sequence[Any]:
     """The results of a rule, if they are those of its primitive in shape and dtype."""
     results = list(result) if eqn.primitive.multiple_results else [result]
     got = [(x.shape, x.dtype) for x in results]
-    required = [(var.aval.shape, var.aval.dtype) for var in eqn.outvars]
+    required = [(var.aval.shape, var.aval.dtype) for var in eqn.outvars]  # pyright: ignore
     if got != required:
         raise ValueError(
             f"a rule for {eqn.primitive} must return {required} (shape, dtype), got {got}; mend the function under "
