@@ -19,7 +19,7 @@ class Transposed(Perturbed):
     permutation: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @property
-    def base(self) -> jax.Array:
+    def base(self) -> jax.Array:  # pyright: ignore
         return lax.transpose(self.array.base, self.permutation)
 
     @property

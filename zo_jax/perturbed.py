@@ -7,7 +7,9 @@ primitive does with them is said in `zo_jax.rules`.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -206,11 +208,11 @@ class LowRank(Factored):
     dtype: Any = dataclasses.field(metadata={"static": True})
 
     @property
-    def u_axes(self) -> tuple[int, ...]:
+    def u_axes(self) -> tuple[int, ...]:  # pyright: ignore
         return tuple(range(self.ndim - 1))
 
     @property
-    def v_axes(self) -> tuple[int, ...]:
+    def v_axes(self) -> tuple[int, ...]:  # pyright: ignore
         return (*range(self.ndim - 2), self.ndim - 1)
 
 
@@ -262,7 +264,7 @@ class Cast(Perturbed):
     dtype: Any = dataclasses.field(metadata={"static": True})
 
     @property
-    def base(self) -> jax.Array:
+    def base(self) -> jax.Array:  # pyright: ignore
         return self.array.base.astype(self.dtype)
 
     @property
@@ -306,7 +308,7 @@ def _outer_on_axes(
     absent = lambda *axes: [a for a in range(ndim) if not any(a in of for of in axes)]
     if u.shape[-1] <= _FUSED_RANK:
         u, v = lax.expand_dims(u, absent(u_axes)), lax.expand_dims(v, absent(v_axes))
-        return sum((u[..., k] * v[..., k] for k in range(1, u.shape[-1])), u[..., 0] * v[..., 0])
+        return functools.reduce(operator.add, (u[..., k] * v[..., k] for k in range(u.shape[-1])))
     both = sorted({*u_axes, *v_axes})
     z = jnp.einsum(u, [*u_axes, ndim], v, [*v_axes, ndim], both)
     return lax.expand_dims(z, absent(both))

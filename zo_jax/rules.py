@@ -38,18 +38,13 @@ def register_rule(primitive: core.Primitive, kind: type[Perturbed]) -> Callable[
     >>> from jax import lax
     >>> @zo_jax.register_rule(lax.conv_general_dilated_p, zo_jax.LowRank)
     ... def over_single_pixels(image, kernel, *, dimension_numbers, feature_group_count, **params):
-    ...     out_axis, in_axis, *space = dimension_numbers.rhs_spec
-    ...     is_product = all(kernel.shape[i] == 1 for i in space) and (in_axis, out_axis) == (2, 3)
-    ...     if not isinstance(kernel, zo_jax.LowRank) or not is_product or feature_group_count > 1:
+    ...     channels_last = dimension_numbers == ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+    ...     if not channels_last or kernel.shape[:2] != (1, 1) or feature_group_count != 1:
     ...         return NotImplemented
-    ...     conv = lambda x, k: lax.conv_general_dilated_p.bind(
-    ...         x, k, dimension_numbers=dimension_numbers, feature_group_count=1, **params)
-    ...     inner = conv(image, kernel.u.astype(image.dtype))
-    ...     v = jnp.swapaxes(kernel.v, 2, 3).astype(image.dtype)
-    ...     one = dict(params, window_strides=(1, 1), padding=((0, 0), (0, 0)), lhs_dilation=(1, 1))
-    ...     outer = lax.conv_general_dilated_p.bind(
-    ...         inner, v, dimension_numbers=dimension_numbers, feature_group_count=1, **one)
-    ...     return conv(image, kernel.base) + (kernel.scale * outer).astype(image.dtype)
+    ...     params |= dict(dimension_numbers=dimension_numbers, feature_group_count=1)
+    ...     conv = lambda k: lax.conv_general_dilated_p.bind(image, k.astype(image.dtype), **params)
+    ...     change = kernel.scale * (conv(kernel.u) @ kernel.v[0, 0].T)
+    ...     return conv(kernel.base) + change.astype(image.dtype)
     >>> loss = lambda kernel, image: jnp.sum(
     ...     lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
     >>> kernel = zo_jax.low_rank(1).perturb(jnp.ones((1, 1, 4, 8)), jax.random.key(0), 0.5)

@@ -76,3 +76,40 @@ def test_normals_invert_the_distribution_function():
     expected = np.array([statistics.NormalDist().inv_cdf((1 + v) / 2) for v in x])
     ours = np.sqrt(2) * np.array(noise._erf_inv(jnp.asarray(x, jnp.float32)), np.float64)
     np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-12)
+
+
+def test_positions_count_the_entries():
+    np.testing.assert_array_equal(noise.positions((3, 1, 5)), np.arange(15).reshape(3, 1, 5))
+    assert noise.positions(()).shape == () and noise.positions((2,)).dtype == jnp.uint32
+
+
+def test_a_table_is_the_stream():
+    for shape, first in (((3, 4, 6), 8), ((5, 3), 2), ((5, 3), 7)):
+        words = noise.table(KEY, shape, first, lambda x: x)
+        size = first + np.prod(shape)
+        np.testing.assert_array_equal(words.reshape(-1), noise.stream(KEY, int(size))[first:])
+
+
+def test_rounding_words_are_those_of_the_flat_array():
+    flat = noise.rounding_bits(KEY, (24,))
+    np.testing.assert_array_equal(noise.rounding_bits(KEY, (2, 3, 4)).reshape(-1), flat)
+
+
+def test_signs_are_linear_in_their_size_in_every_mode():
+    bits = jnp.array([[0, 1, 1], [1, 0, 0]], jnp.uint32)
+    z = 1 - 2 * np.float32(bits)
+    weight = np.arange(6, dtype=np.float32).reshape(2, 3)
+    loss = lambda x: jnp.sum(weight * noise.with_signs(x, bits) ** 3)
+    x = jnp.float32(1.5)
+    np.testing.assert_allclose(jax.jacfwd(noise.with_signs)(x, bits), z)
+    first, second = 3 * np.sum(weight * z) * 1.5**2, 6 * np.sum(weight * z) * 1.5
+    np.testing.assert_allclose(jax.grad(loss)(x), first, rtol=1e-5)
+    for twice in (jax.grad(jax.grad(loss)), jax.jacfwd(jax.grad(loss)), jax.grad(jax.jacfwd(loss))):
+        np.testing.assert_allclose(twice(x), second, rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.vmap(jax.grad(loss))(jnp.array([1.5, 3.0])), [first, 4 * first], rtol=1e-5
+    )
+    linear = jax.linear_transpose(
+        lambda dx: jax.jvp(lambda x: noise.with_signs(x, bits), (x,), (dx,))[1], x
+    )
+    np.testing.assert_allclose(linear(jnp.asarray(weight))[0], np.sum(weight * z))
