@@ -97,14 +97,32 @@ def test_memory_of_this_machine():
     assert 2**28 < limits.device_memory() < 2**50
 
 
-def test_running_out_is_explained():
-    config = make("zo", "adam")
-    too_many = lambda: jax.numpy.zeros(2**46).block_until_ready()
-    for run_out in (too_many, lambda: bytearray(2**62)):
-        with pytest.raises(limits.OutOfMemory, match=r"out of memory: .* GB") as error:
-            with limits.explain_memory(config, 1000):
-                run_out()
-        assert "\n" not in str(error.value) and error.value.exit_code == 71
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        with limits.explain_memory(config, 1000):
+def allocate_with_jax():
+    jax.numpy.zeros(2**46).block_until_ready()
+
+
+def allocate_with_python():
+    bytearray(2**62)
+
+
+def allocate_in_a_dispatched_computation():
+    raise jax.errors.JaxRuntimeError(
+        "INTERNAL: Error dispatching computation: Out of memory allocating 6335376704 bytes."
+    )
+
+
+@pytest.mark.parametrize(
+    "run_out",
+    [allocate_with_jax, allocate_with_python, allocate_in_a_dispatched_computation],
+)
+def test_running_out_is_explained(run_out):
+    with pytest.raises(limits.OutOfMemory, match=r"out of memory \(.*\): .* GB") as error:
+        with limits.explain_memory(make("zo", "adam"), 1000):
+            run_out()
+    assert "\n" not in str(error.value) and error.value.exit_code == 71
+
+
+def test_other_errors_are_left_as_they_are():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        with limits.explain_memory(make("zo", "adam"), 1000):
             raise jax.errors.JaxRuntimeError("INTERNAL: something else")

@@ -15,8 +15,6 @@ from zo_jax.train.config import SETTINGS, Config
 from zo_jax.train.settings import ConfigError, Setting, as_word, replace_value
 from zo_jax.train.validation import check_values, without_effect
 
-_INDENT = " " * 6
-
 
 class Parser(argparse.ArgumentParser):
     """Argparse's, but for errors of one line."""
@@ -144,9 +142,14 @@ def _help_lines() -> Iterator[str]:
             about.append(one.allowed)
         if one.only_if:
             about.append(f"only if {one.only_if}")
-        yield textwrap.fill(
-            "; ".join(about), 100, initial_indent=_INDENT, subsequent_indent=_INDENT
-        )
+        yield _wrap("; ".join(about))
+
+
+def _wrap(text: str) -> str:
+    indent = " " * 6
+    return textwrap.fill(
+        text, 100, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
 
 
 def fail(error: Exception) -> int:

@@ -473,7 +473,7 @@ SETTINGS = {one.name: one for one in declared(Config)}
 EXTENDABLE = {name: one.may_change for name, one in SETTINGS.items() if one.may_change}
 
 
-def from_dict(fields: Any, kind: type = Config) -> Any:
+def from_dict(fields: Any, kind: Any = Config) -> Any:
     """The configuration that `dataclasses.asdict` made `fields` of; absent fields have their defaults.
 
     Raises:

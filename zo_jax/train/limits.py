@@ -23,6 +23,8 @@ _CONTAINER_LIMITS = (
     "/sys/fs/cgroup/memory.max",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes",
 )
+# How XLA says so: when it allocates, and when a computation that was dispatched does.
+_SIGNS = ("RESOURCE_EXHAUSTED", "Out of memory", "bad_alloc")
 
 
 class OutOfMemory(RunStopped):
@@ -104,11 +106,12 @@ def explain_memory(config: Config, vocab_size: int, layout: Layout | None = None
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if not isinstance(error, MemoryError) and not any(sign in reason for sign in _SIGNS):
             raise
         needs = least_memory(config, vocab_size, layout)
         raise OutOfMemory(
-            f"out of memory: {_tell(needs)}, of the {device_memory() / 1e9:.1f} GB of "
+            f"out of memory ({reason}): {_tell(needs)}, of the {device_memory() / 1e9:.1f} GB of "
             f"{jax.devices()[0].device_kind}; {_remedy(config, needs)}, in another --workdir or with --restart"
         ) from error
 

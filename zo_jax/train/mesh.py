@@ -40,7 +40,7 @@ def make_mesh(
     1
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = dict(zip(AXES, (query, data, model), strict=True))
+    sizes: dict[str, int] = dict(zip(AXES, (query, data, model), strict=True))
     text = ", ".join(f"{name}={size}" for name, size in sizes.items())
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):

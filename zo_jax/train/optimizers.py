@@ -1,6 +1,7 @@
 """Optimisers and learning rates by name: optax's, and MuDaMW."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,16 @@ from zo_jax.mudamw import matrices, mudamw
 from zo_jax.train.config import OptimizerConfig
 
 
-def make_schedule(config: OptimizerConfig, num_steps: int) -> Callable[[jax.Array], jax.Array]:
-    """Learning rate of a step counted from 0, float32: constant, or warm-up to the peak and cosine decay."""
+def make_schedule(config: OptimizerConfig, num_steps: int) -> Callable[[Any], Any]:
+    """Learning rate of a step counted from 0, float32: constant, or warm-up to the peak and cosine decay.
+
+    With t counted from 1 and w steps of warm-up: η t / w up to t = w, then the cosine of `optax.cosine_decay_schedule` to
+    `min_learning_rate` at the last step.
+
+    Args:
+      config: a validated configuration.
+      num_steps: of the run.
+    """
     if config.schedule == "constant":
         return lambda step: jnp.full_like(step, config.learning_rate, jnp.float32)
     cosine = optax.warmup_cosine_decay_schedule(
@@ -21,20 +30,22 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> Callable[[jax.Arra
         decay_steps=num_steps,
         end_value=config.min_learning_rate,
     )
-    # η t / warmup_steps with t counted from 1: the first step moves.
-    return lambda step: cosine(step + 1)
+    return lambda step: cosine(step + 1)  # so that the first step moves
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """The optimiser that a validated configuration names."""
+    """The optimiser that a validated configuration names, for a run of so many steps."""
     schedule = make_schedule(config, num_steps)
-    moments = dict(b1=config.b1, b2=config.b2, eps=config.eps)
-    orthogonalized = lambda params: matrices(params, config.orthogonalize_embedding)
+    moments: dict[str, Any] = dict(b1=config.b1, b2=config.b2, eps=config.eps)
+    decay: dict[str, Any] = dict(weight_decay=config.weight_decay, mask=matrices)
+
+    def orthogonalized(params: Any) -> Any:
+        return matrices(params, config.orthogonalize_embedding)
+
     if config.name == "sgd":
         return optax.sgd(schedule, momentum=config.momentum or None)
     if config.name == "adam":
         return optax.adam(schedule, **moments)
-    decay = dict(weight_decay=config.weight_decay, mask=matrices)
     if config.name == "adamw":
         return optax.adamw(schedule, **moments, **decay)
     if config.name == "mudamw":
@@ -42,6 +53,10 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
             schedule, **moments, **decay, cautious=config.cautious, matrix_mask=orthogonalized
         )
     dimensions = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+
+    def dimensions_of(params: Any) -> Any:
+        return jax.tree.map(lambda yes: dimensions if yes else None, orthogonalized(params))
+
     return optax.contrib.muon(
         schedule,
         adam_b1=config.b1,
@@ -49,8 +64,5 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         eps=config.eps,
         weight_decay=config.weight_decay,
         weight_decay_mask=matrices,
-        muon_weight_dimension_numbers=lambda params: jax.tree.map(
-            lambda is_orthogonalized: dimensions if is_orthogonalized else None,
-            orthogonalized(params),
-        ),
+        muon_weight_dimension_numbers=dimensions_of,
     )

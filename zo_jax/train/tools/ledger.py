@@ -71,7 +71,12 @@ def _rebuild(run: Path, to_step: int | None, out: Path | None) -> int:
     print(f"replay from the seed reaches step {ledger.replayable(0)}")
     if to_step is None:
         return 0
-    model = make_model(config.model, header.get("vocab_size"))
+    vocab_size = header.get("vocab_size")
+    if not isinstance(vocab_size, int) or vocab_size < 1:
+        raise LedgerError(
+            f"{run / LEDGER}: its header has no size of the vocabulary: {vocab_size!r:.80}"
+        )
+    model = make_model(config.model, vocab_size)
     state = steps.init_state(config, model)
     if not check_start(state, ledger):
         print(

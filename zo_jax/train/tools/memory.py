@@ -48,7 +48,7 @@ def measure(function: Callable[..., Any], *args: Any, donate: Sequence[int] = ()
       donate: positions of the arguments whose memory the outputs take over.
     """
     jitted = function if hasattr(function, "lower") else jax.jit(function, donate_argnums=donate)
-    stats = jitted.lower(*args).compile().memory_analysis()
+    stats: Any = jitted.lower(*args).compile().memory_analysis()
     return (
         stats.argument_size_in_bytes
         + stats.temp_size_in_bytes
@@ -112,7 +112,7 @@ def table(config: Config, vocab_size: int, sizes: Sequence[str]) -> Iterator[str
             state = _state(one, vocab_size)
             moments = _bytes(state) - _bytes(state.params) if mode else 0
             factor, without = (x / plain.total for x in (need.total, need.total - moments))
-            yield f"| {size} | {name} | {need.total / 1e9:.2f} | {factor:.2f} | {without:.2f} |"
+            yield f"| {size} | {name} | {need.total / 1e9:.3g} | {factor:.2f} | {without:.2f} |"
 
 
 def _sized(config: Config, size: str) -> Config:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import datetime
 import io
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -40,10 +41,11 @@ def plot_losses(rows: Rows, path: Path, title: str) -> None:
       title: of the picture.
     """
     figure, axes = _new_figure()
-    for y, label, style in (
-        ("loss", "training (one batch)", dict(alpha=0.6, linewidth=1)),
-        ("eval_loss", "validation", dict(marker="o", markersize=3)),
-    ):
+    styles: dict[tuple[str, str], dict[str, Any]] = {
+        ("loss", "training (one batch)"): dict(alpha=0.6, linewidth=1),
+        ("eval_loss", "validation"): dict(marker="o", markersize=3),
+    }
+    for (y, label), style in styles.items():
         if points := _points(rows, "step", y):
             axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=title)
