@@ -1,0 +1,192 @@
+"""A model as its configuration, its parameters and pure functions of them; read from and written to what people have.
+
+Axes: B batch, T positions, V vocabulary, C width.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import json
+from pathlib import Path
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from zo_jax.atomic import write_atomic
+from zo_jax.models import checkpoint, config, decoder, gpt2
+from zo_jax.models.config import Config
+from zo_jax.models.layers import product
+from zo_jax.trees import path_name
+
+# What belongs to the tokenizer and to generation; copied by `save`.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+
+
+def architecture(config: Config) -> Any:
+    """The module with the functions of an architecture: `leaves`, `hidden`, `head`, and the prefix of its tensors."""
+    return gpt2 if config.architecture == "gpt2" else decoder
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A pretrained model.
+
+    Attributes:
+      config: its sizes and options.
+      params: pytree of arrays named as in Hugging Face's files, with the layers stacked in front; a vector of a norm is called
+        scale, and weights are [out, in].
+      dtype: of the activations.
+      tokenizer: text to tokens and back; None where the folder has none.
+      folder: where it was read, or None.
+    """
+
+    config: Config
+    params: Any
+    dtype: Any = jnp.float32
+    tokenizer: Any = None
+    folder: Path | None = None
+
+    def hidden(self, params: Any, tokens_BT: jax.Array) -> jax.Array:
+        """Final hidden states [B, T, C] in the model's dtype, from int32 tokens."""
+        functions = architecture(self.config)
+        return functions.hidden(self.config, params, tokens_BT, self.dtype)[0]
+
+    def head(self, params: Any) -> Any:
+        """The output head [V, C]."""
+        return architecture(self.config).head(params)
+
+    def logits(self, params: Any, tokens_BT: jax.Array) -> jax.Array:
+        """Logits of the next token at each position, float32 [B, T, V], from int32 tokens.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from zo_jax import models
+        >>> m = models.create(dict(model_type="gpt2", vocab_size=11, n_embd=8, n_head=2, n_layer=2), jax.random.key(0))
+        >>> m.logits(m.params, jnp.zeros((1, 4), jnp.int32)).shape
+        (1, 4, 11)
+        """
+        return product(self.hidden(params, tokens_BT), self.head(params), jnp.float32)
+
+    def loss(
+        self, params: Any, tokens_BT: jax.Array, weights_BT: jax.Array | None = None
+    ) -> jax.Array:
+        """Mean cross-entropy of predicting token t + 1 from tokens 1..t, float32, in nats.
+
+        All logits exist at once; `hidden` and `head` are there for a loss that goes block by block.
+
+        Args:
+          params: the parameters.
+          tokens_BT: int32.
+          weights_BT: floating, what each token counts as a target (the first has no say); None for 1 each.
+        """
+        logits_BTV = self.logits(params, tokens_BT[:, :-1])
+        targets_BT1 = tokens_BT[:, 1:, None]
+        picked_BT = jnp.take_along_axis(logits_BTV, targets_BT1, axis=-1)[..., 0]
+        losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
+        if weights_BT is None:
+            return jnp.mean(losses_BT)
+        return jnp.sum(losses_BT * weights_BT[:, 1:]) / jnp.sum(weights_BT[:, 1:])
+
+
+def load(
+    path: str | Path,
+    dtype: Any = None,
+    *,
+    sharding: Callable[[tuple[Any, ...], tuple[int, ...]], Any] | None = None,
+) -> Model:
+    """Reads a model from a Hugging Face folder.
+
+    Args:
+      path: folder with config.json, safetensors (one file, or shards with their index), and perhaps a tokenizer.json.
+      dtype: of parameters and activations; None for the file's.
+      sharding: a function of a leaf's path and shape (`zo_jax.layout.Layout.sharding` is one) that says where it goes; None for
+        the default device.
+
+    Returns:
+      A `Model`. While it is read the host holds one leaf, a stack of layers, beside what is on the devices.
+
+    Raises:
+      ValueError: an architecture or option that is not computed, a missing or unknown tensor, a shape that does not fit the
+        config, a missing shard or a damaged file.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{path} must be a folder with a config.json; there is none")
+    try:
+        fields = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is no JSON: {error}") from error
+    c = config.from_hf(fields)
+    functions = architecture(c)
+    source = checkpoint.Safetensors(folder, functions.PREFIX)
+    leaves = functions.leaves(c)
+    checkpoint.check(leaves, source, c.tied)
+    params = checkpoint.read_params(leaves, source, dtype, sharding)
+    return Model(c, params, dtype or functions.head(params).dtype, None, folder)
+
+
+def create(fields: dict[str, Any], key: jax.Array, dtype: Any = jnp.float32) -> Model:
+    """A model with fresh weights: normal with deviation 0.02, scales 1, biases 0.
+
+    Args:
+      fields: those of a config.json.
+      key: PRNG key.
+      dtype: of parameters and activations.
+
+    Raises:
+      ValueError: an architecture or an option that is not computed.
+
+    >>> import jax
+    >>> from zo_jax import models
+    >>> m = models.create(dict(model_type="llama", vocab_size=11, hidden_size=8, num_hidden_layers=3,
+    ...     num_attention_heads=2, intermediate_size=16), jax.random.key(0))
+    >>> m.params["layers"]["mlp"]["up_proj"]["weight"].shape
+    (3, 16, 8)
+    """
+    c = config.from_hf(fields)
+    leaves, treedef = jax.tree.flatten_with_path(architecture(c).leaves(c))
+    keys = jax.random.split(key, len(leaves))
+    constants = {"scale": jnp.ones, "bias": jnp.zeros}
+
+    def fresh(path, leaf, key):
+        constant = constants.get(path_name(path).rpartition("/")[2])
+        if constant:
+            return constant(leaf.shape, dtype)
+        return (0.02 * jax.random.normal(key, leaf.shape)).astype(dtype)
+
+    arrays = [fresh(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=True)]
+    return Model(c, jax.tree.unflatten(treedef, arrays), dtype)
+
+
+def save(folder: str | Path, model: Model, params: Any) -> None:
+    """Writes a folder that transformers and `load` read: config.json, safetensors, and the tokenizer's files.
+
+    Args:
+      folder: made where it is not there.
+      model: whose configuration and tokenizer these are.
+      params: parameters like `model.params`.
+
+    Raises:
+      ValueError: the parameters do not have the model's names and shapes.
+    """
+    folder = Path(folder)
+    functions = architecture(model.config)
+    checkpoint.write_params(folder, functions.leaves(model.config), params, functions.PREFIX)
+    original = model.folder / "config.json" if model.folder else None
+    # The original has more fields than this package reads.
+    fields = json.loads(original.read_text()) if original else config.to_hf(model.config)
+    fields["dtype"] = fields["torch_dtype"] = jnp.dtype(functions.head(params).dtype).name
+    write_atomic(folder / "config.json", json.dumps(fields, indent=2) + "\n")
+    for name in _TOKENIZER_FILES if model.folder else ():
+        if (model.folder / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(model.folder / name, folder / name)
