@@ -24,7 +24,13 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 
 class Source(Protocol):
-    """Where tensors come from: a folder of safetensors, or a GGUF file."""
+    """Where tensors come from: a folder of safetensors, or a GGUF file.
+
+    Attributes:
+      is_hf: whether they lie as in Hugging Face's files, which have some weights transposed.
+    """
+
+    is_hf: bool
 
     def name(self, leaf: Leaf, layer: int) -> str:
         """What the tensor of a leaf is called there."""
@@ -53,6 +59,8 @@ class Safetensors:
     Raises:
       ValueError: no file is there, a shard is missing, or a file is damaged.
     """
+
+    is_hf = True
 
     def __init__(self, folder: Path, prefix: str):
         self._folder, self._files = folder, {}
@@ -110,7 +118,7 @@ def check(leaves: Any, source: Source, is_tied: bool) -> None:
     """
     has = source.shapes()
     needed = {
-        source.name(leaf, i): leaf.tensor_shape[::-1] if leaf.transposed else leaf.tensor_shape
+        source.name(leaf, i): leaf.tensor_shape[:: -1 if leaf.transposed and source.is_hf else 1]
         for leaf in jax.tree.leaves(leaves)
         for i in range(leaf.num_tensors)
     }
@@ -149,7 +157,7 @@ def read_params(leaves: Any, source: Source, dtype: Any = None, sharding: Any = 
         layers = stack if leaf.is_stacked else stack[None]
         for layer, name in zip(layers, names, strict=True):
             tensor = source.read(name)
-            layer[...] = tensor.T if leaf.transposed else tensor
+            layer[...] = tensor.T if leaf.transposed and source.is_hf else tensor
         return jax.device_put(stack, sharding(path, leaf.shape) if sharding else None)
 
     return jax.tree.map_with_path(read, leaves)

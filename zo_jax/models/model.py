@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from zo_jax.atomic import write_atomic
-from zo_jax.models import checkpoint, config, decoder, gpt2
+from zo_jax.models import checkpoint, config, decoder, gguf, gguf_tokenizer, gpt2, tokenizer
 from zo_jax.models.config import Config
 from zo_jax.models.layers import product
 from zo_jax.trees import path_name
@@ -104,11 +104,12 @@ def load(
     *,
     sharding: Callable[[tuple[Any, ...], tuple[int, ...]], Any] | None = None,
 ) -> Model:
-    """Reads a model from a Hugging Face folder.
+    """Reads a model from a Hugging Face folder or a GGUF file.
 
     Args:
-      path: folder with config.json, safetensors (one file, or shards with their index), and perhaps a tokenizer.json.
-      dtype: of parameters and activations; None for the file's.
+      path: a folder with config.json, safetensors (one file, or shards with their index), and perhaps a tokenizer.json; or a
+        file that ends in .gguf.
+      dtype: of parameters and activations; None for the folder's, and float32 of a GGUF file.
       sharding: a function of a leaf's path and shape (`zo_jax.layout.Layout.sharding` is one) that says where it goes; None for
         the default device.
 
@@ -119,20 +120,33 @@ def load(
       ValueError: an architecture or option that is not computed, a missing or unknown tensor, a shape that does not fit the
         config, a missing shard or a damaged file.
     """
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{path} must be a folder with a config.json; there is none")
-    try:
-        fields = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is no JSON: {error}") from error
-    c = config.from_hf(fields)
+    path = Path(path)
+    if path.suffix == ".gguf":
+        source = gguf.Gguf(path)
+        c, tokens = gguf.read_config(source), gguf_tokenizer.from_gguf(source.metadata)
+    else:
+        c, tokens = _read_config(path), tokenizer.from_folder(path)
+        source = checkpoint.Safetensors(path, architecture(c).PREFIX)
     functions = architecture(c)
-    source = checkpoint.Safetensors(folder, functions.PREFIX)
     leaves = functions.leaves(c)
     checkpoint.check(leaves, source, c.tied)
     params = checkpoint.read_params(leaves, source, dtype, sharding)
-    return Model(c, params, dtype or functions.head(params).dtype, None, folder)
+    folder = path if path.is_dir() else None
+    return Model(c, params, dtype or functions.head(params).dtype, tokens, folder)
+
+
+def _read_config(folder: Path) -> Config:
+    """Of config.json, and what ends a text of generation_config.json, which knows better."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} must be a folder with a config.json, or a .gguf file")
+    fields: dict[str, Any] = {}
+    for name in ("config.json", "generation_config.json"):
+        try:
+            found = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{folder / name} is no JSON: {error}") from error
+        fields |= found if not fields else {k: v for k, v in found.items() if k == "eos_token_id"}
+    return config.from_hf(fields)
 
 
 def create(fields: dict[str, Any], key: jax.Array, dtype: Any = jnp.float32) -> Model:
@@ -188,5 +202,7 @@ def save(folder: str | Path, model: Model, params: Any) -> None:
     fields["dtype"] = fields["torch_dtype"] = jnp.dtype(functions.head(params).dtype).name
     write_atomic(folder / "config.json", json.dumps(fields, indent=2) + "\n")
     for name in _TOKENIZER_FILES if model.folder else ():
-        if (model.folder / name).is_file() and not (folder / name).exists():
+        if (model.folder / name).is_file() and folder.resolve() != model.folder.resolve():
             shutil.copyfile(model.folder / name, folder / name)
+    if model.tokenizer and not model.folder:
+        model.tokenizer.write(folder)
