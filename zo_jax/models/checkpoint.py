@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import json
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,9 @@ import safetensors
 import safetensors.numpy
 
 from zo_jax import trees
+from zo_jax.models.quantized import Blocks, Quantized
 from zo_jax.models.spec import Leaf
+from zo_jax.models.weights import form, is_weight
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -46,6 +49,10 @@ class Source(Protocol):
 
     def read(self, name: str) -> np.ndarray:
         """A tensor."""
+        ...
+
+    def blocks(self, name: str) -> Blocks | None:
+        """A tensor as it is quantised there, or None if it is not, or in another way than `Quantized`."""
         ...
 
 
@@ -103,6 +110,9 @@ class Safetensors:
     def read(self, name: str) -> np.ndarray:
         return self._files[name].get_tensor(name)
 
+    def blocks(self, name: str) -> Blocks | None:
+        return None
+
 
 def tensor_name(leaf: Leaf, layer: int, prefix: str) -> str:
     """A leaf's name in Hugging Face's files; the output head is no part of the body."""
@@ -141,7 +151,13 @@ def check(leaves: Any, source: Source, is_tied: bool) -> None:
             )
 
 
-def read_params(leaves: Any, source: Source, dtype: Any = None, sharding: Any = None) -> Any:
+def read_params(
+    leaves: Any,
+    source: Source,
+    dtype: Any = None,
+    sharding: Any = None,
+    keep_quantized: bool = False,
+) -> Any:
     """The parameters on the devices, read leaf by leaf: the host holds one leaf at a time.
 
     Args:
@@ -149,18 +165,35 @@ def read_params(leaves: Any, source: Source, dtype: Any = None, sharding: Any = 
       source: has all of them.
       dtype: of the parameters; None for the file's.
       sharding: a function of a leaf's path (as `jax.tree.map_with_path` has it) and its shape; None for the default device.
+      keep_quantized: whether what the source has in blocks becomes `Quantized`; its parts are arrays of paths of their own.
     """
 
-    def read(path: tuple[Any, ...], leaf: Leaf) -> jax.Array:
+    def put(path: tuple[Any, ...], x: np.ndarray) -> jax.Array:
+        return jax.device_put(x, sharding(path, x.shape) if sharding else None)
+
+    def read(path: tuple[Any, ...], leaf: Leaf) -> Any:
         names = [source.name(leaf, i) for i in range(leaf.num_tensors)]
+        if keep_quantized and (whole := _read_quantized(leaf, source, names)) is not None:
+            return jax.tree.map_with_path(lambda part, x: put((*path, *part), x), whole)
         stack = np.empty(leaf.shape, dtype or source.dtype(names[0]))
         layers = stack if leaf.is_stacked else stack[None]
         for layer, name in zip(layers, names, strict=True):
             tensor = source.read(name)
             layer[...] = tensor.T if leaf.transposed and source.is_hf else tensor
-        return jax.device_put(stack, sharding(path, leaf.shape) if sharding else None)
+        return put(path, stack)
 
     return jax.tree.map_with_path(read, leaves)
+
+
+def _read_quantized(leaf: Leaf, source: Source, names: list[str]) -> Quantized | None:
+    """A leaf of blocks as NumPy arrays, if all its layers are of one kind."""
+    layers = [source.blocks(name) for name in names]
+    kinds = {layer and (layer.codes.dtype, layer.offsets is None) for layer in layers}
+    if None in kinds or len(kinds) > 1:
+        return None
+    stack = np.stack if leaf.is_stacked else lambda parts: parts[0]
+    codes, scales, offsets = zip(*layers, strict=True)
+    return Quantized(stack(codes), stack(scales), None if offsets[0] is None else stack(offsets))
 
 
 def write_params(folder: Path, leaves: Any, params: Any, prefix: str) -> None:
@@ -192,24 +225,26 @@ def write_params(folder: Path, leaves: Any, params: Any, prefix: str) -> None:
 
 def _shards(leaves: Any, params: Any) -> Iterator[list[tuple[Leaf, Any]]]:
     """Leaves with their arrays, in groups of at most the size of a file."""
-    if (want := jax.tree.structure(leaves)) != (got := jax.tree.structure(params)):
+    want, got = jax.tree.structure(leaves), jax.tree.structure(params, is_leaf=is_weight)
+    if want != got:
         raise ValueError(f"the parameters must be those of the model, {want}; got {got}")
     shard, size = [], 0
     flat = jax.tree.leaves_with_path(leaves)
-    for (path, leaf), x in zip(flat, jax.tree.leaves(params), strict=True):
+    for (path, leaf), x in zip(flat, jax.tree.leaves(params, is_leaf=is_weight), strict=True):
         if x.shape != leaf.shape:
             raise ValueError(
                 f"{trees.path_name(path)} must have the shape {list(leaf.shape)}; got {list(x.shape)}"
             )
-        if shard and size + x.nbytes > _SHARD_BYTES:
+        num_bytes = math.prod(x.shape) * np.dtype(x.dtype).itemsize
+        if shard and size + num_bytes > _SHARD_BYTES:
             yield shard
             shard, size = [], 0
         shard.append((leaf, x))
-        size += x.nbytes
+        size += num_bytes
     yield shard
 
 
-def _tensors(leaf: Leaf, x: jax.Array) -> Iterator[np.ndarray]:
-    array = np.asarray(x)
+def _tensors(leaf: Leaf, x: Any) -> Iterator[np.ndarray]:
+    array = np.asarray(form(x))
     for tensor in array if leaf.is_stacked else array[None]:
         yield tensor.T if leaf.transposed else tensor

@@ -12,8 +12,9 @@ import numpy as np
 
 from zo_jax.models import rope
 from zo_jax.models.config import Config
-from zo_jax.models.layers import Cache, attention, linear, rms_norm, rows
+from zo_jax.models.layers import Cache, attention, linear, rms_norm
 from zo_jax.models.spec import Leaf, matrix, norm
+from zo_jax.models.weights import rows
 
 PREFIX = "model."
 

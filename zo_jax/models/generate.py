@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from zo_jax.models.config import Config
-from zo_jax.models.layers import Cache, make_cache, product
+from zo_jax.models.layers import Cache, make_cache
 from zo_jax.models.model import Model, architecture
+from zo_jax.models.weights import product
 
 # Tokens between two looks for stop strings.
 _CHUNK = 16

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from zo_jax.models import lora
 from zo_jax.models.generate import generate
 from zo_jax.models.model import load
 
@@ -53,6 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--stop", action="append", default=[], help="a string that ends a text; may be repeated")
     add("--seed", type=int, default=0, help="of the draws")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the file's")
+    add(
+        "--keep-quantized",
+        action="store_true",
+        help="leave a .gguf file's weights quantised in memory",
+    )
+    add("--adapter", help="a LoRA adapter's folder, in PEFT's format")
     return parser
 
 
@@ -63,10 +70,14 @@ def _run(options: argparse.Namespace) -> None:
     prompts: list[Any] = [
         _messages(text, options.system) if options.chat else text for text in texts
     ]
-    model = load(options.model, options.dtype and jnp.dtype(options.dtype))
+    dtype = options.dtype and jnp.dtype(options.dtype)
+    model = load(options.model, dtype, keep_quantized=options.keep_quantized)
+    params = model.params
+    if options.adapter:
+        params = lora.attach(params, lora.load(options.adapter, model))
     out = generate(
         model,
-        model.params,
+        params,
         prompts,
         max_tokens=options.max_tokens,
         temperature=options.temperature,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zo_jax.models import gguf_file
+from zo_jax.models import gguf_file, quantized
 from zo_jax.models.config import NO_WINDOW, Config
 from zo_jax.models.rope import Rope, frequencies
 from zo_jax.models.spec import Leaf
@@ -45,6 +45,12 @@ class Gguf:
     def read(self, name: str) -> np.ndarray:
         """A tensor in float32, dequantised."""
         return self.in_order(name, self.tensors[name].dequantize())
+
+    def blocks(self, name: str) -> quantized.Blocks | None:
+        tensor = self.tensors[name]
+        found = quantized.from_gguf(tensor.kind.name, tensor.data)
+        in_order = lambda part: None if part is None else self.in_order(name, part)
+        return found and quantized.Blocks(*map(in_order, found))
 
     def in_order(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Rows in Hugging Face's order.

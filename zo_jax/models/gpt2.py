@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from zo_jax.models.config import Config
-from zo_jax.models.layers import Cache, attention, layer_norm, linear, rows
+from zo_jax.models.layers import Cache, attention, layer_norm, linear
 from zo_jax.models.spec import Leaf, matrix, norm
+from zo_jax.models.weights import rows
 
 PREFIX = "transformer."
 _ACTIVATIONS = {

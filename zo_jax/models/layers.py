@@ -1,7 +1,7 @@
 """What every architecture is made of: products with weights, norms, attention and its cache.
 
-Axes: B batch, T positions of queries, S positions of keys, C width, H heads of queries, K heads of keys and values, D width of a
-head, L layers. A weight is [out, in], as in Hugging Face's files.
+Axes: B batch, T positions of queries, S positions of keys, C width, H heads of queries, K heads of keys and values, D width of a head,
+L layers.
 """
 
 from typing import Any, NamedTuple
@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+
+from zo_jax.models.weights import product
 
 
 class Cache(NamedTuple):
@@ -27,19 +29,6 @@ def linear(x: jax.Array, part: dict[str, Any]) -> jax.Array:
     """x Wᵀ + b in x's dtype, [..., in] to [..., out]; `part` has a weight and perhaps a bias."""
     y = product(x, part["weight"])
     return y + along_last(part["bias"], y) if "bias" in part else y
-
-
-def product(x: jax.Array, weight: Any, out_dtype: Any = None) -> jax.Array:
-    """x Wᵀ; the weight [out, in] is an array."""
-    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(
-        x, weight.astype(x.dtype), contract_last, preferred_element_type=out_dtype or x.dtype
-    )
-
-
-def rows(weight: Any, indices: jax.Array, dtype: Any) -> jax.Array:
-    """weight[indices] of a table [N, C], in `dtype`."""
-    return weight[indices].astype(dtype)
 
 
 def rms_norm(x: jax.Array, part: dict[str, Any], epsilon: float) -> jax.Array:

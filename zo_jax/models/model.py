@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from zo_jax.atomic import write_atomic
 from zo_jax.models import checkpoint, config, decoder, gguf, gguf_tokenizer, gpt2, tokenizer
 from zo_jax.models.config import Config
-from zo_jax.models.layers import product
+from zo_jax.models.quantized import quantize as to_quantized
+from zo_jax.models.weights import is_weight, product
 from zo_jax.trees import path_name
 
 # What belongs to the tokenizer and to generation; copied by `save`.
@@ -103,6 +104,7 @@ def load(
     dtype: Any = None,
     *,
     sharding: Callable[[tuple[Any, ...], tuple[int, ...]], Any] | None = None,
+    keep_quantized: bool = False,
 ) -> Model:
     """Reads a model from a Hugging Face folder or a GGUF file.
 
@@ -112,6 +114,7 @@ def load(
       dtype: of parameters and activations; None for the folder's, and float32 of a GGUF file.
       sharding: a function of a leaf's path and shape (`zo_jax.layout.Layout.sharding` is one) that says where it goes; None for
         the default device.
+      keep_quantized: whether weights in a GGUF file's blocks Q8_0, Q4_0 and Q4_1 stay so, as `Quantized`; others are dequantised.
 
     Returns:
       A `Model`. While it is read the host holds one leaf, a stack of layers, beside what is on the devices.
@@ -130,7 +133,7 @@ def load(
     functions = architecture(c)
     leaves = functions.leaves(c)
     checkpoint.check(leaves, source, c.tied)
-    params = checkpoint.read_params(leaves, source, dtype, sharding)
+    params = checkpoint.read_params(leaves, source, dtype, sharding, keep_quantized)
     folder = path if path.is_dir() else None
     return Model(c, params, dtype or functions.head(params).dtype, tokens, folder)
 
@@ -182,13 +185,32 @@ def create(fields: dict[str, Any], key: jax.Array, dtype: Any = jnp.float32) -> 
     return Model(c, jax.tree.unflatten(treedef, arrays), dtype)
 
 
+def quantize(model: Model, bits: int = 8) -> Model:
+    """The model with its weights, embeddings and head quantised; norms and biases stay.
+
+    Args:
+      model: of floating weights.
+      bits: 8, rows of int8 with a scale each; or 4, blocks of 32 with scale and offset.
+
+    Raises:
+      ValueError: another number of bits, or rows that 4 bits do not fit.
+    """
+
+    def quantized(path: tuple[Any, ...], x: Any) -> Any:
+        is_matrix = path_name(path).endswith("/weight") and not is_weight(x)
+        return to_quantized(x, bits) if is_matrix else x
+
+    params = jax.tree.map_with_path(quantized, model.params, is_leaf=is_weight)
+    return dataclasses.replace(model, params=params)
+
+
 def save(folder: str | Path, model: Model, params: Any) -> None:
     """Writes a folder that transformers and `load` read: config.json, safetensors, and the tokenizer's files.
 
     Args:
       folder: made where it is not there.
       model: whose configuration and tokenizer these are.
-      params: parameters like `model.params`.
+      params: parameters like `model.params`; what is quantised is written in float32.
 
     Raises:
       ValueError: the parameters do not have the model's names and shapes.
