@@ -1,10 +1,10 @@
 """Whether models compute what transformers computes, and how fast.
 
-  python benchmarks/parity.py                 logits of every architecture and option against transformers'
+  python benchmarks/parity.py                 logits of every architecture and option against transformers', adapters against PEFT's
   python benchmarks/parity.py --freeze        also writes the logits that tests/models compares with
   python benchmarks/parity.py --speed         the time of a forward pass, in turn with transformers' on the same cores
 
-Needs the extra `parity` (torch and transformers). Weights are random, arithmetic is float32 on the CPU. An error is the largest
+Needs the extra `parity` (torch, transformers, peft). Weights are random, arithmetic is float32 on the CPU. An error is the largest
 difference of a logit over the standard deviation of all of them.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import peft
 import torch
 import transformers
 
@@ -93,10 +94,58 @@ def compare_logits() -> dict[str, np.ndarray]:
         print(f"| {name} | {read:.1e} | {written:.1e} |", flush=True)
         worst = max(worst, read, written)
         frozen[name] = expected[:, reference.POSITIONS]
+    finish(worst)
+    return frozen
+
+
+def compare_adapters() -> None:
+    """Prints the error of adapters, both ways: PEFT's folder read here, and the folder written here read by PEFT."""
+    print("\n| adapter | ours, of PEFT's folder | PEFT, of our folder |\n|---|---|---|")
+    targets = {"gpt2": ["c_attn", "mlp.c_proj"], "llama 2": ["q_proj", "down_proj", "lm_head"]}
+    worst = 0.0
+    for (name, modules), rslora in zip(targets.items(), (False, True), strict=True):
+        with tempfile.TemporaryDirectory() as folder:
+            base = make_theirs(reference.CASES[name])
+            fill(base)
+            base.save_pretrained(f"{folder}/base")
+            config = peft.LoraConfig(
+                r=3,
+                lora_alpha=6,
+                target_modules=modules,
+                fan_in_fan_out=name == "gpt2",
+                use_rslora=rslora,
+                task_type="CAUSAL_LM",
+            )
+            adapted = peft.get_peft_model(base, config).eval()
+            fill_adapter(adapted)
+            adapted.save_pretrained(f"{folder}/theirs")
+            expected = their_logits(adapted, reference.TOKENS)
+            m = models.load(f"{folder}/base")
+            factors = models.lora.load(f"{folder}/theirs", m)
+            params = models.lora.attach(m.params, factors)
+            read = error(m.logits(params, reference.TOKENS), expected)
+            models.lora.save(f"{folder}/ours", m, factors)
+            base = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/base")
+            again = peft.PeftModel.from_pretrained(base, f"{folder}/ours").eval()
+            written = error(their_logits(again, reference.TOKENS), expected)
+        print(f"| {name}, {', '.join(modules)} | {read:.1e} | {written:.1e} |", flush=True)
+        worst = max(worst, read, written)
+    finish(worst)
+
+
+def fill_adapter(adapted: Any) -> None:
+    """Gives an adapter factors that change something."""
+    with torch.no_grad():
+        for name, x in adapted.named_parameters():
+            if "lora_" in name:
+                x.copy_(torch.from_numpy(reference.tensor(name, tuple(x.shape))))
+
+
+def finish(worst: float) -> None:
+    """Says whether the largest error is within the limit, and ends the program if it is not."""
     print(f"\nlargest error {worst:.1e}, limit {LIMIT:.0e}: {'ok' if worst <= LIMIT else 'FAILED'}")
     if worst > LIMIT:
         sys.exit(1)
-    return frozen
 
 
 def compare_speed(rounds: int, batch: int, length: int) -> None:
@@ -143,6 +192,7 @@ def main() -> None:
     if args.speed:
         return compare_speed(args.rounds, args.batch, args.length)
     frozen = compare_logits()
+    compare_adapters()
     if args.freeze:
         np.savez_compressed(TESTS / "logits.npz", **frozen)
         print(f"{sum(x.size for x in frozen.values())} logits written to {TESTS / 'logits.npz'}")

@@ -224,6 +224,8 @@ def load(folder: str | Path, model: Model) -> dict[str, Factors]:
         tensors = safetensors.numpy.load_file(folder / _WEIGHTS)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{folder / _WEIGHTS} is no whole safetensors file: {error}") from error
+    # Beside the factors of a head PEFT writes the head, which is the base's.
+    tensors = {k: v for k, v in tensors.items() if not k.endswith(".base_layer.weight")}
     prefix, factors = architecture(model.config).PREFIX, {}
     for name, leaf in _adaptable(model.config).items():
         parts = [_part_names(leaf, i, prefix) for i in range(leaf.num_tensors)]
