@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import torch
@@ -65,7 +66,7 @@ def error(ours: Any, theirs: np.ndarray) -> float:
     return float(np.max(np.abs(np.asarray(ours) - theirs)) / np.std(theirs))
 
 
-def compare_logits() -> dict[str, np.ndarray]:
+def compare_logits() -> dict[str, Any]:
     """Prints the error of every case, both ways: their folder read here, and the folder written here read by them."""
     print("| model | ours, of their folder | theirs, of our folder |\n|---|---|---|")
     frozen, worst = {}, 0.0
@@ -76,7 +77,7 @@ def compare_logits() -> dict[str, np.ndarray]:
         with tempfile.TemporaryDirectory() as folder:
             theirs.save_pretrained(f"{folder}/theirs")
             m = models.load(f"{folder}/theirs")
-            read = error(m.logits(m.params, reference.TOKENS), expected)
+            read = error(m.logits(m.params, jnp.asarray(reference.TOKENS)), expected)
             models.save(f"{folder}/ours", m, m.params)
             # And one that has no config.json to copy.
             again = models.Model(m.config, m.params)
@@ -123,7 +124,7 @@ def compare_adapters() -> None:
             m = models.load(f"{folder}/base")
             factors = models.lora.load(f"{folder}/theirs", m)
             params = models.lora.attach(m.params, factors)
-            read = error(m.logits(params, reference.TOKENS), expected)
+            read = error(m.logits(params, jnp.asarray(reference.TOKENS)), expected)
             models.lora.save(f"{folder}/ours", m, factors)
             base = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/base")
             again = peft.PeftModel.from_pretrained(base, f"{folder}/ours").eval()
@@ -181,7 +182,7 @@ def compare_speed(rounds: int, batch: int, length: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Parity with transformers.")
     parser.add_argument("--freeze", action="store_true", help="write tests/models/logits.npz")
     parser.add_argument("--speed", action="store_true", help="time a forward pass instead")
     parser.add_argument("--rounds", type=int, default=7)

@@ -11,7 +11,7 @@ from test_pretrained import FROZEN, write_folder
 
 from zo_jax import models
 from zo_jax.models import config, gguf_file, gguf_tokenizer
-from zo_jax.models.rope import frequencies
+from zo_jax.models.rope import Rope, frequencies
 
 F32, Q8_0, Q4_0, Q4_1 = (
     getattr(gguf.GGMLQuantizationType, name) for name in ("F32", "Q8_0", "Q4_0", "Q4_1")
@@ -38,8 +38,8 @@ def write_gguf(path, fields, tensors, kind=F32):
         writer.add_layer_norm_rms_eps(c.norm_epsilon)
         writer.add_rope_freq_base(c.rope.theta)
         writer.add_key_length(c.head_dim)
-    if c.rope and c.rope.kind == "llama3":
-        plain = frequencies(config.Rope(c.rope.theta), c.head_dim)
+    if c.rope.kind == "llama3":
+        plain = frequencies(Rope(c.rope.theta), c.head_dim)
         factors = plain / frequencies(c.rope, c.head_dim)
         writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), c.num_layers)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from zo_jax import trees
+from zo_jax.atomic import write_atomic
 from zo_jax.models.quantized import Blocks, Quantized
 from zo_jax.models.spec import Leaf
 from zo_jax.models.weights import form, is_weight
@@ -192,8 +194,7 @@ def _read_quantized(leaf: Leaf, source: Source, names: list[str]) -> Quantized |
     if None in kinds or len(kinds) > 1:
         return None
     stack = np.stack if leaf.is_stacked else lambda parts: parts[0]
-    codes, scales, offsets = zip(*layers, strict=True)
-    return Quantized(stack(codes), stack(scales), None if offsets[0] is None else stack(offsets))
+    return Quantized(*jax.tree.map(lambda *parts: stack(parts), *layers))
 
 
 def write_params(folder: Path, leaves: Any, params: Any, prefix: str) -> None:
@@ -206,8 +207,6 @@ def write_params(folder: Path, leaves: Any, params: Any, prefix: str) -> None:
     shards = list(_shards(leaves, params))
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = [SINGLE] if len(shards) == 1 else files
-    for path in [folder / INDEX, *folder.glob("model*.safetensors")]:
-        path.unlink(missing_ok=True)  # of another model, which a reader would take for this one
     weight_map, total = {}, 0
     for file, shard in zip(files, shards, strict=True):
         tensors = {
@@ -215,12 +214,17 @@ def write_params(folder: Path, leaves: Any, params: Any, prefix: str) -> None:
             for leaf, x in shard
             for i, tensor in enumerate(_tensors(leaf, x))
         }
-        safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
+        safetensors.numpy.save_file(tensors, folder / f"{file}.tmp", metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(x.nbytes for x in tensors.values())
+    # Only now that all is written: the folder may hold the model that these parameters were read from.
+    for path in [folder / INDEX, *folder.glob("model*.safetensors")]:
+        path.unlink(missing_ok=True)
+    for file in files:
+        os.replace(folder / f"{file}.tmp", folder / file)
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2))
+        write_atomic(folder / INDEX, json.dumps(index, indent=2))
 
 
 def _shards(leaves: Any, params: Any) -> Iterator[list[tuple[Leaf, Any]]]:

@@ -31,7 +31,7 @@ class Config:
       tied: whether the output head is the embedding.
       qkv_bias, output_bias, mlp_bias: which projections have one.
       query_key_norm: whether queries and keys have an RMSNorm.
-      rope: rotary positions; None where positions are learned.
+      rope: rotary positions; of no account for GPT-2, whose positions are learned.
       windows: for each layer how many positions it looks back, its own among them; NO_WINDOW for all.
       bos_token: begins a text, or None.
       eos_tokens: end a text.
@@ -53,7 +53,7 @@ class Config:
     output_bias: bool
     mlp_bias: bool
     query_key_norm: bool
-    rope: Rope | None
+    rope: Rope
     windows: tuple[int, ...]
     bos_token: int | None = None
     eos_tokens: tuple[int, ...] = ()
@@ -67,7 +67,7 @@ class Config:
             raise ValueError(
                 f"the heads must be a multiple of those of keys and values; got {self.num_heads} and {self.num_kv_heads}"
             )
-        if self.rope and self.head_dim % 2:
+        if self.architecture != "gpt2" and self.head_dim % 2:
             raise ValueError(
                 f"rotary positions need heads of even width; got head_dim {self.head_dim}"
             )
@@ -133,7 +133,7 @@ def _gpt2(fields: dict[str, Any]) -> Config:
         output_bias=True,
         mlp_bias=True,
         query_key_norm=False,
-        rope=None,
+        rope=Rope(),
         windows=(NO_WINDOW,) * num_layers,
         **_special_tokens(fields),
     )

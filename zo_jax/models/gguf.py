@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from zo_jax.models import gguf_file, quantized
@@ -49,8 +50,7 @@ class Gguf:
     def blocks(self, name: str) -> quantized.Blocks | None:
         tensor = self.tensors[name]
         found = quantized.from_gguf(tensor.kind.name, tensor.data)
-        in_order = lambda part: None if part is None else self.in_order(name, part)
-        return found and quantized.Blocks(*map(in_order, found))
+        return found and jax.tree.map(lambda part: self.in_order(name, part), found)
 
     def in_order(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Rows in Hugging Face's order.
@@ -93,10 +93,8 @@ def _read_config(file: Gguf, arch: str) -> Config:
     head_dim = metadata.get(f"{arch}.attention.key_length", width // num_heads)
     is_gpt2 = arch == "gpt2"
     epsilon = "layer_norm_epsilon" if is_gpt2 else "layer_norm_rms_epsilon"
-    tokens = {
-        name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot")
-    }
-    ends = [tokens[name] for name in ("eos", "eot") if tokens[name] is not None]
+    token_ids = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot")]
+    ends = [metadata[name] for name in token_ids if name in metadata]
     return Config(
         architecture=arch,
         vocab_size=shapes["token_embd.weight"][0],
@@ -114,9 +112,9 @@ def _read_config(file: Gguf, arch: str) -> Config:
         output_bias=has("attn_output.bias"),
         mlp_bias=has("ffn_up.bias"),
         query_key_norm=has("attn_q_norm.weight"),
-        rope=None if is_gpt2 else _rope(file, arch, head_dim),
+        rope=Rope() if is_gpt2 else _rope(file, arch, head_dim),
         windows=(NO_WINDOW,) * num_layers,
-        bos_token=tokens["bos"],
+        bos_token=metadata.get("tokenizer.ggml.bos_token_id"),
         eos_tokens=tuple(dict.fromkeys(ends)),
     )
 

@@ -142,14 +142,18 @@ def _read_config(folder: Path) -> Config:
     """Of config.json, and what ends a text of generation_config.json, which knows better."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} must be a folder with a config.json, or a .gguf file")
-    fields: dict[str, Any] = {}
-    for name in ("config.json", "generation_config.json"):
-        try:
-            found = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
-        except ValueError as error:
-            raise ValueError(f"{folder / name} is no JSON: {error}") from error
-        fields |= found if not fields else {k: v for k, v in found.items() if k == "eos_token_id"}
+    fields = _read_json(folder / "config.json")
+    if (folder / "generation_config.json").is_file():
+        ends = _read_json(folder / "generation_config.json").get("eos_token_id")
+        fields |= {} if ends is None else {"eos_token_id": ends}
     return config.from_hf(fields)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
 
 
 def create(fields: dict[str, Any], key: jax.Array, dtype: Any = jnp.float32) -> Model:
@@ -218,13 +222,20 @@ def save(folder: str | Path, model: Model, params: Any) -> None:
     folder = Path(folder)
     functions = architecture(model.config)
     checkpoint.write_params(folder, functions.leaves(model.config), params, functions.PREFIX)
-    original = model.folder / "config.json" if model.folder else None
     # The original has more fields than this package reads.
-    fields = json.loads(original.read_text()) if original else config.to_hf(model.config)
+    original = _read_json(model.folder / "config.json") if model.folder else {}
+    fields = original or config.to_hf(model.config)
     fields["dtype"] = fields["torch_dtype"] = jnp.dtype(functions.head(params).dtype).name
     write_atomic(folder / "config.json", json.dumps(fields, indent=2) + "\n")
-    for name in _TOKENIZER_FILES if model.folder else ():
-        if (model.folder / name).is_file() and folder.resolve() != model.folder.resolve():
-            shutil.copyfile(model.folder / name, folder / name)
-    if model.tokenizer and not model.folder:
+    if model.folder:
+        _copy_tokenizer(model.folder, folder)
+    elif model.tokenizer:
         model.tokenizer.write(folder)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    if source.resolve() == folder.resolve():
+        return
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)

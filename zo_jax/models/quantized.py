@@ -31,8 +31,9 @@ class Quantized(Weight):
       offsets: floating [..., out, N], or None for zero.
 
     >>> import jax.numpy as jnp
-    >>> quantize(jnp.array([[1.0, -2.0], [0.0, 0.5]]), bits=8).dequantize().round(2).tolist()
-    [[1.0, -2.0], [0.0, 0.5]]
+    >>> q = quantize(jnp.array([[1.27, -0.5], [0.0, 2.54]]), bits=8)
+    >>> q.codes[:, 0].tolist(), q.shape
+    ([[127, -50], [0, 127]], (2, 2))
     """
 
     codes: jax.Array

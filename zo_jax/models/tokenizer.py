@@ -112,10 +112,12 @@ def _compile(template: str) -> jinja2.Template:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    def strftime_now(form: str) -> str:
+        return datetime.datetime.now().strftime(form)
+
     # Jinja's own would escape characters for HTML.
     environment.filters["tojson"] = lambda x, indent=None: json.dumps(
         x, ensure_ascii=False, indent=indent
     )
-    return environment.from_string(template)
+    functions = {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    return environment.from_string(template, globals=functions)
