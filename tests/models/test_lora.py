@@ -87,7 +87,8 @@ def test_factors_beside_a_quantised_base(model):
     assert np.max(np.abs(adapted - expected)) < 2e-5 * np.std(expected)
 
 
-def test_the_estimator_trains_factors_beside_a_frozen_base(model):
+def test_the_estimator_trains_factors_beside_a_frozen_base():
+    model = models.create(reference.CASES["qwen 3"], jax.random.key(0))
     q = models.quantize(model)
     factors = random_factors(model)
     loss = lambda factors, base, tokens: q.loss(lora.attach(base, factors), tokens)

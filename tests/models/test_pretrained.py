@@ -146,7 +146,17 @@ def test_loss_is_the_mean_cross_entropy():
     assert float(m.loss(m.params, tokens, weights)) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama 3", "mistral, window", "qwen 2", "qwen 3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt2",
+        "qwen 3, biases",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("llama 3", "mistral, window", "qwen 2")
+        ),
+    ],
+)
 def test_estimated_along_low_rank_directions_without_forming_a_matrix(name):
     m = models.create(reference.CASES[name], jax.random.key(0))
 
