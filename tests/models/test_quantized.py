@@ -47,6 +47,18 @@ def test_constant_and_zero_rows_are_exact(bits):
     np.testing.assert_allclose(quantized.quantize(weight, bits).dequantize(), weight, rtol=1e-6)
 
 
+@pytest.mark.parametrize("num_rows", [96, 95, 3])
+def test_a_large_weight_goes_block_by_block(monkeypatch, num_rows):
+    rng = np.random.default_rng(0)
+    q = quantized.quantize(jnp.asarray(rng.standard_normal((num_rows, 64)), jnp.float32), 4)
+    x = jnp.asarray(rng.standard_normal((2, 5, 64)), jnp.float32)
+    monkeypatch.setattr(quantized, "_CACHED", 64 * 20)
+    y = q.product(x, jnp.float32)
+    np.testing.assert_allclose(y, x @ q.dequantize().T, rtol=1e-4, atol=1e-4)
+    gradient = jax.grad(lambda x: jnp.sum(q.product(x, jnp.float32) ** 2))(x)
+    np.testing.assert_allclose(gradient, 2 * y @ q.dequantize(), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_products_and_rows(weight, bits):
     q = quantized.quantize(weight[0], bits)

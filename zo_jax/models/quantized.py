@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,6 +15,8 @@ from zo_jax.models.weights import Weight, product
 
 # Numbers of a block of 4 bits, as in GGUF.
 _BLOCK = 32
+# Numbers that stay in cache between the codes and the product: 4 MB.
+_CACHED = 2**20
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +62,9 @@ class Quantized(Weight):
         """The numbers, float32 [..., out, in]."""
         codes = self.codes
         if codes.dtype == jnp.uint8:
-            codes = jnp.concatenate([codes & 15, codes >> 4], axis=-1)
+            # Shifts rather than two halves put together, which XLA would not fuse with what comes after.
+            shifts = jnp.array([0, 4], jnp.uint8).reshape((1,) * (codes.ndim - 1) + (2, 1))
+            codes = ((codes[..., None, :] >> shifts) & 15).reshape(*codes.shape[:-1], -1)
         numbers = codes.astype(jnp.float32) * self.scales.astype(jnp.float32)[..., None]
         if self.offsets is not None:
             numbers = numbers + self.offsets.astype(jnp.float32)[..., None]
@@ -68,7 +73,22 @@ class Quantized(Weight):
     form = dequantize
 
     def product(self, x: jax.Array, out_dtype: Any) -> jax.Array:
-        return product(x, self.dequantize(), out_dtype)
+        """Block by block over the rows of a large weight, whose numbers never exist at once."""
+        num_rows, width = self.shape
+        num_blocks = -(-num_rows * width // _CACHED)
+        block_rows = -(-num_rows // num_blocks)
+
+        def put_block(i: jax.Array, y: jax.Array) -> jax.Array:
+            # The last block starts early enough to be whole; the rows that it shares are computed twice.
+            start = jnp.minimum(i * block_rows, num_rows - block_rows)
+            part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, block_rows), self)
+            block = product(x, part.dequantize(), out_dtype)
+            return lax.dynamic_update_slice_in_dim(y, block, start, y.ndim - 1)
+
+        if num_blocks == 1:
+            return product(x, self.dequantize(), out_dtype)
+        y = jnp.zeros((*x.shape[:-1], num_rows), out_dtype)
+        return lax.fori_loop(0, num_blocks, put_block, y)
 
     def rows(self, indices: jax.Array) -> jax.Array:
         return jax.tree.map(lambda part: part[indices], self).dequantize()
