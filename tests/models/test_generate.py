@@ -3,11 +3,10 @@ import io
 
 import jax
 import jax.numpy as jnp
+from model_files import smollm2, write_folder
 import numpy as np
 import pytest
-import reference
-from test_gguf import smollm2
-from test_pretrained import write_folder
+import reference_models as reference
 from test_tokenizer import write
 
 from zo_jax import models

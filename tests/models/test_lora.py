@@ -2,11 +2,11 @@ import json
 
 import jax
 import jax.numpy as jnp
+from model_files import write_folder
 import numpy as np
 import pytest
-import reference
+import reference_models as reference
 import safetensors.numpy
-from test_pretrained import write_folder
 
 import zo_jax
 from zo_jax import models

@@ -1,37 +1,16 @@
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from model_files import FROZEN, write_folder
 import numpy as np
 import pytest
-import reference
+import reference_models as reference
 import safetensors.numpy
 
 import zo_jax
 from zo_jax import models
 from zo_jax.models import checkpoint, config
-from zo_jax.models.model import architecture
-
-FROZEN = np.load(Path(__file__).parent / "logits.npz")
-
-
-def write_folder(folder, fields, change=None):
-    """A Hugging Face folder with the reference weights; `change` alters the tensors before they are written."""
-    c = config.from_hf(fields)
-    functions = architecture(c)
-    tensors = {}
-    for leaf in jax.tree.leaves(functions.leaves(c)):
-        shape = leaf.tensor_shape[::-1] if leaf.transposed else leaf.tensor_shape
-        for i in range(leaf.num_tensors):
-            name = checkpoint.tensor_name(leaf, i, functions.PREFIX)
-            tensors[name] = reference.tensor(name, shape)
-    if change:
-        change(tensors)
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(fields))
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    return tensors
 
 
 @pytest.mark.parametrize("name", reference.CASES)

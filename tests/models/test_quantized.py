@@ -1,11 +1,10 @@
 import gguf
 import jax
 import jax.numpy as jnp
+from model_files import Q4_0, Q4_1, Q8_0, WIDE, smollm2, write_folder, write_gguf
 import numpy as np
 import pytest
-import reference
-from test_gguf import Q4_0, Q4_1, Q8_0, WIDE, smollm2, write_gguf
-from test_pretrained import write_folder
+import reference_models as reference
 
 from zo_jax import models
 from zo_jax.models import quantized

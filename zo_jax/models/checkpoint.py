@@ -177,7 +177,8 @@ def read_params(
         names = [source.name(leaf, i) for i in range(leaf.num_tensors)]
         if keep_quantized and (whole := _read_quantized(leaf, source, names)) is not None:
             return jax.tree.map_with_path(lambda part, x: put((*path, *part), x), whole)
-        stack = np.empty(leaf.shape, dtype or source.dtype(names[0]))
+        file_dtype = source.dtype(names[0])  # asked for in any case: it refuses what is not read
+        stack = np.empty(leaf.shape, dtype or file_dtype)
         layers = stack if leaf.is_stacked else stack[None]
         for layer, name in zip(layers, names, strict=True):
             tensor = source.read(name)
