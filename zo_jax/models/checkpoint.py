@@ -1,0 +1,255 @@
+"""Weights in Hugging Face's folders: safetensors in one file or in shards, read and written tensor by tensor."""
+
+from collections.abc import Iterator
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from zo_jax import trees
+from zo_jax.atomic import write_atomic
+from zo_jax.models.quantized import Blocks, Quantized
+from zo_jax.models.spec import Leaf
+from zo_jax.models.weights import form, is_weight
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Bytes of a file; larger models are written in several.
+_SHARD_BYTES = 5 * 10**9
+# What old files carry beside the parameters: masks and angles.
+_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Source(Protocol):
+    """Where tensors come from: a folder of safetensors, or a GGUF file.
+
+    Attributes:
+      is_hf: whether they lie as in Hugging Face's files, which have some weights transposed.
+    """
+
+    is_hf: bool
+
+    def name(self, leaf: Leaf, layer: int) -> str:
+        """What the tensor of a leaf is called there."""
+        ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors that a model must know."""
+        ...
+
+    def dtype(self, name: str) -> np.dtype:
+        """Of a tensor when it is read."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor."""
+        ...
+
+    def blocks(self, name: str) -> Blocks | None:
+        """A tensor as it is quantised there, or None if it is not, or in another way than `Quantized`."""
+        ...
+
+
+class Safetensors:
+    """The tensors of a folder.
+
+    Args:
+      folder: with model.safetensors, or with shards and their index.
+      prefix: of the body's tensors, like "model."; files of a body alone lack it.
+
+    Raises:
+      ValueError: no file is there, a shard is missing, or a file is damaged.
+    """
+
+    is_hf = True
+
+    def __init__(self, folder: Path, prefix: str):
+        self._folder, self._files = folder, {}
+        for path in self._paths():
+            try:
+                file = safetensors.safe_open(path, framework="numpy")
+            except (OSError, safetensors.SafetensorError) as error:
+                raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+            self._files |= dict.fromkeys(file.keys(), file)
+        self._prefix = prefix if any(name.startswith(prefix) for name in self._files) else ""
+
+    def _paths(self) -> list[Path]:
+        single, index = self._folder / SINGLE, self._folder / INDEX
+        if single.is_file():
+            return [single]
+        if not index.is_file():
+            raise ValueError(f"{self._folder} must have {SINGLE}, or {INDEX} and its shards")
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if missing := [name for name in names if not (self._folder / name).is_file()]:
+            raise ValueError(
+                f"{self._folder} lacks {len(missing)} of the {len(names)} shards that {INDEX} names, {missing[0]} first; fetch them"
+            )
+        return [self._folder / name for name in names]
+
+    def name(self, leaf: Leaf, layer: int) -> str:
+        return tensor_name(leaf, layer, self._prefix)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        names = [name for name in self._files if not name.endswith(_BUFFERS)]
+        return {name: tuple(self._files[name].get_slice(name).get_shape()) for name in names}
+
+    def dtype(self, name: str) -> np.dtype:
+        code = self._files[name].get_slice(name).get_dtype()
+        if code not in _DTYPES:
+            raise ValueError(
+                f"{name} must be of type {', '.join(_DTYPES)}; got {code}; take the original weights, or a GGUF file"
+            )
+        return np.dtype(ml_dtypes.bfloat16 if code == "BF16" else _DTYPES[code])
+
+    def read(self, name: str) -> np.ndarray:
+        return self._files[name].get_tensor(name)
+
+    def blocks(self, name: str) -> Blocks | None:
+        return None
+
+
+def tensor_name(leaf: Leaf, layer: int, prefix: str) -> str:
+    """A leaf's name in Hugging Face's files; the output head is no part of the body."""
+    name = leaf.hf.format(layer)
+    return name if name.startswith("lm_head") else prefix + name
+
+
+def check(leaves: Any, source: Source, is_tied: bool) -> None:
+    """Compares what a model needs with what a source has.
+
+    Raises:
+      ValueError: a tensor is missing or unknown, or its shape does not fit; the first one is named.
+    """
+    has = source.shapes()
+    needed = {
+        source.name(leaf, i): leaf.tensor_shape[:: -1 if leaf.transposed and source.is_hf else 1]
+        for leaf in jax.tree.leaves(leaves)
+        for i in range(leaf.num_tensors)
+    }
+    if missing := needed.keys() - has.keys():
+        raise ValueError(
+            f"the weights lack {len(missing)} of the {len(needed)} tensors of the model, {min(missing)} first; "
+            "its files or its config are not whole"
+        )
+    # A tied head is sometimes written out.
+    heads = {"lm_head.weight", "output.weight"} if is_tied else set()
+    if unknown := has.keys() - needed.keys() - heads:
+        raise ValueError(
+            f"the weights have {len(unknown)} tensors that the model does not know, {min(unknown)} first; the config must "
+            "describe them"
+        )
+    for name, shape in needed.items():
+        if has[name] != shape:
+            raise ValueError(
+                f"{name} must have the shape {list(shape)} by the config; got {list(has[name])}"
+            )
+
+
+def read_params(
+    leaves: Any,
+    source: Source,
+    dtype: Any = None,
+    sharding: Any = None,
+    keep_quantized: bool = False,
+) -> Any:
+    """The parameters on the devices, read leaf by leaf: the host holds one leaf at a time.
+
+    Args:
+      leaves: pytree of `Leaf`.
+      source: has all of them.
+      dtype: of the parameters; None for the file's.
+      sharding: a function of a leaf's path (as `jax.tree.map_with_path` has it) and its shape; None for the default device.
+      keep_quantized: whether what the source has in blocks becomes `Quantized`; its parts are arrays of paths of their own.
+    """
+
+    def put(path: tuple[Any, ...], x: np.ndarray) -> jax.Array:
+        return jax.device_put(x, sharding(path, x.shape) if sharding else None)
+
+    def read(path: tuple[Any, ...], leaf: Leaf) -> Any:
+        names = [source.name(leaf, i) for i in range(leaf.num_tensors)]
+        if keep_quantized and (whole := _read_quantized(leaf, source, names)) is not None:
+            return jax.tree.map_with_path(lambda part, x: put((*path, *part), x), whole)
+        file_dtype = source.dtype(names[0])  # asked for in any case: it refuses what is not read
+        stack = np.empty(leaf.shape, dtype or file_dtype)
+        layers = stack if leaf.is_stacked else stack[None]
+        for layer, name in zip(layers, names, strict=True):
+            tensor = source.read(name)
+            layer[...] = tensor.T if leaf.transposed and source.is_hf else tensor
+        return put(path, stack)
+
+    return jax.tree.map_with_path(read, leaves)
+
+
+def _read_quantized(leaf: Leaf, source: Source, names: list[str]) -> Quantized | None:
+    """A leaf of blocks as NumPy arrays, if all its layers are of one kind."""
+    layers = [source.blocks(name) for name in names]
+    kinds = {layer and (layer.codes.dtype, layer.offsets is None) for layer in layers}
+    if None in kinds or len(kinds) > 1:
+        return None
+    stack = np.stack if leaf.is_stacked else lambda parts: parts[0]
+    return Quantized(*jax.tree.map(lambda *parts: stack(parts), *layers))
+
+
+def write_params(folder: Path, leaves: Any, params: Any, prefix: str) -> None:
+    """Writes the parameters as safetensors, in files of at most 5 GB; the host holds one of them at a time.
+
+    Raises:
+      ValueError: the parameters are not those of the model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = list(_shards(leaves, params))
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = [SINGLE] if len(shards) == 1 else files
+    weight_map, total = {}, 0
+    for file, shard in zip(files, shards, strict=True):
+        tensors = {
+            tensor_name(leaf, i, prefix): np.ascontiguousarray(tensor)
+            for leaf, x in shard
+            for i, tensor in enumerate(_tensors(leaf, x))
+        }
+        safetensors.numpy.save_file(tensors, folder / f"{file}.tmp", metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(x.nbytes for x in tensors.values())
+    # Only now that all is written: the folder may hold the model that these parameters were read from.
+    for path in [folder / INDEX, *folder.glob("model*.safetensors")]:
+        path.unlink(missing_ok=True)
+    for file in files:
+        os.replace(folder / f"{file}.tmp", folder / file)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_atomic(folder / INDEX, json.dumps(index, indent=2))
+
+
+def _shards(leaves: Any, params: Any) -> Iterator[list[tuple[Leaf, Any]]]:
+    """Leaves with their arrays, in groups of at most the size of a file."""
+    want, got = jax.tree.structure(leaves), jax.tree.structure(params, is_leaf=is_weight)
+    if want != got:
+        raise ValueError(f"the parameters must be those of the model, {want}; got {got}")
+    shard, size = [], 0
+    flat = jax.tree.leaves_with_path(leaves)
+    for (path, leaf), x in zip(flat, jax.tree.leaves(params, is_leaf=is_weight), strict=True):
+        if x.shape != leaf.shape:
+            raise ValueError(
+                f"{trees.path_name(path)} must have the shape {list(leaf.shape)}; got {list(x.shape)}"
+            )
+        num_bytes = math.prod(x.shape) * np.dtype(x.dtype).itemsize
+        if shard and size + num_bytes > _SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append((leaf, x))
+        size += num_bytes
+    yield shard
+
+
+def _tensors(leaf: Leaf, x: Any) -> Iterator[np.ndarray]:
+    array = np.asarray(form(x))
+    for tensor in array if leaf.is_stacked else array[None]:
+        yield tensor.T if leaf.transposed else tensor

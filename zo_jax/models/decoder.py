@@ -1,0 +1,123 @@
+"""The decoder of Llama, Mistral and Qwen: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Axes: B batch, T positions, C width, V vocabulary, L layers, H heads, K heads of keys and values, D width of a head.
+"""
+
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from zo_jax.models import rope
+from zo_jax.models.config import Config
+from zo_jax.models.layers import Cache, attention, linear, rms_norm
+from zo_jax.models.spec import Leaf, matrix, norm
+from zo_jax.models.weights import rows
+
+PREFIX = "model."
+
+
+def leaves(config: Config) -> dict[str, Any]:
+    """The parameters' names and shapes, nested as in Hugging Face's, with the layers stacked."""
+    c, L = config, config.num_layers
+    heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+
+    def project(name, gguf, out, width, bias):
+        return matrix(f"layers.{{}}.{name}", f"blk.{{}}.{gguf}", (L, out, width), bias=bias)
+
+    def layer_norm(name: str, gguf: str, width: int) -> dict[str, Leaf]:
+        return norm(f"layers.{{}}.{name}", f"blk.{{}}.{gguf}", (L, width))
+
+    attn = {
+        "q_proj": project("self_attn.q_proj", "attn_q", heads, c.width, c.qkv_bias),
+        "k_proj": project("self_attn.k_proj", "attn_k", kv_heads, c.width, c.qkv_bias),
+        "v_proj": project("self_attn.v_proj", "attn_v", kv_heads, c.width, c.qkv_bias),
+        "o_proj": project("self_attn.o_proj", "attn_output", c.width, heads, c.output_bias),
+    }
+    if c.query_key_norm:
+        attn["q_norm"] = layer_norm("self_attn.q_norm", "attn_q_norm", c.head_dim)
+        attn["k_norm"] = layer_norm("self_attn.k_norm", "attn_k_norm", c.head_dim)
+    tree = {
+        "embed_tokens": matrix("embed_tokens", "token_embd", (c.vocab_size, c.width)),
+        "layers": {
+            "input_layernorm": layer_norm("input_layernorm", "attn_norm", c.width),
+            "self_attn": attn,
+            "post_attention_layernorm": layer_norm("post_attention_layernorm", "ffn_norm", c.width),
+            "mlp": {
+                "gate_proj": project(
+                    "mlp.gate_proj", "ffn_gate", c.hidden_width, c.width, c.mlp_bias
+                ),
+                "up_proj": project("mlp.up_proj", "ffn_up", c.hidden_width, c.width, c.mlp_bias),
+                "down_proj": project(
+                    "mlp.down_proj", "ffn_down", c.width, c.hidden_width, c.mlp_bias
+                ),
+            },
+        },
+        "norm": norm("norm", "output_norm", (c.width,)),
+    }
+    if not c.tied:
+        tree["lm_head"] = matrix("lm_head", "output", (c.vocab_size, c.width))
+    return tree
+
+
+def head(params: Any) -> Any:
+    """The output head [V, C]."""
+    return params.get("lm_head", params["embed_tokens"])["weight"]
+
+
+def hidden(
+    config: Config,
+    params: Any,
+    tokens_BT: jax.Array,
+    dtype: Any,
+    start_B: jax.Array | None = None,
+    cache: Cache | None = None,
+) -> tuple[jax.Array, Cache | None]:
+    """Final hidden states [B, T, C] in `dtype`, and the cache.
+
+    Args:
+      config: sizes and options.
+      params: a pytree of the shapes of `leaves(config)`.
+      tokens_BT: int32.
+      dtype: of the activations; norms, angles and softmax are computed in float32.
+      start_B: int32, the position of each row's first token; None for 0.
+      cache: keys and values of the positions before.
+    """
+    positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+    if start_B is not None:
+        positions_BT = positions_BT + start_B[:, None]
+    cos_sin = rope.turns(config.rope, config.head_dim, positions_BT)
+
+    def layer(carry, slices):
+        x_BTC, cache = carry
+        p, window, i = slices
+        h_BTC = rms_norm(x_BTC, p["input_layernorm"], config.norm_epsilon)
+        q, k, v = _queries_keys_values(config, p["self_attn"], h_BTC, cos_sin)
+        y_BTC, cache = attention(q, k, v, positions_BT, window, cache, i)
+        x_BTC = x_BTC + linear(y_BTC, p["self_attn"]["o_proj"])
+        h_BTC = rms_norm(x_BTC, p["post_attention_layernorm"], config.norm_epsilon)
+        return (x_BTC + _swiglu(p["mlp"], h_BTC), cache), None
+
+    x_BTC = rows(params["embed_tokens"]["weight"], tokens_BT, dtype)
+    windows = np.asarray(config.windows, np.int32)
+    slices = params["layers"], windows, np.arange(config.num_layers)
+    (x_BTC, cache), _ = lax.scan(layer, (x_BTC, cache), slices)
+    return rms_norm(x_BTC, params["norm"], config.norm_epsilon), cache
+
+
+def _queries_keys_values(config, p, h_BTC, cos_sin):
+    B, T, _ = h_BTC.shape
+    heads = lambda name: linear(h_BTC, p[name]).reshape(B, T, -1, config.head_dim)
+    q_BTHD, k_BTKD, v_BTKD = heads("q_proj"), heads("k_proj"), heads("v_proj")
+    if config.query_key_norm:
+        q_BTHD = rms_norm(q_BTHD, p["q_norm"], config.norm_epsilon)
+        k_BTKD = rms_norm(k_BTKD, p["k_norm"], config.norm_epsilon)
+    return rope.turn(q_BTHD, *cos_sin), rope.turn(k_BTKD, *cos_sin), v_BTKD
+
+
+def _swiglu(p, h_BTC):
+    """down(silu(gate h) · up h) (Shazeer, 2020)."""
+    gate_BTF = jax.nn.silu(linear(h_BTC, p["gate_proj"]))
+    return linear(gate_BTF * linear(h_BTC, p["up_proj"]), p["down_proj"])

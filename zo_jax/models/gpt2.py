@@ -1,0 +1,100 @@
+"""GPT-2: LayerNorm, learned positions, one projection for queries, keys and values.
+
+Axes: B batch, T positions, C width, V vocabulary, P positions learned, L layers, H heads, D width of a head.
+"""
+
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from zo_jax.models.config import Config
+from zo_jax.models.layers import Cache, attention, layer_norm, linear
+from zo_jax.models.spec import Leaf, matrix, norm
+from zo_jax.models.weights import rows
+
+PREFIX = "transformer."
+_ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def leaves(config: Config) -> dict[str, Any]:
+    """The parameters' names and shapes, nested as in Hugging Face's, with the layers stacked."""
+    c, L = config, config.num_layers
+
+    def project(name: str, gguf: str, out: int, width: int) -> dict[str, Leaf]:
+        shape = L, out, width
+        return matrix(f"h.{{}}.{name}", f"blk.{{}}.{gguf}", shape, bias=True, transposed=True)
+
+    tree = {
+        "wte": matrix("wte", "token_embd", (c.vocab_size, c.width)),
+        "wpe": matrix("wpe", "position_embd", (c.context_length, c.width)),
+        "h": {
+            "ln_1": norm("h.{}.ln_1", "blk.{}.attn_norm", (L, c.width), bias=True),
+            "attn": {
+                "c_attn": project("attn.c_attn", "attn_qkv", 3 * c.width, c.width),
+                "c_proj": project("attn.c_proj", "attn_output", c.width, c.width),
+            },
+            "ln_2": norm("h.{}.ln_2", "blk.{}.ffn_norm", (L, c.width), bias=True),
+            "mlp": {
+                "c_fc": project("mlp.c_fc", "ffn_up", c.hidden_width, c.width),
+                "c_proj": project("mlp.c_proj", "ffn_down", c.width, c.hidden_width),
+            },
+        },
+        "ln_f": norm("ln_f", "output_norm", (c.width,), bias=True),
+    }
+    if not c.tied:
+        tree["lm_head"] = matrix("lm_head", "output", (c.vocab_size, c.width))
+    return tree
+
+
+def head(params: Any) -> Any:
+    """The output head [V, C]."""
+    return params.get("lm_head", params["wte"])["weight"]
+
+
+def hidden(
+    config: Config,
+    params: Any,
+    tokens_BT: jax.Array,
+    dtype: Any,
+    start_B: jax.Array | None = None,
+    cache: Cache | None = None,
+) -> tuple[jax.Array, Cache | None]:
+    """Final hidden states [B, T, C] in `dtype`, and the cache; the arguments are those of `decoder.hidden`.
+
+    Raises:
+      ValueError: there are more positions than were learned.
+    """
+    positions = tokens_BT.shape[1] if cache is None else cache.keys.shape[2]
+    if positions > config.context_length:
+        raise ValueError(
+            f"GPT-2 has {config.context_length} learned positions; got {positions} tokens; shorten them"
+        )
+    positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+    if start_B is not None:
+        positions_BT = positions_BT + start_B[:, None]
+    activation = _ACTIVATIONS[config.activation]
+
+    def layer(carry, slices):
+        x_BTC, cache = carry
+        p, window, i = slices
+        h_BTC = layer_norm(x_BTC, p["ln_1"], config.norm_epsilon)
+        qkv = jnp.split(linear(h_BTC, p["attn"]["c_attn"]), 3, axis=-1)
+        q, k, v = (y.reshape(*y.shape[:2], config.num_heads, config.head_dim) for y in qkv)
+        y_BTC, cache = attention(q, k, v, positions_BT, window, cache, i)
+        x_BTC = x_BTC + linear(y_BTC, p["attn"]["c_proj"])
+        h_BTC = layer_norm(x_BTC, p["ln_2"], config.norm_epsilon)
+        x_BTC = x_BTC + linear(activation(linear(h_BTC, p["mlp"]["c_fc"])), p["mlp"]["c_proj"])
+        return (x_BTC, cache), None
+
+    x_BTC = rows(params["wte"]["weight"], tokens_BT, dtype)
+    x_BTC = x_BTC + rows(params["wpe"]["weight"], positions_BT, dtype)
+    windows = np.asarray(config.windows, np.int32)
+    slices = params["h"], windows, np.arange(config.num_layers)
+    (x_BTC, cache), _ = lax.scan(layer, (x_BTC, cache), slices)
+    return layer_norm(x_BTC, params["ln_f"], config.norm_epsilon), cache
