@@ -33,15 +33,15 @@ import logging
 
 import jax
 import jax.numpy as jnp
-from kill import differences
+from kill import differences, state_like
 import tiny
 
 from zo_jax.train import evaluate, loop, run
 from zo_jax.train.config import Config
-from zo_jax.train.model import make_model
-from zo_jax.train.run_folder import checkpoint, resume
+from zo_jax.train.run_folder import resume
 from zo_jax.train.signals import RunStopped
 
+state_like_cached = functools.cache(state_like)
 MODES = ("zo", "calibrate", "instruct", "fo")
 NUM_STEPS, KILLED_AT = 12, 9
 # Lines of a run that say nothing of a damage.
@@ -195,12 +195,8 @@ def try_one(task: tuple[str, Path, int]) -> tuple[str, str, str]:
     how, text = go_on(mode, folder, work)
     if how:
         return how, what, text
-    config = configure(mode, folder)
-    model = make_model(config.model, len(set(tiny.TEXT)))
-    like = resume.init_state(config, model, None)
-    # As the program reads them: what it does not look at, such as where the arrays once were, is no part of a run.
-    load = lambda path: checkpoint.restore(path.parent, int(path.name), like)
-    found = differences(folder / mode / "complete", work, NUM_STEPS, NUM_STEPS + 1, load)
+    whole = folder / mode / "complete"
+    found = differences(whole, work, state_like_cached(whole), NUM_STEPS, NUM_STEPS + 1)
     told = [line for line in text.splitlines() if not line.startswith(USUAL)]
     usual = (folder / mode / "usual.log").read_text().splitlines()
     told = [line for line in told if line.strip() and line.replace(str(work), "") not in usual]

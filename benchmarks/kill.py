@@ -9,9 +9,10 @@ killed, and the other must end within 30 seconds with exit code 76.
 """
 
 import argparse
-from collections.abc import Callable
 import csv
+import dataclasses
 import itertools
+import json
 import os
 from pathlib import Path
 import random
@@ -26,9 +27,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
+from zo_jax.train.config import Config, from_dict
+from zo_jax.train.data.batches import load_corpora
+from zo_jax.train.model import make_model
 from zo_jax.train.run_folder import checkpoint, metrics
+from zo_jax.train.steps import init_state
 
 ROOT = Path(__file__).parent.parent
 OPTIMIZERS = {
@@ -134,18 +138,19 @@ def kill_until_done(
     return hit
 
 
-def differences(
-    one: Path,
-    other: Path,
-    num_steps: int,
-    num_rows: int,
-    load: Callable[[Path], Any] = ocp.load,
-) -> list[str]:
-    """What two finished runs do not have in common; `one` is as it should be, with so many rows. `load` reads a checkpoint."""
+def state_like(run: Path) -> Any:
+    """A state of the run in a folder, which says how to read those of its checkpoints."""
+    fields = json.loads((run / "config.json").read_text())
+    names = {field.name for field in dataclasses.fields(Config)}
+    config = from_dict({name: value for name, value in fields.items() if name in names})
+    model = make_model(config.model, load_corpora(config).tokenizer.vocab_size)
+    return init_state(config, model)
+
+
+def differences(one: Path, other: Path, like: Any, num_steps: int, num_rows: int) -> list[str]:
+    """What two finished runs, with states like one, do not have in common; `one` is as it should be, with so many rows."""
     found = []
-    same_state = lambda name, step: _same_state(
-        *(run / name / str(step) for run in (one, other)), load
-    )
+    same_state = lambda name, step: _same_state(one / name, other / name, step, like)
     if not same_state("checkpoints", num_steps):
         found.append("state")
     rows = lambda run: [_without_time(row) for row in metrics.read(run / "metrics.csv")]
@@ -168,15 +173,14 @@ def differences(
     return found
 
 
-def _same_state(one: Path, other: Path, load: Callable[[Path], Any]) -> bool:
-    """Whether two checkpoints hold the same bits."""
+def _same_state(one: Path, other: Path, step: int, like: Any) -> bool:
+    """Whether two folders hold the same state of a step."""
     try:
-        a, b = (jax.tree.leaves_with_path(load(path)) for path in (one, other))
-    except Exception:  # a damaged file can raise anything
+        states = [checkpoint.restore(folder, step, like) for folder in (one, other)]
+    except checkpoint.CheckpointError:
         return False
-    return [(path, np.asarray(x).tobytes()) for path, x in a] == [
-        (path, np.asarray(x).tobytes()) for path, x in b
-    ]
+    a, b = ([np.asarray(x).tobytes() for x in jax.tree.leaves(state)] for state in states)
+    return a == b
 
 
 def _without_time(row: dict) -> dict:
@@ -218,7 +222,8 @@ def main() -> None:
         steps = options.num_steps
         finish(folder / "whole", arguments, num_processes)
         hit = kill_until_done(folder / "killed", arguments, num_processes, steps, kills, rng)
-        found = differences(folder / "whole", folder / "killed", steps, steps + 1)
+        like = state_like(folder / "whole")
+        found = differences(folder / "whole", folder / "killed", like, steps, steps + 1)
         counts = ", ".join(f"{count} {what}" for what, count in hit.items())
         print(
             f"{name}: {counts}: {'DIFFERENT: ' + ', '.join(found) if found else 'equal to the bit'}",

@@ -26,7 +26,7 @@ from zo_jax import models
 
 TESTS = Path(__file__).parents[1] / "tests" / "models"
 sys.path.insert(0, str(TESTS))
-import reference_models as reference  # noqa: E402
+import reference_models as reference
 
 LIMIT = 2e-5
 SIZES = {

@@ -17,6 +17,8 @@ from zo_jax.train.run_folder import checkpoint, metrics
 ROOT = Path(__file__).parents[2]
 LENGTH = ("train.num_steps=600", "train.eval_interval=200", "train.checkpoint_interval=50")
 
+STARTED: list[subprocess.Popen] = []
+
 
 def start(folder, num_processes, *fields, own=(), befores=None):
     """The processes of one run, each with one device.
@@ -32,7 +34,7 @@ def start(folder, num_processes, *fields, own=(), befores=None):
         command += ["--distributed", f"--coordinator=localhost:{port}"]
         command += [f"--num_processes={num_processes}"]
     pipe = subprocess.PIPE
-    return [
+    processes = [
         subprocess.Popen(
             [
                 *(befores[i] + command[1:] if befores else command),
@@ -45,6 +47,15 @@ def start(folder, num_processes, *fields, own=(), befores=None):
         )
         for i in range(num_processes)
     ]
+    STARTED.extend(processes)
+    return processes
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    yield
+    while STARTED:
+        STARTED.pop().kill()
 
 
 def wait_for_rows(folder, count, processes):
@@ -163,9 +174,7 @@ def test_what_none_can_begin_is_an_error(tmp_path):
 @pytest.mark.slow
 def test_a_death_while_a_checkpoint_is_written(tmp_path):
     folder = tmp_path / "run"
-    processes = start(
-        folder, 2, "train.checkpoint_interval=1", "model.width=256", "model.num_layers=8"
-    )
+    processes = start(folder, 2, "train.checkpoint_interval=1", "train.num_steps=100000")
     deadline = time.monotonic() + 120
     while not list(folder.glob("checkpoints/*orbax-checkpoint-tmp*")):
         assert time.monotonic() < deadline and processes[0].poll() is None

@@ -62,11 +62,8 @@ class Loop:
         return self.state
 
     def _take_steps(self) -> None:
-        num_steps, report, reports = (
-            self.config.train.num_steps,
-            self.report,
-            self.run.workdir.reports,
-        )
+        num_steps, report = self.config.train.num_steps, self.report
+        reports = self.run.workdir.reports
         # Several processes stop together, by JAX's preemption service, which catches SIGTERM.
         catch = signals.catch_signals if jax.process_count() == 1 else processes.forward_interrupts
         with report.progress, catch() as signal:
@@ -89,7 +86,7 @@ class Loop:
                     raise self._stopped(stop)
 
     def _take_step(self, replayed: bool) -> Taken:
-        if replayed:
+        if replayed and self.update:
             record = self.records[self.step]
             self.state, new = self.update(self.state, *arguments(record, self.run.layout))
             return Taken(self.step + 1, new, None)

@@ -32,11 +32,13 @@ class Workdir:
       path: of the folder.
       identity: of the run in it, once it is claimed.
       reports: what the run writes at which step.
+      config_text: of config.json, in the first process.
     """
 
     def __init__(self, path: Path):
         self.path, self._lock = path, None
-        self.identity, self.reports = "", Reports([])
+        self.identity, self.reports, self.config_text = "", Reports([]), ""
+        self._config: dict[str, Any] = {}
 
     def __enter__(self) -> "Workdir":
         return self

@@ -20,7 +20,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from zo_jax.atomic import AppendFile, write_atomic
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "timestamp",
     "epoch",
     "step",

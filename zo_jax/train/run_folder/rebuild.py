@@ -1,6 +1,7 @@
 """Rows and snapshots that a run has lost, made again by replay: from its seed or its checkpoints, and its ledger."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
@@ -10,41 +11,51 @@ from zo_jax.replay import arguments
 from zo_jax.train.steps import RunState, StepMetrics
 
 
-def find_start(ledger: Ledger | None, starts: Iterable[int], step: int) -> int | None:
-    """The latest of the steps whose states are at hand from which replay makes a step again; None if there is none."""
-    if step == 0:
-        return 0
-    usable = [s for s in starts if s < step and ledger and ledger.replayable(s) >= step]
-    return max(usable, default=None)
+class Past(NamedTuple):
+    """What replay needs to take the steps of a run again.
 
-
-def visit_steps(
-    steps: list[int],
-    ledger: Ledger | None,
-    starts: list[int],
-    load: Callable[[int], RunState],
-    update: Callable[..., tuple[RunState, StepMetrics]],
-    layout: Layout | None,
-    visit: Callable[[int, RunState, StepMetrics | None], None],
-) -> None:
-    """Calls `visit` with (step, the state after it, what it told or None before the first) for steps that can be made again.
-
-    Args:
-      steps: ascending.
+    Attributes:
       ledger: of the run, if it has one.
-      starts: steps whose states `load` gives.
-      update: that of training, which donates the state.
+      starts: steps whose states `load` gives, 0 among them.
+      load: the state after one of them.
+      make_update: makes the update of training, which donates the state.
       layout: the run's.
     """
-    state, position = None, -1
-    for step in steps:
-        start = find_start(ledger, starts, step)
-        if start is None:
-            continue
-        if position < start:
-            state, position = load(start), start
-        told = None
-        for record in ledger.records[position:step] if ledger else ():
-            state, told = update(state, *arguments(record, layout))
-        position = step
-        visit(step, state, jax.device_get(told))
+
+    ledger: Ledger | None
+    starts: list[int]
+    load: Callable[[int], RunState]
+    make_update: Callable[[], Callable[..., tuple[RunState, StepMetrics]]]
+    layout: Layout | None
+
+    def visit(
+        self, steps: list[int], call: Callable[[int, RunState, StepMetrics | None], None]
+    ) -> None:
+        """Calls a function with (step, the state after it, what it told or None before the first) where replay reaches.
+
+        Args:
+          steps: ascending.
+          call: must leave the state as it is.
+        """
+        update = self.make_update() if self.ledger and steps else None
+        state, position = self.load(0), 0
+        for step in steps:
+            start = self._find_start(step)
+            if start is None:
+                continue
+            if position < start:
+                state, position = self.load(start), start
+            told = None
+            if self.ledger and update:
+                for record in self.ledger.records[position:step]:
+                    state, told = update(state, *arguments(record, self.layout))
+            position = step
+            call(step, state, jax.device_get(told))
+
+    def _find_start(self, step: int) -> int | None:
+        """The latest state from which replay makes a step again; None if there is none."""
+        if step == 0:
+            return 0
+        ledger = self.ledger
+        usable = [s for s in self.starts if s < step and ledger and ledger.replayable(s) >= step]
+        return max(usable, default=None)

@@ -25,7 +25,7 @@ from zo_jax.train.model import GPT
 from zo_jax.train.run_folder import checkpoint, metrics
 from zo_jax.train.run_folder.checkpoint import CheckpointError, Checkpoints, open_checkpoints
 from zo_jax.train.run_folder.folder import LEDGER, Workdir
-from zo_jax.train.run_folder.rebuild import visit_steps
+from zo_jax.train.run_folder.rebuild import Past
 from zo_jax.train.run_folder.reports import make_row
 from zo_jax.train.steps import RunState, StepMetrics, init_state, make_update
 
@@ -84,102 +84,124 @@ def open_run(
       ConfigError: the run is past its last step.
       CheckpointError: there are checkpoints, but none can be read, and no ledger can replace them.
     """
-    train, folder, identity = config.train, workdir.path, workdir.identity
+    folder, identity, num_steps = workdir.path, workdir.identity, config.train.num_steps
     init = lambda: init_state(config, model, layout)
-    state = init()
+    state, start = init(), 0
     header = None if config.mode == "fo" else run_header(config, model, state, identity)
     whole, damaged, latest = checkpoint.find_whole(folder / "checkpoints", state, identity)
-    state, start = (state, 0) if latest is None else (latest, whole[-1])
-    del latest
-
-    def find_last() -> int:
-        there = header and _read_ledger(folder / LEDGER, header)
-        last = there.replayable(start) if there else start
-        if damaged and last == 0:
-            raise CheckpointError(
-                f"no checkpoint in {folder / 'checkpoints'} can be used; use --restart to delete the run and train from "
-                "scratch, or another --workdir"
-            )
-        if last > train.num_steps:
-            raise ConfigError(
-                f"the run in {folder} is at step {last}, past train.num_steps={train.num_steps}; raise "
-                "it, use --restart to train from scratch, or another --workdir"
-            )
-        return last
-
-    last = processes.first_tells(find_last)
+    if latest is not None:
+        state, start, latest = latest, whole[-1], None
+    last = processes.first_tells(
+        lambda: _find_last(folder, header, num_steps, start, damaged=bool(damaged))
+    )
     with contextlib.ExitStack() as stack:
         writer, kept = None, None
         if header:
             if processes.is_first():
-                writer = ledger.Writer(folder / LEDGER, header, last)
-                stack.callback(writer.close)
+                writer = stack.enter_context(_open_ledger(folder / LEDGER, header, last))
             processes.all_agree(
                 True
             )  # what the first process has mended is what all of them replay
             kept = ledger.read(folder / LEDGER)
-        if writer and writer.lost:
-            print(
-                f"the ledger lacks {len(writer.lost)} of the steps up to {last}: no replay can pass step "
-                f"{writer.lost[-1]} but from a later checkpoint"
-            )
+        past = Past(
+            kept,
+            [0, *whole],
+            lambda step: (
+                checkpoint.restore(folder / "checkpoints", step, state, identity)
+                if step
+                else init()
+            ),
+            lambda: make_update(config, model, layout),
+            layout,
+        )
         kept_snapshots, lost_snapshots, _ = checkpoint.find_whole(
             folder / "snapshots", state, identity
         )
         snapshots = None
-        if train.snapshot_delta or lost_snapshots:
+        if config.train.snapshot_delta or lost_snapshots:
             snapshots = stack.enter_context(open_checkpoints(folder / "snapshots", None, identity))
-        rows: list[metrics.Row] = []
 
-        def find_rows() -> tuple[list[metrics.Row], list[int]]:
-            found, missing = _find_rows(workdir, start, last)
-            rows.extend(found)
-            return [{name: row[name] for name in ("step", "eval_loss")} for row in found], missing
-
-        brief, missing = processes.first_tells(find_rows)
-        rows = rows or brief  # the other processes need to know no more of them
+        rows, missing = _share_rows(workdir, start, last)
 
         def make_again(step: int, state: RunState, told: StepMetrics | None) -> None:
             if step in missing:
-                eval_loss = None
-                if workdir.reports.has_evaluation(step):
-                    eval_loss = evaluate_params(state.params)
+                has_loss = workdir.reports.has_evaluation(step)
+                eval_loss = evaluate_params(state.params) if has_loss else None
                 row = make_row(config, corpus.train_NT.shape, step, told, eval_loss)
                 rows.append(metrics.format_row(row, identity))
             if step in lost_snapshots and snapshots:
                 snapshots.save(step, state)
 
         if wanted := sorted({*missing, *(step for step in lost_snapshots if step <= start)}):
-            load = lambda step: (
-                checkpoint.restore(folder / "checkpoints", step, state, identity)
-                if step
-                else init()
-            )
-            update = make_update(config, model, layout)
-            visit_steps(wanted, kept, [0, *whole], load, update, layout, make_again)
-            if snapshots:
-                snapshots.wait()
+            past.visit(wanted, make_again)
             rows.sort(key=lambda row: int(row["step"]))
+        if snapshots:
+            snapshots.wait()
+            kept_snapshots = snapshots.steps
         log = metrics.Log(
             identity, rows, metrics.Files(folder, rows) if processes.is_first() else None
         )
         stack.callback(log.close)
-        found = [*kept_snapshots, *(snapshots.steps if snapshots else [])]
-        _tell_missing(workdir, start, log, [*missing], found)
+        _tell_missing(workdir, start, log, missing, kept_snapshots)
         workdir.go_on(config, last)
         checkpoints = stack.enter_context(
-            open_checkpoints(folder / "checkpoints", train.keep_checkpoints, identity)
+            open_checkpoints(folder / "checkpoints", config.train.keep_checkpoints, identity)
         )
-        if start == train.num_steps:
-            processes.say(
-                f"this run is complete: {start} of {train.num_steps} steps; nothing to train"
-            )
+        if start == num_steps:
+            processes.say(f"this run is complete: {start} of {num_steps} steps; nothing to train")
         elif last:
             origin = f"the checkpoint of step {start}" if start else "the seed"
             replayed = f", replaying steps {start + 1} to {last} from the ledger"
             processes.say(f"continuing from {origin}{replayed if last > start else ''}")
         records = kept.records if kept else np.zeros(0)
         yield Run(workdir, layout, state, records, log, checkpoints, snapshots, writer)
+
+
+def _find_last(
+    folder: Path, header: dict[str, Any] | None, num_steps: int, start: int, damaged: bool
+) -> int:
+    """The last step that the run has taken and need not train again."""
+    there = _read_ledger(folder / LEDGER, header) if header else None
+    last = there.replayable(start) if there else start
+    if damaged and last == 0:
+        raise CheckpointError(
+            f"no checkpoint in {folder / 'checkpoints'} can be used; use --restart to delete the run and train from "
+            "scratch, or another --workdir"
+        )
+    if last > num_steps:
+        raise ConfigError(
+            f"the run in {folder} is at step {last}, past train.num_steps={num_steps}; raise "
+            "it, use --restart to train from scratch, or another --workdir"
+        )
+    return last
+
+
+@contextlib.contextmanager
+def _open_ledger(path: Path, header: dict[str, Any], last: int) -> Iterator[ledger.Writer]:
+    """The ledger, mended up to a step; tells what it lacks."""
+    writer = ledger.Writer(path, header, last)
+    if writer.lost:
+        print(
+            f"the ledger lacks {len(writer.lost)} of the steps up to {last}: no replay can pass step "
+            f"{writer.lost[-1]} but from a later checkpoint"
+        )
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def _share_rows(workdir: Workdir, start: int, last: int) -> tuple[list[metrics.Row], list[int]]:
+    """`_find_rows` for all processes, of which those that write none need little of each row."""
+    rows: list[metrics.Row] = []
+
+    def find() -> tuple[list[metrics.Row], list[int]]:
+        found, missing = _find_rows(workdir, start, last)
+        rows.extend(found)
+        return [{name: row[name] for name in ("step", "eval_loss")} for row in found], missing
+
+    brief, missing = processes.first_tells(find)
+    return rows or brief, missing
 
 
 def _find_rows(workdir: Workdir, start: int, last: int) -> tuple[list[metrics.Row], list[int]]:
@@ -229,7 +251,7 @@ def _steps(steps: list[int]) -> str:
     )
 
 
-def _read_ledger(path: Path, header: dict) -> ledger.Ledger | None:
+def _read_ledger(path: Path, header: dict[str, Any]) -> ledger.Ledger | None:
     """The ledger of a run folder; one that is not this run's is put aside, for the run goes on without it."""
     if not path.exists():
         return None
