@@ -40,12 +40,13 @@ def drawn(family_name, shape):
     return FAMILIES[family_name].draw(values(shape), jax.random.key(7))
 
 
-def assert_close(lazy, formed, tolerance):
+def assert_close(lazy, formed, tolerance, num_terms=0):
     lazy, formed = np.float64(lazy), np.float64(formed)
     assert lazy.shape == formed.shape
     np.testing.assert_array_equal(np.isfinite(lazy), np.isfinite(formed))
     formed = np.where(np.isfinite(formed), formed, 0)
-    largest = max(1.0, np.max(np.abs(formed), initial=0))
+    # What is left of a sum whose terms cancel has the rounding of the terms.
+    largest = max(1.0, np.max(np.abs(formed), initial=0), num_terms**0.5)
     np.testing.assert_allclose(
         np.where(np.isfinite(lazy), lazy, 0), formed, rtol=0, atol=tolerance * largest
     )
@@ -81,7 +82,7 @@ def test_any_program(program: Program, family_name: str, backward: bool):
     if "float8_e4m3fn" in program.dtypes:
         narrowest = 2**-3  # the derivative of a cast is rounded as its value is
     for a, b in zip(lazy_slopes, slopes, strict=True):
-        assert_close(a, b, 16 * narrowest)
+        assert_close(a, b, 16 * narrowest, value.size)
 
 
 W, X = values((6, 8)), values((5, 6))
@@ -247,5 +248,5 @@ def test_equal_calls_share_one_body():
         assert len(calls) == 5 and len({id(eqn.params["jaxpr"]) for eqn in calls}) == 1
         assert len(formed) == (family is not LOW_RANK)
         np.testing.assert_allclose(
-            zo_jax.lazily(model)(perturbed), model(form(perturbed)), rtol=1e-5
+            zo_jax.lazily(model)(perturbed), model(form(perturbed)), rtol=1e-5, atol=1e-5
         )
