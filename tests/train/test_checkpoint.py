@@ -57,7 +57,7 @@ def test_those_of_another_run_or_step_are_put_aside(tmp_path, capsys):
     shutil.copytree(tmp_path / "other/2", mine / "3")
     shutil.copytree(mine / "2", mine / "4")
     (mine / "5").write_text("no folder")
-    assert found(mine, "00000001f0000000") == ([1, 2], [5, 4, 3])
+    assert found(mine, "00000001f0000000") == ([1, 2], [3, 4, 5])
     err = capsys.readouterr().err
     assert "it is of another run" in err and "it is that of step 2" in err and err.count("\n") == 3
 

@@ -21,7 +21,8 @@ from zo_jax.train.model import GPT, make_model
 from zo_jax.train.run_folder import metrics
 from zo_jax.train.run_folder.checkpoint import CheckpointError
 from zo_jax.train.run_folder.folder import Workdir
-from zo_jax.train.run_folder.resume import open_run, rescue
+from zo_jax.train.run_folder.rescue import rescue
+from zo_jax.train.run_folder.resume import open_run
 from zo_jax.train.settings import walk
 from zo_jax.train.signals import CannotWrite, RunStopped
 from zo_jax.train.steps import RunState, base_key, count_trained, init_state

@@ -111,8 +111,7 @@ def open_checkpoints(
 
 def complete_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints of a folder, which another process may be writing to, ascending."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+    return _steps(folder, "(0|[1-9][0-9]*)")
 
 
 def find_whole(folder: Path, like: Any, identity: str = "") -> tuple[list[int], list[int], Any]:
@@ -121,22 +120,29 @@ def find_whole(folder: Path, like: Any, identity: str = "") -> tuple[list[int], 
     Must come before the folder is opened.
 
     Returns:
-      (steps of those that are whole; of those that are not; the state of the latest that is whole, or None).
+      (steps of those that are whole; of those that have been put aside, now or before; the state of the latest that is
+      whole, or None).
     """
-    whole, damaged, latest = [], [], None
+    whole, latest = [], None
     # What the first process finds is what all of them read together.
     for step in processes.first_tells(lambda: complete_steps(folder)[::-1]):
         try:
             state = restore(folder, step, like, identity)
             whole, latest = [step, *whole], state if latest is None else latest
         except CheckpointError as error:
-            damaged.append(step)
             word = f"the checkpoint of step {step} in {folder} cannot be used: {error}; it is now"
             put_aside = lambda word=word, path=folder / str(step): print(
                 word, set_aside(path), file=sys.stderr
             )
             processes.first_does(put_aside)
-    return whole, damaged, latest
+    aside = processes.first_tells(lambda: _steps(folder, r"(0|[1-9][0-9]*)\.damaged"))
+    return whole, [step for step in aside if step not in whole], latest
+
+
+def _steps(folder: Path, pattern: str) -> list[int]:
+    """The numbers in the names of a folder's files that are wholly like a pattern, ascending."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(found[1]) for name in names if (found := re.fullmatch(pattern, name)))
 
 
 def restore(folder: Path, step: int, like: Any, identity: str = "") -> Any:

@@ -1,4 +1,4 @@
-"""Where a run goes on: what its folder holds, mended and opened for writing; and what is saved when the folder fails.
+"""Where a run goes on: what its folder holds, mended and opened for writing.
 
 The state is that of the latest checkpoint that is whole, or of the seed, and the ledger has the steps after it. What else is
 missing is made again where that can be, and told.
@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterator
 import contextlib
 from pathlib import Path
 import sys
-import tempfile
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from zo_jax import ledger
-from zo_jax.atomic import set_aside, write_atomic
+from zo_jax.atomic import set_aside
 from zo_jax.layout import Layout
 from zo_jax.replay import make_header
 from zo_jax.train import processes
@@ -99,9 +97,8 @@ def open_run(
         if header:
             if processes.is_first():
                 writer = stack.enter_context(_open_ledger(folder / LEDGER, header, last))
-            processes.all_agree(
-                True
-            )  # what the first process has mended is what all of them replay
+            # What the first process has mended is what all of them replay.
+            processes.all_agree(True)
             kept = ledger.read(folder / LEDGER)
         past = Past(
             kept,
@@ -271,36 +268,3 @@ def _read_ledger(path: Path, header: dict[str, Any]) -> ledger.Ledger | None:
             file=sys.stderr,
         )
     return there
-
-
-def rescue(run: Run, state: RunState, error: OSError) -> str:
-    """Says what became of a run whose folder failed, after saving it elsewhere if it would lose more than the step in flight."""
-    step, folder = int(state.step), run.workdir.path
-    if jax.process_count() > 1:  # a state that several hold together cannot be saved by one
-        return f"{error}; put that right and start all processes again: the run goes on from what is saved"
-    start = max(checkpoint.complete_steps(folder / "checkpoints"), default=0)
-    if run.writer:
-        with contextlib.suppress(OSError, ledger.LedgerError):
-            run.workdir.check()
-            kept = ledger.read(run.writer.path)
-            if kept.replayable(start) >= step - 1:
-                return (
-                    f"{error}; the ledger holds steps up to {kept.replayable(start)}: put that right and run the same "
-                    "command again"
-                )
-    try:
-        safe = Path(tempfile.mkdtemp(prefix="zo_jax_rescue_"))
-        write_atomic(safe / "config.json", run.workdir.config_text)
-        with contextlib.suppress(OSError):
-            write_atomic(safe / "metrics.csv", run.log.contents())
-            if run.writer:
-                write_atomic(safe / LEDGER, run.writer.contents())
-        with open_checkpoints(safe / "checkpoints", identity=run.workdir.identity) as checkpoints:
-            checkpoints.save(step, state)
-            checkpoints.wait()
-    except OSError as second:
-        return f"{error}; and the state of step {step} cannot be saved elsewhere either: {second}"
-    return (
-        f"{error}; the run at step {step} was saved in {safe} instead of {folder}: the same command with "
-        f"--workdir={safe} goes on"
-    )
