@@ -4,6 +4,9 @@
   python benchmarks/parity.py --freeze        also writes the logits that tests/models compares with
   python benchmarks/parity.py --speed         the time of a forward pass, in turn with transformers' on the same cores
 
+On a machine that does other work too, OMP_NUM_THREADS=1 taskset -c 0 makes the times of --speed comparable: threads that wait for each
+other lose more than their share.
+
 Needs the extra `parity` (torch, transformers, peft). Weights are random, arithmetic is float32 on the CPU. An error is the largest
 difference of a logit over the standard deviation of all of them.
 """
