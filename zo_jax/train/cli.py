@@ -12,6 +12,7 @@ COMMANDS = {
     "train": ("zo_jax.train.tools.train", "train a model, or go on with a run"),
     "ledger": ("zo_jax.train.tools.ledger", "what a run's ledger holds; its state at any step"),
     "plots": ("zo_jax.train.tools.plots", "curves of several runs in one picture"),
+    "generate": ("zo_jax.models.generate_cli", "text from a pretrained model"),
     "memory": ("zo_jax.train.tools.memory", "what each way of training needs in memory"),
 }
 
