@@ -296,11 +296,11 @@ def test_corrupt_and_lost_ledgers(tiny_config, tmp_path, text, capsys):
     flip = lambda step: data[: -size * (7 - step) + 9] + b"?" + data[-size * (7 - step) + 10 :]
     # After the checkpoint: replayed up to it, the rest is trained again, and the ledger is whole.
     said = go_on(flip(6))
-    assert "the records of steps 6 are damaged" in said and "replaying steps 5 to 5" in said
+    assert "the records of step 6 are damaged" in said and "replaying steps 5 to 5" in said
     assert (folder / "ledger.bin").read_bytes() == data
     # Before it: the run loses nothing, but replay from the seed ends there.
     said = go_on(flip(2))
-    assert "the records of steps 2 are damaged" in said and "no replay can pass step 2" in said
+    assert "the records of step 2 are damaged" in said and "no replay can pass step 2" in said
     assert ledger.read(folder / "ledger.bin").replayable(0) == 1
     # No ledger at all, or another's.
     assert "the ledger lacks 4 of the steps up to 4" in go_on(None)
