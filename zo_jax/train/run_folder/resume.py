@@ -18,7 +18,7 @@ from zo_jax.atomic import write_atomic
 from zo_jax.layout import Layout
 from zo_jax.replay import make_header
 from zo_jax.train import processes
-from zo_jax.train.config import Config, ConfigError, fixed_fields
+from zo_jax.train.config import GRADIENT_MODES, QUERY_MODES, Config, ConfigError, fixed_fields
 from zo_jax.train.model import GPT
 from zo_jax.train.run_folder.checkpoint import CheckpointError, Checkpoints, open_checkpoints
 from zo_jax.train.run_folder.folder import LEDGER, Workdir
@@ -51,7 +51,7 @@ class Run(NamedTuple):
       records: the ledger's, of which those after `state.step` are to be replayed.
       log, checkpoints: what it writes to.
       snapshots: where it keeps some, or None.
-      writer: of the ledger; None in mode fo, and in all processes but the first.
+      writer: of the ledger; None in modes without queries, and in all processes but the first.
     """
 
     workdir: Workdir
@@ -85,7 +85,7 @@ def open_run(
         start, state = restored or (0, state)
 
         def open_files():
-            there = None if config.mode == "fo" else _read_ledger(folder / LEDGER, header)
+            there = None if config.mode in GRADIENT_MODES else _read_ledger(folder / LEDGER, header)
             last = there.replayable(start) if there else start
             if checkpoints.steps and not restored and last == 0:
                 raise CheckpointError(
@@ -98,7 +98,7 @@ def open_run(
                     "it, use --restart to train from scratch, or another --workdir"
                 )
             writer = None
-            if config.mode != "fo":
+            if config.mode in QUERY_MODES:
                 writer = ledger.Writer(folder / LEDGER, header, last)
             return writer, Log(folder, last)
 
@@ -106,7 +106,7 @@ def open_run(
         stack.enter_context(log)
         # What the first process has mended is what all of them replay.
         rows = np.zeros(0)
-        if config.mode != "fo":
+        if config.mode in QUERY_MODES:
             rows = ledger.read(folder / LEDGER).records
         if writer:
             stack.callback(writer.close)
