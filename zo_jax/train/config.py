@@ -25,7 +25,7 @@ _DECAY = "at least 0 and below 1"
 _HYBRID = "mode is calibrate or instruct"
 _BACKPROP = "mode is fo or calibrate or instruct"
 _QUERIES = "mode is zo or calibrate or instruct"
-_DRAWS = "mode is feedback and feedback.attention is logits or qkv"
+_DRAWS = "mode is feedback and feedback.attention is weights or qkv"
 _ADAPTIVE = "instruct.adaptive is true"
 # A corpus of several documents, of which a part can be read.
 _HAS_SAMPLES = "{}source is not empty or shakespeare"
@@ -279,10 +279,10 @@ class FeedbackConfig:
         choices=("all", "last"),
     )
     attention: str = setting(
-        "logits",
-        "credit inside attention: by draws on the logits of its weights, or on queries, keys and values "
+        "weights",
+        "credit inside attention: by draws on its weights, or on queries, keys and values "
         "(qkv); by the derivative of its softmax (closed_form); or none, a control",
-        choices=("logits", "qkv", "closed_form", "none"),
+        choices=("weights", "qkv", "closed_form", "none"),
         only_if="mode is feedback",
     )
     num_draws: int = setting(
@@ -293,7 +293,7 @@ class FeedbackConfig:
     )
     sigma: float = setting(
         0.05,
-        "size of the differences: of logits as it is, of queries, keys, values and the MLP's units "
+        "size of the differences: of weights relative to their roots, of queries, keys, values and the MLP's units "
         "relative to their root mean square",
         allowed="above 1e-4 and below 10",
         only_if="mode is feedback",

@@ -37,16 +37,16 @@ def unit_error(
     return error * (function(u + s) - function(u - s)) / (2 * s)
 
 
-def attention_logits(q_BTHD: jax.Array, k_BSHD: jax.Array) -> jax.Array:
-    """q kᵀ / √D, and -inf for tokens to come, [B, H, T, S]."""
+def attention_weights(q_BTHD: jax.Array, k_BSHD: jax.Array) -> jax.Array:
+    """softmax(q kᵀ / √D), 0 for tokens to come, [B, H, T, S]."""
     logits_BHTS = jnp.einsum("bthd,bshd->bhts", q_BTHD, k_BSHD) / math.sqrt(q_BTHD.shape[-1])
     T, S = logits_BHTS.shape[-2:]
-    return jnp.where(jnp.tril(jnp.ones((T, S), bool)), logits_BHTS, -jnp.inf)
+    return jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((T, S), bool)), logits_BHTS, -jnp.inf))
 
 
 def attention(q_BTHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array) -> jax.Array:
     """softmax(q kᵀ / √D) v of causal attention, [B, T, H, D]."""
-    weights_BHTS = jax.nn.softmax(attention_logits(q_BTHD, k_BSHD))
+    weights_BHTS = attention_weights(q_BTHD, k_BSHD)
     return jnp.einsum("bhts,bshd->bthd", weights_BHTS, v_BSHD)
 
 
@@ -63,9 +63,10 @@ def attention_error(
     """The errors of q, k and v, given that of the output of `attention`.
 
     Methods:
-      logits: signs a are added to the logits of a row, which change that row's output alone: the error of the logits is the mean
-        of c a, with c = ⟨error, z(+s a) - z(-s a)⟩ / 2s. From there on all is linear: q, k and v get it through the
-        transposes of q kᵀ and of the weights. The mean over many draws is the derivative, but for O(s²).
+      weights: signs a, times s and the root of each weight w, are added to the weights of a token, which change that token's output z
+        alone: the error of w is the mean of c a / √w, with c = ⟨error, z(w + s √w a) - z(w - s √w a)⟩ / 2s, and w times as large
+        is that of its logit. The rest is linear: q, k and v get theirs through the transposes of q kᵀ and of the weights.
+        The mean over many draws is the derivative of `attention`, but for O(s²).
       qkv: signs are added to q, to k and to v, each in passes of its own. What later tokens read of k and v is credited with
         their scores too, `discount` for each token that lies between. Biased.
       closed_form: the logits' error by the derivative of a softmax, w ∘ (⟨error, v⟩ - ⟨error, z⟩), with no draw.
@@ -91,15 +92,14 @@ def attention_error(
     if method == "qkv":
         return _by_parts(qkv, error_BTHD, key, num_draws, size, discount)
     q_BTHD, k_BSHD, v_BSHD = qkv
-    logits_BHTS = attention_logits(q_BTHD, k_BSHD)
-    weights_BHTS = jax.nn.softmax(logits_BHTS)
+    weights_BHTS = attention_weights(q_BTHD, k_BSHD)
     # What the value of each token would be worth to the token that reads it.
     worth_BHTS = jnp.einsum("bthd,bshd->bhts", error_BTHD, v_BSHD)
     if method == "closed_form":
         mean_BHT1 = jnp.sum(weights_BHTS * worth_BHTS, axis=-1, keepdims=True)
         d_logits_BHTS = weights_BHTS * (worth_BHTS - mean_BHT1)
     else:
-        d_logits_BHTS = _by_rows(logits_BHTS, worth_BHTS, key, num_draws, size)
+        d_logits_BHTS = _by_rows(weights_BHTS, worth_BHTS, key, num_draws, size)
     d_logits_BHTS /= math.sqrt(q_BTHD.shape[-1])
     return (
         jnp.einsum("bhts,bshd->bthd", d_logits_BHTS, k_BSHD),
@@ -108,16 +108,20 @@ def attention_error(
     )
 
 
-def _by_rows(logits_BHTS, worth_BHTS, key, num_draws, size):
-    """The error of the logits by signs added to them; ⟨error, z⟩ is Σ weights ∘ worth."""
-    value = lambda logits: jnp.sum(jax.nn.softmax(logits) * worth_BHTS, axis=-1, keepdims=True)
+def _by_rows(weights_BHTS, worth_BHTS, key, num_draws, size):
+    """The error of the logits by signs added to the weights; ⟨error, z⟩ is the mean worth."""
+    root_BHTS = jnp.sqrt(weights_BHTS)
 
-    def score(signs):
-        difference = value(logits_BHTS + size * signs) - value(logits_BHTS - size * signs)
-        return difference / (2 * size) * signs
+    def mean_worth(moved_BHTS):
+        total_BHT1 = jnp.sum(moved_BHTS, axis=-1, keepdims=True)
+        return jnp.sum(moved_BHTS * worth_BHTS, axis=-1, keepdims=True) / total_BHT1
 
-    # Where a weight is zero the signs have changed nothing, and their score is that of others.
-    return jnp.where(logits_BHTS > -jnp.inf, _mean(score, key, logits_BHTS.shape, num_draws), 0)
+    def score(signs_BHTS):
+        step_BHTS = size * root_BHTS * signs_BHTS
+        change_BHT1 = mean_worth(weights_BHTS + step_BHTS) - mean_worth(weights_BHTS - step_BHTS)
+        return change_BHT1 / (2 * size) * signs_BHTS
+
+    return root_BHTS * _mean(score, key, weights_BHTS.shape, num_draws)
 
 
 def _by_parts(qkv, error_BTHD, key, num_draws, size, discount):

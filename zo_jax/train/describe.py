@@ -114,7 +114,7 @@ def _describe_feedback(config: Config, batch: str) -> str:
     if config.mode == "block_local":
         return f"one forward pass a step: {start}; backprop inside every block, none between them; {end}"
     attention = {
-        "logits": f"{feedback.num_draws} draws of signs on the logits of attention",
+        "weights": f"{feedback.num_draws} draws of signs on the weights of attention",
         "qkv": f"{feedback.num_draws} draws of signs on queries, keys and values each",
         "closed_form": "the softmax of attention in closed form",
         "none": "nothing through attention (a control)",
