@@ -41,7 +41,8 @@ def attention_weights(q_BTHD: jax.Array, k_BSHD: jax.Array) -> jax.Array:
     """softmax(q kᵀ / √D), 0 for tokens to come, [B, H, T, S]."""
     logits_BHTS = jnp.einsum("bthd,bshd->bhts", q_BTHD, k_BSHD) / math.sqrt(q_BTHD.shape[-1])
     T, S = logits_BHTS.shape[-2:]
-    return jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((T, S), bool)), logits_BHTS, -jnp.inf))
+    is_past_TS = jnp.tril(jnp.ones((T, S), bool))
+    return jax.nn.softmax(jnp.where(is_past_TS[None, None], logits_BHTS, -jnp.inf))
 
 
 def attention(q_BTHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array) -> jax.Array:

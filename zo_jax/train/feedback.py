@@ -97,7 +97,7 @@ def _make_block_local(config: Config, model: GPT) -> Gradient:
 def embed(params: Any, tokens_BT: jax.Array) -> jax.Array:
     """The residual stream before the first block."""
     positions_TC = params["wpe"]["embedding"][: tokens_BT.shape[1]]
-    return params["wte"]["embedding"][tokens_BT] + positions_TC
+    return params["wte"]["embedding"][tokens_BT] + positions_TC[None]
 
 
 def _embeddings_gradient(params: Any, tokens_BT: jax.Array, error_BTC: jax.Array) -> dict[str, Any]:

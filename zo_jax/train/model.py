@@ -92,7 +92,9 @@ class GPT(nn.Module):
             # Flax makes a parameter when it is first asked for.
             _ = embed(self.vocab_size, 0.02, "head").embedding
         x_BTC = embed(self.vocab_size, self.embedding_std, "wte")(tokens_BT)
-        x_BTC += embed(self.context_length, self.embedding_std / 2, "wpe")(jnp.arange(tokens_BT.shape[1])[None])
+        x_BTC += embed(self.context_length, self.embedding_std / 2, "wpe")(
+            jnp.arange(tokens_BT.shape[1])[None]
+        )
         block = nn.remat(Block, prevent_cse=False) if self.checkpoint_activations else Block
         blocks = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.num_layers

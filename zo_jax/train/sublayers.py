@@ -55,7 +55,7 @@ def output(params: Any, head_VC: jax.Array, x_BTC: jax.Array, targets_BT: jax.Ar
         h_BTC.reshape(N, C), head_VC, targets_BT.reshape(N), 1 / N
     )
     d_h_BTC = d_hidden_NC.reshape(x_BTC.shape)
-    d_normed_BTC = d_h_BTC * params["scale"]
+    d_normed_BTC = d_h_BTC * params["scale"][None, None]
     mean = lambda y_BTC: jnp.mean(y_BTC, axis=-1, keepdims=True)
     along_BT1 = mean(d_normed_BTC * normed_BTC)
     error_BTC = (d_normed_BTC - mean(d_normed_BTC) - normed_BTC * along_BT1) * _inverse_deviation(
@@ -114,7 +114,7 @@ def feed_forward_gradient(
 def _norm(params: Any, x_BTC: jax.Array) -> tuple[jax.Array, jax.Array]:
     """LayerNorm, and what it is before scale and bias."""
     normed_BTC = (x_BTC - jnp.mean(x_BTC, axis=-1, keepdims=True)) * _inverse_deviation(x_BTC)
-    return normed_BTC * params["scale"] + params["bias"], normed_BTC
+    return normed_BTC * params["scale"][None, None] + params["bias"][None, None], normed_BTC
 
 
 def _inverse_deviation(x_BTC: jax.Array) -> jax.Array:
@@ -129,7 +129,7 @@ def _norm_gradient(normed_BTC: jax.Array, error_BTC: jax.Array) -> dict[str, jax
 
 
 def _linear(params: Any, x_BTC: jax.Array) -> jax.Array:
-    return x_BTC @ params["kernel"] + params["bias"]
+    return x_BTC @ params["kernel"] + params["bias"][None, None]
 
 
 def _linear_gradient(inputs_BTC: jax.Array, error_BTU: jax.Array) -> dict[str, jax.Array]:
