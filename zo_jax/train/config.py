@@ -5,7 +5,10 @@ from typing import Any
 
 from zo_jax.train.settings import ConfigError, declared, section, setting
 
-MODES = ("zo", "fo", "calibrate", "instruct")
+# Modes whose steps evaluate the loss along directions, and modes whose every step is along some gradient of its batch.
+QUERY_MODES = ("zo", "calibrate", "instruct")
+GRADIENT_MODES = ("fo", "feedback", "block_local")
+MODES = ("zo", "fo", "calibrate", "instruct", "feedback", "block_local")
 SIZES = ("custom", "20M", "200M", "500M", "1B", "gpt2", "gpt2-medium", "gpt2-large")
 DTYPES = ("float32", "bfloat16", "float16")
 HUB_SOURCES = (
@@ -20,6 +23,9 @@ _POSITIVE = "finite and above 0"
 _NOT_NEGATIVE = "finite and at least 0"
 _DECAY = "at least 0 and below 1"
 _HYBRID = "mode is calibrate or instruct"
+_BACKPROP = "mode is fo or calibrate or instruct"
+_QUERIES = "mode is zo or calibrate or instruct"
+_DRAWS = "mode is feedback and feedback.attention is weights or qkv"
 _ADAPTIVE = "instruct.adaptive is true"
 # A corpus of several documents, of which a part can be read.
 _HAS_SAMPLES = "{}source is not empty or shakespeare"
@@ -58,8 +64,16 @@ class ModelConfig:
     checkpoint_activations: bool = setting(
         False,
         "backprop keeps the inputs of a block alone, and computes the rest again (less memory)",
-        only_if="mode is not zo",
+        only_if=_BACKPROP,
         may_change=ROUNDING,
+    )
+    tied_head: bool = setting(
+        True, "whether the output head is the token embedding, or a table of its own"
+    )
+    embedding_std: float = setting(
+        0.02,
+        "standard deviation of the initial token embeddings (of positions half of it)",
+        allowed=_POSITIVE,
     )
 
 
@@ -169,7 +183,7 @@ class FOConfig:
     """The backprop gradient."""
 
     gradient_accumulation_steps: int = setting(
-        1, "micro-batches that a batch is split into", allowed=_COUNT, only_if="mode is not zo"
+        1, "micro-batches that a batch is split into", allowed=_COUNT, only_if=_BACKPROP
     )
     bp_interval: int = setting(
         0, "steps from one backprop gradient to the next", allowed=_COUNT_OR_NONE, only_if=_HYBRID
@@ -178,7 +192,7 @@ class FOConfig:
         0,
         "blocks of a backprop batch (0: as train.batch_size)",
         allowed=_COUNT_OR_NONE,
-        only_if="mode is not zo",
+        only_if=_BACKPROP,
     )
     source: str = setting(
         "",
@@ -260,11 +274,59 @@ class InstructConfig:
 
 
 @dataclasses.dataclass
+class FeedbackConfig:
+    """The output error, handed to every layer as its own."""
+
+    matrix: str = setting(
+        "identity",
+        "what an error passes on its way to a layer: nothing, or a fixed random matrix, a control",
+        choices=("identity", "random"),
+    )
+    errors: str = setting(
+        "all",
+        "layers that get it: all, or (a control) the last MLP alone, in mode block_local the last block",
+        choices=("all", "last"),
+    )
+    attention: str = setting(
+        "weights",
+        "credit inside attention: by draws on its weights, or on queries, keys and values "
+        "(qkv); by the derivative of its softmax (closed_form); or none, a control",
+        choices=("weights", "qkv", "closed_form", "none"),
+        only_if="mode is feedback",
+    )
+    num_draws: int = setting(
+        4,
+        "draws of signs a step, for each of the places that they are added to",
+        allowed="an integer from 1 to 32",
+        only_if=_DRAWS,
+    )
+    sigma: float = setting(
+        0.05,
+        "size of the differences: of weights relative to their roots, of queries, keys, values and the MLP's units "
+        "relative to their root mean square",
+        allowed="above 1e-4 and below 10",
+        only_if="mode is feedback",
+    )
+    discount: float = setting(
+        0.98,
+        "weight of a later token's score in the credit of keys and values, for each token between",
+        allowed="from 0 to 1",
+        only_if="mode is feedback and feedback.attention is qkv",
+    )
+
+
+@dataclasses.dataclass
 class OptimizerConfig:
     """The optimiser and its learning rate."""
 
     name: str = setting("adam", "the optimiser", choices=("sgd", "adam", "adamw", "muon", "mudamw"))
     learning_rate: float = setting(1e-3, "peak learning rate", allowed=_POSITIVE)
+    adam_learning_rate: float = setting(
+        0.0,
+        "peak learning rate of what Muon leaves to Adam (0: the same)",
+        allowed=_NOT_NEGATIVE,
+        only_if="optimizer.name is muon",
+    )
     schedule: str = setting(
         "constant",
         "constant, or cosine: linear warm-up, then cosine decay",
@@ -328,7 +390,7 @@ class MeshConfig:
         -1,
         "groups of devices that evaluate different queries",
         allowed="at least 1, or -1 for what is left",
-        only_if="mode is not fo",
+        only_if=_QUERIES,
         may_change=_NOTHING,
     )
     data: int = setting(
@@ -442,7 +504,9 @@ class Config:
     mode: str = setting(
         "zo",
         "zo (forward passes only), fo (backprop), calibrate (zo, and every fo.bp_interval steps fo "
-        "instead) or instruct (zo, and every fo.bp_interval steps along guided directions)",
+        "instead), instruct (zo, and every fo.bp_interval steps along guided directions), feedback (forward "
+        "passes only: the output error handed to every layer, local credit inside) or block_local (the "
+        "same, with backprop inside every block)",
         choices=MODES,
     )
     scope: str = setting(
@@ -457,10 +521,15 @@ class Config:
     )
     model: ModelConfig = section(ModelConfig, "the GPT-2 decoder")
     data: DataConfig = section(DataConfig, "text, tokenizer and blocks")
-    zo: ZOConfig = section(ZOConfig, "the zeroth-order estimate", only_if="mode is not fo")
+    zo: ZOConfig = section(ZOConfig, "the zeroth-order estimate", only_if=_QUERIES)
     fo: FOConfig = section(FOConfig, "the backprop gradient")
     instruct: InstructConfig = section(
         InstructConfig, "directions guided by backprop", only_if="mode is instruct"
+    )
+    feedback: FeedbackConfig = section(
+        FeedbackConfig,
+        "the output error, handed to every layer",
+        only_if="mode is feedback or block_local",
     )
     optimizer: OptimizerConfig = section(OptimizerConfig, "optimiser and learning rate")
     train: TrainConfig = section(TrainConfig, "length of the run, and reports")
@@ -507,7 +576,7 @@ def fixed_fields(config: Config) -> dict[str, Any]:
 
 def blocks_per_step(config: Config) -> int:
     """Training blocks that one step reads (in hybrid modes, for its queries)."""
-    if config.mode == "fo":
+    if config.mode in GRADIENT_MODES:
         return config.fo.batch_size or config.train.batch_size
     per_query = config.zo.batch_per_query
     return config.train.batch_size * (config.zo.num_queries if per_query else 1)

@@ -10,7 +10,7 @@ import jax
 
 from zo_jax.estimators import Estimator
 from zo_jax.layout import Layout
-from zo_jax.train.config import Config, blocks_per_step, fixed_fields
+from zo_jax.train.config import GRADIENT_MODES, QUERY_MODES, Config, blocks_per_step, fixed_fields
 from zo_jax.train.data.corpus import Corpus
 from zo_jax.train.model import GPT, count_params
 from zo_jax.train.validation import fill_in
@@ -22,7 +22,7 @@ def default_run_name(config: Config) -> str:
     Fields in which a run may change are no part of it, so that a run with more steps goes on in its folder.
     """
     mode, parts = config.mode, [config.mode, re.sub(r"[^A-Za-z0-9_.-]+", "-", config.scope)]
-    if mode != "fo":
+    if mode in QUERY_MODES:
         parts.append(f"q{config.zo.num_queries}")
     if mode in ("calibrate", "instruct"):
         parts.append(f"bp{config.fo.bp_interval}")
@@ -38,11 +38,11 @@ def default_run_name(config: Config) -> str:
 
 
 def passes_until(config: Config, step: int) -> int:
-    """Evaluations of the loss in the first `step` steps; a backprop gradient counts its micro-batches."""
-    num_backprop = _num_backprop_steps(config, step)
-    num_queries_steps = {"fo": 0, "calibrate": step - num_backprop}.get(config.mode, step)
+    """Evaluations of the loss in the first `step` steps; a backprop gradient counts its micro-batches, any other one."""
+    num_gradient = _num_gradient_steps(config, step)
+    num_queries_steps = _num_query_steps(config, step)
     per_step = _evaluations_per_step(config)
-    return num_queries_steps * per_step + num_backprop * config.fo.gradient_accumulation_steps
+    return num_queries_steps * per_step + num_gradient * config.fo.gradient_accumulation_steps
 
 
 def _evaluations_per_step(config: Config) -> int:
@@ -55,14 +55,22 @@ def _evaluations_per_step(config: Config) -> int:
 
 def blocks_until(config: Config, step: int) -> int:
     """Training blocks read in the first `step` steps, each counted once however many queries evaluate it."""
-    num_backprop = _num_backprop_steps(config, step)
-    num_queries_steps = {"fo": 0, "calibrate": step - num_backprop}.get(config.mode, step)
+    num_gradient = _num_gradient_steps(config, step)
+    num_queries_steps = _num_query_steps(config, step)
     fo_size = config.fo.batch_size or config.train.batch_size
-    return num_queries_steps * blocks_per_step(config) + num_backprop * fo_size
+    return num_queries_steps * blocks_per_step(config) + num_gradient * fo_size
 
 
-def _num_backprop_steps(config: Config, step: int) -> int:
-    interval = {"fo": 1, "zo": 0}.get(config.mode, config.fo.bp_interval)
+def _num_query_steps(config: Config, step: int) -> int:
+    if config.mode not in QUERY_MODES:
+        return 0
+    return step - _num_gradient_steps(config, step) if config.mode == "calibrate" else step
+
+
+def _num_gradient_steps(config: Config, step: int) -> int:
+    interval = {"zo": 0}.get(config.mode, config.fo.bp_interval)
+    if config.mode in GRADIENT_MODES:
+        interval = 1
     return step // interval if interval else 0
 
 
@@ -72,7 +80,8 @@ def make_row(config: Config, step: int, num_blocks: int, block_size: int) -> dic
     `tokens` are training tokens read, each counted once however many queries evaluate it;
     `forward_passes` are evaluations of the loss on a batch (fo: on a micro-batch).
     """
-    has_queries, has_backprop = config.mode != "fo", config.mode != "zo"
+    has_queries = config.mode in QUERY_MODES
+    has_backprop = config.mode in ("fo", "calibrate", "instruct")
     blocks = blocks_until(config, step)
     return {
         "epoch": blocks / num_blocks,
@@ -91,6 +100,29 @@ def make_row(config: Config, step: int, num_blocks: int, block_size: int) -> dic
         "forward_passes": passes_until(config, step),
         "tokens": blocks * block_size,
     }
+
+
+def _describe_feedback(config: Config, batch: str) -> str:
+    feedback = config.feedback
+    way = {
+        "identity": "as it is (residual feedback)",
+        "random": "through fixed random matrices (a control)",
+    }[feedback.matrix]
+    whom = {"all": "every layer", "last": "the last one alone (a control)"}[feedback.errors]
+    start = f"the output error in closed form, handed to {whom} {way}"
+    end = f"a biased direction, no zeroth-order estimate of the gradient; {batch}"
+    if config.mode == "block_local":
+        return f"one forward pass a step: {start}; backprop inside every block, none between them; {end}"
+    attention = {
+        "weights": f"{feedback.num_draws} draws of signs on the weights of attention",
+        "qkv": f"{feedback.num_draws} draws of signs on queries, keys and values each",
+        "closed_form": "the softmax of attention in closed form",
+        "none": "nothing through attention (a control)",
+    }[feedback.attention]
+    return (
+        f"forward passes only, no backprop: {start}; inside a layer differences of {feedback.sigma:g}, "
+        f"{attention}, and linear maps in closed form; {end}"
+    )
 
 
 def describe(
@@ -120,6 +152,8 @@ def describe(
     every = f"every {config.fo.bp_interval} steps"
     guided = config.instruct.num_guided or zo.num_queries
     how = {
+        "feedback": _describe_feedback(config, batch),
+        "block_local": _describe_feedback(config, batch),
         "fo": backprop,
         "zo": f"forward passes only: {queries}",
         "calibrate": f"{queries}; instead, {every}, {backprop}",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zo_jax.train.losses import next_token_loss
-from zo_jax.train.model import GPT
+from zo_jax.train.model import GPT, head_of
 
 # Blocks evaluated at once: enough to fill the cores; the loss bounds the memory of the logits.
 _BATCH = 16
@@ -73,7 +73,7 @@ def sample(
       int32 [num_tokens], without the prompt.
     """
     W = window_W.shape[0]
-    head_VC = params["wte"]["embedding"].astype(model.dtype)
+    head_VC = head_of(params).astype(model.dtype)
 
     def step(carry, key):
         window_W, length = carry

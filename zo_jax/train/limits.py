@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from zo_jax.layout import Layout
-from zo_jax.train.config import Config, blocks_per_step
+from zo_jax.train.config import GRADIENT_MODES, QUERY_MODES, Config, blocks_per_step
 from zo_jax.train.settings import ConfigError
 from zo_jax.train.signals import RunStopped
 
@@ -36,9 +36,9 @@ class OutOfMemory(RunStopped):
 def least_memory(config: Config, vocab_size: int, layout: Layout | None = None) -> dict[str, int]:
     """Bytes that a device needs at the least, by what they are for. No array is made, and no shape traced.
 
-    Parameters are V C + positions C + L (12 C² + 13 C) + 2 C. Of the activations only those are counted that no compiler can
-    avoid: of one layer, the residual stream beside queries, keys, values and scores, or beside the hidden layer of its MLP; of
-    backprop, what the products of all layers read.
+    Parameters are V C (twice with a head of its own) + positions C + L (12 C² + 13 C) + 2 C. Of the activations only those are
+    counted that no compiler can avoid: of one layer, the residual stream beside queries, keys, values and scores, or beside the
+    hidden layer of its MLP; of backprop, what the products of all layers read; of feedback, the stream before each sublayer.
 
     Args:
       config: resolved.
@@ -48,23 +48,27 @@ def least_memory(config: Config, vocab_size: int, layout: Layout | None = None) 
     model, train = config.model, config.train
     mesh = layout.mesh.shape if layout else {"data": 1, "model": 1}
     C, L, T = model.width, model.num_layers, config.data.block_size - 1
-    count = (vocab_size + model.context_length) * C + L * (12 * C * C + 13 * C) + 2 * C
+    tables = 1 if model.tied_head else 2
+    count = (tables * vocab_size + model.context_length) * C + L * (12 * C * C + 13 * C) + 2 * C
     needs = {"parameters": count * jnp.dtype(model.param_dtype).itemsize // mesh["model"]}
     if config.scope == "full":  # else the trained part may be small
         moments = _MOMENTS[config.optimizer.name] + (config.optimizer.momentum > 0)
         needs["optimiser state"] = 4 * count * moments // mesh["model"]
-        if config.mode == "fo":
+        if config.mode in GRADIENT_MODES:
             needs["gradient"] = 4 * count // mesh["model"]
     size = jnp.dtype(model.compute_dtype).itemsize
     stream, scores = T * C * size, model.num_heads * T * T * size  # of a block of the batch
     layer = max(4 * stream + scores, 5 * stream)
     activations = 0
-    if config.mode != "fo":
+    if config.mode in QUERY_MODES:
         rows = train.batch_size // config.zo.batch_chunks * config.zo.parallel_batch_size
         activations = rows * layer
     if config.mode != "zo":
         rows = (config.fo.batch_size or train.batch_size) // config.fo.gradient_accumulation_steps
-        kept = stream if model.checkpoint_activations else 12 * stream + scores
+        if config.mode in ("feedback", "block_local"):
+            kept = 2 * stream
+        else:
+            kept = stream if model.checkpoint_activations else 12 * stream + scores
         activations = max(activations, rows * (L * kept + layer))
     needs["activations"] = activations // mesh["data"]
     needs["tokens"] = 4 * blocks_per_step(config) * config.data.block_size // mesh["data"]

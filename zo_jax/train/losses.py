@@ -9,7 +9,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from zo_jax.train.model import GPT
+from zo_jax.train.model import GPT, head_of
 
 # Words of a block: in cache with the logits of some hundred tokens, and long enough for a fast product.
 _BLOCK_WORDS = 1024
@@ -79,6 +79,14 @@ def _backward(residuals, cotangent_N):
 cross_entropy.defvjp(_forward, _backward)
 
 
+def cross_entropy_gradient(
+    hidden_NC: jax.Array, head_VC: jax.Array, targets_N: jax.Array, weight: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`cross_entropy` [N], and of `weight` times its sum the gradient by hidden_NC and head_VC, in closed form: softmax - onehot."""
+    losses_N, kept = _forward(hidden_NC, head_VC, targets_N)
+    return losses_N, *_backward(kept, jnp.full_like(losses_N, weight))[:2]
+
+
 def _num_blocks(head_VC: jax.Array) -> int:
     return -(-len(head_VC) // _BLOCK_WORDS)
 
@@ -101,7 +109,7 @@ def next_token_loss(model: GPT, params: Any, tokens_BT: jax.Array) -> jax.Array:
     """Mean cross-entropy of predicting token t + 1 from tokens 1..t, in nats, float32."""
     B, T = tokens_BT.shape
     hidden_BTC = model.apply({"params": params}, tokens_BT[:, :-1])
-    head_VC = params["wte"]["embedding"]
+    head_VC = head_of(params)
     N = B * (T - 1)
     hidden_NC, targets_N = hidden_BTC.reshape(N, -1), tokens_BT[:, 1:].reshape(N)
     num_chunks = -(-N // _CHUNK_TOKENS)

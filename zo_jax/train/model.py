@@ -1,4 +1,4 @@
-"""The GPT-2 decoder in Flax Linen: pure init and apply, layers scanned, output head tied.
+"""The GPT-2 decoder in Flax Linen: pure init and apply, layers scanned, output head tied or not.
 
 Axes: B batch, T positions, C width of the residual stream, H heads, D width of a head, V vocabulary,
 L layers. Every parameter of a block is stacked over L.
@@ -69,7 +69,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids [B, T] to final hidden states [B, T, C]; the tied head is `params["wte"]["embedding"]`."""
+    """Token ids [B, T] to final hidden states [B, T, C]; the output head is `head_of(params)`."""
 
     vocab_size: int
     num_layers: int
@@ -79,6 +79,8 @@ class GPT(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     checkpoint_activations: bool = False
+    tied_head: bool = True
+    embedding_std: float = 0.02
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
@@ -86,8 +88,13 @@ class GPT(nn.Module):
         embed = lambda num, std, name: nn.Embed(
             num, self.width, embedding_init=nn.initializers.normal(std), name=name, **dtypes
         )
-        x_BTC = embed(self.vocab_size, 0.02, "wte")(tokens_BT)
-        x_BTC += embed(self.context_length, 0.01, "wpe")(jnp.arange(tokens_BT.shape[1])[None])
+        if not self.tied_head:
+            # Flax makes a parameter when it is first asked for.
+            _ = embed(self.vocab_size, 0.02, "head").embedding
+        x_BTC = embed(self.vocab_size, self.embedding_std, "wte")(tokens_BT)
+        x_BTC += embed(self.context_length, self.embedding_std / 2, "wpe")(
+            jnp.arange(tokens_BT.shape[1])[None]
+        )
         block = nn.remat(Block, prevent_cse=False) if self.checkpoint_activations else Block
         blocks = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.num_layers
@@ -108,7 +115,14 @@ def make_model(config: ModelConfig, vocab_size: int) -> GPT:
         dtype=jnp.dtype(config.compute_dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         checkpoint_activations=config.checkpoint_activations,
+        tied_head=config.tied_head,
+        embedding_std=config.embedding_std,
     )
+
+
+def head_of(params: Any) -> jax.Array:
+    """The rows of the output head [V, C]: those of the token embedding, if the head is tied to it."""
+    return params.get("head", params["wte"])["embedding"]
 
 
 def init_params(model: GPT, key: jax.Array) -> Any:

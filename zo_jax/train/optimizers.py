@@ -52,6 +52,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         return mudamw(
             schedule, **moments, **decay, cautious=config.cautious, matrix_mask=orthogonalized
         )
+    ratio = (config.adam_learning_rate or config.learning_rate) / config.learning_rate
     dimensions = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 
     def dimensions_of(params: Any) -> Any:
@@ -59,6 +60,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
     return optax.contrib.muon(
         schedule,
+        adam_learning_rate=lambda step: ratio * schedule(step),
         adam_b1=config.b1,
         adam_b2=config.b2,
         eps=config.eps,

@@ -11,7 +11,7 @@ import zo_jax
 from zo_jax.atomic import write_atomic
 from zo_jax.layout import Layout
 from zo_jax.train import describe, evaluate, limits, processes
-from zo_jax.train.config import Config, ConfigError, MeshConfig
+from zo_jax.train.config import GRADIENT_MODES, Config, ConfigError, MeshConfig
 from zo_jax.train.data.batches import load_corpora
 from zo_jax.train.data.corpus import Corpus
 from zo_jax.train.data.sources import DataError
@@ -134,7 +134,7 @@ def make_layout(config: Config) -> Layout | None:
       ConfigError: the mesh does not fit the devices, or the batches the mesh.
     """
     mesh, devices = config.mesh, jax.devices()
-    if config.mode == "fo":  # it has no queries to split
+    if config.mode in GRADIENT_MODES:  # it has no queries to split
         devices = devices[:1] if mesh == MeshConfig() else devices
         is_open = -1 in (mesh.data, mesh.model)
         mesh = MeshConfig(1 if is_open else mesh.query, mesh.data, mesh.model)

@@ -21,7 +21,7 @@ def make_scope(name: str, params: Any) -> Subset:
     """The scope that a configuration names.
 
     Args:
-      name: "full"; "reduced" (the last block's MLP and second LayerNorm, and the tied output head); or a regular
+      name: "full"; "reduced" (the last block's MLP and second LayerNorm, and the output head); or a regular
         expression, searched for in every path.
       params: pytree of arrays or their shapes.
 
@@ -33,7 +33,8 @@ def make_scope(name: str, params: Any) -> Subset:
     leaves = dict(_leaves(params))
     depth = max((leaf.shape[0] for path, leaf in leaves.items() if "/*/" in path), default=0)
     if name == "reduced":
-        name = rf"^{_STACK}/{depth - 1}/(fc|fc_proj|ln_2)/|^wte/"
+        head = "head" if "head/embedding" in leaves else "wte"
+        name = rf"^{_STACK}/{depth - 1}/(fc|fc_proj|ln_2)/|^{head}/"
     try:
         pattern = re.compile(name)
     except re.error as error:

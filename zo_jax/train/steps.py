@@ -14,8 +14,8 @@ import numpy as np
 from zo_jax import families
 from zo_jax.estimators import Estimator
 from zo_jax.layout import Layout
-from zo_jax.train import hybrid
-from zo_jax.train.config import Config
+from zo_jax.train import feedback, hybrid
+from zo_jax.train.config import QUERY_MODES, Config
 from zo_jax.train.losses import next_token_loss
 from zo_jax.train.model import GPT, init_params
 from zo_jax.train.optimizers import make_optimizer, make_schedule
@@ -193,6 +193,22 @@ def make_fo_step(
     return jax.jit(fo_step, donate_argnums=0)
 
 
+def make_feedback_step(
+    config: Config, model: GPT, layout: Layout | None = None
+) -> Callable[..., tuple[RunState, StepMetrics]]:
+    """The jitted step of modes feedback and block_local: (state, tokens [B, T]) -> (state, metrics), the state donated."""
+    rules, tell = make_rules(config, model, layout), _make_tell(config)
+    loss_and_gradient = feedback.make_gradient(config, model)
+
+    def feedback_step(state: RunState, tokens_BT: jax.Array) -> tuple[RunState, StepMetrics]:
+        key = jax.random.fold_in(base_key(config), state.step)
+        loss, gradient = loss_and_gradient(state.params, key, tokens_BT)
+        trained = rules.subset.select(gradient)
+        return tell(state, *rules.from_gradient(state.train, key, loss, trained))
+
+    return jax.jit(feedback_step, donate_argnums=0)
+
+
 def make_guided_step(
     config: Config, model: GPT, layout: Layout | None = None
 ) -> Callable[..., tuple[RunState, StepMetrics]]:
@@ -235,15 +251,17 @@ def make_train_step(
 ) -> Callable[..., tuple[RunState, StepMetrics, StepRecord | None]]:
     """The step of the configured mode: (state, step from 0, tokens, fo_tokens) -> (state, metrics, record).
 
-    Each of the two batches is None where the step does not read it; see `batches.reads`. A step with backprop has no record.
+    Each of the two batches is None where the step does not read it; see `batches.reads`. A step along a gradient has no record.
     """
     step_key = make_step_key(config, layout)
     words = jax.jit(jax.random.key_data)
     if config.mode in ("fo", "calibrate"):
         fo_step = make_fo_step(config, model, layout)
+    if config.mode in ("feedback", "block_local"):
+        fo_step = make_feedback_step(config, model, layout)
     if config.mode == "instruct":
         guided_step = make_guided_step(config, model, layout)
-    if config.mode != "fo":
+    if config.mode in QUERY_MODES:
         project = make_project(config, model, layout)
         update = make_update(config, model, layout)
 

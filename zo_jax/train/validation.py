@@ -136,6 +136,7 @@ def _check_setting(one: Setting, value: Any) -> None:
 
 def _check_combinations(config: Config) -> None:
     _check_model(config)
+    _check_feedback(config)
     _check_sources(config)
     _check_batches(config)
     _check_optimizer(config)
@@ -180,6 +181,15 @@ def _check_model(config: Config) -> None:
         raise ConfigError(
             f"zo.rank={zo.rank} is no low rank for matrices of width {width}; make it at most that, or set "
             "zo.perturbation=gaussian"
+        )
+
+
+def _check_feedback(config: Config) -> None:
+    dtypes = config.model.param_dtype, config.model.compute_dtype
+    if config.mode == "feedback" and set(dtypes) != {"float32"}:
+        raise ConfigError(
+            "mode feedback needs model.param_dtype=float32 and model.compute_dtype=float32, whose differences it takes; "
+            f"got {dtypes[0]} and {dtypes[1]}"
         )
 
 

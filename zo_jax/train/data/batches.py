@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from zo_jax.layout import Layout
-from zo_jax.train.config import Config, blocks_per_step
+from zo_jax.train.config import GRADIENT_MODES, Config, blocks_per_step
 from zo_jax.train.data.corpus import Corpus, batch_indices, load_blocks, load_corpus
 
 
@@ -64,6 +64,8 @@ def load_corpora(config: Config) -> Corpus:
 
 def reads(config: Config, step: int) -> tuple[bool, bool]:
     """Whether a step (from 0) reads a batch for its queries, and whether it reads one for backprop."""
-    interval = {"fo": 1, "zo": 0}.get(config.mode, config.fo.bp_interval)
+    interval = {"zo": 0}.get(config.mode, config.fo.bp_interval)
+    if config.mode in GRADIENT_MODES:
+        interval = 1
     backprop = bool(interval) and (step + 1) % interval == 0
     return config.mode in ("zo", "instruct") or not backprop, backprop

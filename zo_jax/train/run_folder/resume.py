@@ -17,7 +17,7 @@ from zo_jax.atomic import set_aside
 from zo_jax.layout import Layout
 from zo_jax.replay import make_header
 from zo_jax.train import processes
-from zo_jax.train.config import Config, ConfigError, fixed_fields
+from zo_jax.train.config import QUERY_MODES, Config, ConfigError, fixed_fields
 from zo_jax.train.data.corpus import Corpus
 from zo_jax.train.model import GPT
 from zo_jax.train.run_folder import checkpoint, metrics
@@ -38,7 +38,7 @@ class Run(NamedTuple):
       records: the ledger's, of which those after `state.step` are to be replayed.
       log, checkpoints: what it writes to.
       snapshots: where it keeps some, or None.
-      writer: of the ledger; None in mode fo, and in all processes but the first.
+      writer: of the ledger; None in modes without queries, and in all processes but the first.
     """
 
     workdir: Workdir
@@ -85,7 +85,8 @@ def open_run(
     folder, identity, num_steps = workdir.path, workdir.identity, config.train.num_steps
     init = lambda: init_state(config, model, layout)
     state, start = init(), 0
-    header = None if config.mode == "fo" else run_header(config, model, state, identity)
+    has_ledger = config.mode in QUERY_MODES
+    header = run_header(config, model, state, identity) if has_ledger else None
     whole, damaged, latest = checkpoint.find_whole(folder / "checkpoints", state, identity)
     if latest is not None:
         state, start, latest = latest, whole[-1], None

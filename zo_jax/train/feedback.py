@@ -1,0 +1,136 @@
+"""Modes feedback and block_local: the error of the output, known in closed form, is handed to every layer as its own.
+
+A layer that writes into the residual stream has its output added to what the layers above read and write. If these changed little, the error
+of the stream's end would be the error of every layer's output: residual feedback takes it so. It is exact for the last layer alone, and biased
+below. Relatives: feedback alignment (Lillicrap et al., 2016) and its direct form (Nøkland, 2016), which hand errors down by
+random matrices.
+Axes: B blocks, T tokens, C width of the residual stream, L layers, F sites of feedback.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from zo_jax.train.config import Config, FeedbackConfig
+from zo_jax.train.model import GPT, Block, head_of
+from zo_jax.train.sublayers import (
+    attend,
+    attend_gradient,
+    feed_forward,
+    feed_forward_gradient,
+    output,
+)
+
+# (params, key, tokens [B, T]) -> (loss, gradient of all parameters).
+Gradient = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+def make_gradient(config: Config, model: GPT) -> Gradient:
+    """What a step of the configured mode takes for the gradient: (params, key, tokens [B, T]) -> (loss, gradient).
+
+    Mode feedback has no derivative but closed forms of single layers; mode block_local differentiates every block by itself
+    (`jax.vjp`), the first together with the embeddings. Neither hands an error from one block to the next.
+    """
+    make = {"feedback": _make_feedback, "block_local": _make_block_local}[config.mode]
+    return make(config, model)
+
+
+def _make_feedback(config: Config, model: GPT) -> Gradient:
+    error_at = _make_error_at(config, model)
+
+    def gradient(params: Any, key: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, Any]:
+        inputs_BT = tokens_BT[:, :-1]
+
+        def forward(x_BTC, block):
+            middle_BTC = x_BTC + attend(block, x_BTC, model.num_heads)
+            return middle_BTC + feed_forward(block, middle_BTC), (x_BTC, middle_BTC)
+
+        x_BTC, kept = jax.lax.scan(forward, embed(params, inputs_BT), params["blocks"])
+        end = output(params["ln_f"], head_of(params), x_BTC, tokens_BT[:, 1:])
+
+        def of_block(args):
+            layer, block, (x_BTC, middle_BTC) = args
+            errors = [error_at(end.error_BTC, 2 * layer + i) for i in (1, 2)]
+            own_key = jax.random.fold_in(key, layer)
+            return attend_gradient(
+                block, x_BTC, errors[0], own_key, model.num_heads, config.feedback
+            ) | feed_forward_gradient(block, middle_BTC, errors[1], config.feedback)
+
+        layers = jnp.arange(model.num_layers)
+        gradient = {
+            "blocks": jax.lax.map(of_block, (layers, params["blocks"], kept)),
+            "ln_f": end.norm,
+        } | _embeddings_gradient(params, inputs_BT, error_at(end.error_BTC, 0))
+        return end.loss, _add_head(gradient, end.head_VC, model.tied_head)
+
+    return gradient
+
+
+def _make_block_local(config: Config, model: GPT) -> Gradient:
+    error_at = _make_error_at(config, model)
+    block = Block(model.num_layers, model.num_heads, model.dtype, model.param_dtype)
+    apply = lambda params, x_BTC: block.apply({"params": params}, x_BTC)[0]
+
+    def gradient(params: Any, key: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, Any]:
+        inputs_BT = tokens_BT[:, :-1]
+        forward = lambda x_BTC, block: (apply(block, x_BTC), x_BTC)
+        x_BTC, kept = jax.lax.scan(forward, embed(params, inputs_BT), params["blocks"])
+        end = output(params["ln_f"], head_of(params), x_BTC, tokens_BT[:, 1:])
+
+        def of_block(args):
+            layer, block, x_BTC = args
+            _, derivative = jax.vjp(apply, block, x_BTC)
+            return derivative(error_at(end.error_BTC, 2 * layer + 2))
+
+        blocks, below = jax.lax.map(
+            of_block, (jnp.arange(model.num_layers), params["blocks"], kept)
+        )
+        gradient = {"blocks": blocks, "ln_f": end.norm}
+        gradient |= _embeddings_gradient(params, inputs_BT, below[0])
+        return end.loss, _add_head(gradient, end.head_VC, model.tied_head)
+
+    return gradient
+
+
+def embed(params: Any, tokens_BT: jax.Array) -> jax.Array:
+    """The residual stream before the first block."""
+    positions_TC = params["wpe"]["embedding"][: tokens_BT.shape[1]]
+    return params["wte"]["embedding"][tokens_BT] + positions_TC[None]
+
+
+def _embeddings_gradient(params: Any, tokens_BT: jax.Array, error_BTC: jax.Array) -> dict[str, Any]:
+    """The error scattered by token, and summed by position."""
+    zeros = jax.tree.map(jnp.zeros_like, {name: params[name] for name in ("wte", "wpe")})
+    wte_VC, wpe_TC = zeros["wte"]["embedding"], zeros["wpe"]["embedding"]
+    return {
+        "wte": {"embedding": wte_VC.at[tokens_BT].add(error_BTC)},
+        "wpe": {"embedding": wpe_TC.at[: tokens_BT.shape[1]].add(jnp.sum(error_BTC, axis=0))},
+    }
+
+
+def _add_head(gradient: Any, head_VC: jax.Array, tied: bool) -> Any:
+    if not tied:
+        return gradient | {"head": {"embedding": head_VC}}
+    return gradient | {"wte": {"embedding": gradient["wte"]["embedding"] + head_VC}}
+
+
+def _make_error_at(config: Config, model: GPT) -> Callable[[jax.Array, Any], jax.Array]:
+    """(output error, site) -> error of a site: 0 the embeddings, 2 l + 1 the attention and 2 l + 2 the MLP of layer l."""
+    feedback: FeedbackConfig = config.feedback
+    last = 2 * model.num_layers
+    # Of the run, not of a step: feedback stays what it is.
+    key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), 2**31 + 2)
+
+    def error_at(error_BTC: jax.Array, site: Any) -> jax.Array:
+        if feedback.errors == "last":
+            return jnp.where(site == last, error_BTC, 0)
+        if feedback.matrix == "identity":
+            return error_BTC
+        C = error_BTC.shape[-1]
+        matrix_CC = jax.random.normal(jax.random.fold_in(key, site), (C, C)) / jnp.sqrt(C)
+        # The last site's error is known.
+        return jnp.where(site == last, error_BTC, error_BTC @ matrix_CC)
+
+    return error_at
