@@ -29,3 +29,10 @@ def small_disk(tmp_path):
         pytest.skip("no right to mount a small file system")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Compiled programs go with the tests of a file: all of them together take gigabytes."""
+    yield
+    jax.clear_caches()
