@@ -28,7 +28,7 @@ def test_tiny_is_valid(tiny_config):
     [
         (
             dict(mode="zoo"),
-            "mode must be one of zo, fo, calibrate, instruct; got 'zoo'; did you mean zo",
+            "mode must be one of zo, fo, calibrate, instruct, feedback, block_local; got 'zoo'; did you mean zo",
         ),
         (dict(mode="ZO"), "did you mean zo?"),
         (dict(model__size="1b"), "did you mean 1B?"),
@@ -73,7 +73,10 @@ def test_tiny_is_valid(tiny_config):
         (dict(model__num_layers=0), "needs model.num_layers"),
         (dict(model__size="gpt2"), "or leave them at 0, 0, 0"),
         (dict(mode="calibrate", fo__bp_interval=2, fo__gradient_accumulation_steps=3), "divisible"),
-        (dict(fo__gradient_accumulation_steps=2), "no effect: it is read only if mode is not zo"),
+        (
+            dict(fo__gradient_accumulation_steps=2),
+            "no effect: it is read only if mode is fo or calibrate or instruct",
+        ),
         (dict(optimizer__schedule="cosine", optimizer__warmup_steps=6), "less than the run's 6"),
         (dict(optimizer__schedule="cosine", optimizer__min_learning_rate=9.0), "at most"),
         (dict(seed=-1), "seed"),
@@ -83,7 +86,7 @@ def test_tiny_is_valid(tiny_config):
         (dict(zo=3), "zo must be a ZOConfig"),
         (dict(mode="fo", zo__batch_chunks=2), "zo.num_queries=3, zo.batch_chunks=2 have no effect"),
         (dict(zo__batch_chunks=3), "divisible by zo.batch_chunks"),
-        (dict(model__checkpoint_activations=True), "only if mode is not zo"),
+        (dict(model__checkpoint_activations=True), "only if mode is fo or calibrate or instruct"),
         (
             dict(optimizer__rounding="nearest"),
             "only if model.param_dtype is not float32, but model.param_dtype is float32",

@@ -226,7 +226,9 @@ def test_the_mean_of_local_scores_is_the_derivative_of_attention(method):
 def test_more_draws_are_less_noise():
     keys = jax.random.split(jax.random.key(2), 300)
     exact = np.asarray(attention_derivative()[0])
-    noise = lambda n: np.mean((attention_errors("weights", keys, num_draws=n)[0] - exact[None]) ** 2)
+    noise = lambda n: np.mean(
+        (attention_errors("weights", keys, num_draws=n)[0] - exact[None]) ** 2
+    )
     np.testing.assert_allclose(noise(2) / noise(8), 4, rtol=0.2)
 
 
