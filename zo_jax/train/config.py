@@ -281,6 +281,7 @@ class FeedbackConfig:
         "identity",
         "what an error passes on its way to a layer: nothing, or a fixed random matrix, a control",
         choices=("identity", "random"),
+        only_if="feedback.errors is all",
     )
     errors: str = setting(
         "all",

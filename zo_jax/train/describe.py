@@ -116,11 +116,11 @@ def _describe_feedback(config: Config, batch: str) -> str:
     attention = {
         "weights": f"{feedback.num_draws} draws of signs on the weights of attention",
         "qkv": f"{feedback.num_draws} draws of signs on queries, keys and values each",
-        "closed_form": "the softmax of attention in closed form",
+        "closed_form": "the derivative of attention in closed form",
         "none": "nothing through attention (a control)",
     }[feedback.attention]
     return (
-        f"forward passes only, no backprop: {start}; inside a layer differences of {feedback.sigma:g}, "
+        f"forward passes only, no backprop from layer to layer: {start}; inside a layer differences of {feedback.sigma:g}, "
         f"{attention}, and linear maps in closed form; {end}"
     )
 

@@ -1,4 +1,4 @@
-"""feedback.py with no draws: inside attention the derivative of the softmax in closed form.
+"""default.py with no draws: inside attention the derivative of the softmax in closed form.
 
 Command: python main.py --config=feedback_closed_form
 Time and loss: docs/learning.md.

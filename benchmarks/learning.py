@@ -1,0 +1,226 @@
+"""Learning past what pairs of characters tell, with forward passes only, and what each part of it gives: the table of docs/learning.md.
+
+  python benchmarks/learning.py                                  all rows, three seeds, the steps of configs/default.py
+  python benchmarks/learning.py --methods=feedback,backprop --seeds=0 --steps=400
+  python benchmarks/learning.py --depths=2,4,8 --methods=feedback,block_local,backprop
+
+The model, data, batches and optimiser of every row are those of configs/default.py, but for what its name says. A row is printed as soon as
+it is known, and its runs are kept in the file --out, where a later call finds them. A forward pass is one of the network; a backprop gradient counts as
+three, and a step of the feedback modes too, with all that they evaluate of single layers. Seconds are those of the steps, without compilation and evaluation.
+"""
+
+import argparse
+from collections.abc import Callable
+import itertools
+import json
+from pathlib import Path
+import time
+from typing import Any, NamedTuple
+
+import jax
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from zo_jax.train import experiment, steps
+from zo_jax.train.config import Config, FeedbackConfig
+from zo_jax.train.data.batches import read_batches
+from zo_jax.train.data.corpus import load_corpus
+from zo_jax.train.evaluate import choose_blocks, make_evaluate
+from zo_jax.train.model import make_model
+from zo_jax.train.validation import resolve, validate
+
+# A pass up the network, and products as costly as two more.
+PASSES_OF_A_GRADIENT = 3
+NUM_POINTS, EVAL_BLOCKS = 12, 256
+HEADER = "| method | layers | seeds | steps | forward passes | seconds | validation loss |"
+
+
+class Method(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+      label: what it is, in the table.
+      change: makes the configuration of configs/default.py that of the row.
+    """
+
+    label: str
+    change: Callable[[Config], None]
+
+
+def _feedback(**fields: Any) -> Callable[[Config], None]:
+    def change(config: Config) -> None:
+        for name, value in fields.items():
+            setattr(config.feedback, name, value)
+
+    return change
+
+
+def _scope(pattern: str) -> Callable[[Config], None]:
+    def change(config: Config) -> None:
+        config.scope = pattern
+        _mode("fo")(config)
+
+    return change
+
+
+def _mode(mode: str, upper_half: bool = False) -> Callable[[Config], None]:
+    def change(config: Config) -> None:
+        config.mode, config.feedback = mode, FeedbackConfig()
+        if upper_half:
+            layers = range(config.model.num_layers // 2, config.model.num_layers)
+            config.scope = rf"^blocks/({'|'.join(map(str, layers))})/|^ln_f/|^head/"
+
+    return change
+
+
+def _zeroth_order(config: Config) -> None:
+    """The directions and the optimiser of configs/zo.py, whose rates were chosen for it."""
+    plain = experiment.load("zo")
+    config.mode, config.feedback = "zo", FeedbackConfig()
+    config.zo, config.optimizer = plain.zo, plain.optimizer
+    passes = config.train.num_steps * PASSES_OF_A_GRADIENT
+    config.train.num_steps = max(1, passes // passes_of_a_step(config))
+
+
+METHODS = {
+    "feedback": Method(
+        "feedback, draws on the weights of attention (the default run)", _feedback()
+    ),
+    "closed_form": Method("the same, softmax in closed form", _feedback(attention="closed_form")),
+    "qkv": Method("the same, draws on queries, keys and values", _feedback(attention="qkv")),
+    "none": Method("control: nothing through attention", _feedback(attention="none")),
+    "last": Method(
+        "control: errors of all but the last MLP and head at zero", _feedback(errors="last")
+    ),
+    "random": Method("control: random feedback", _feedback(matrix="random")),
+    "head": Method("head alone, exact", _scope("^(ln_f|head)/")),
+    "embedding": Method("embeddings and head alone, exact", _scope("^(ln_f|head|wte|wpe)/")),
+    "block_local": Method("block_local: backprop inside every block", _mode("block_local")),
+    "block_local_upper": Method("its control: lower half frozen", _mode("block_local", True)),
+    "backprop": Method("backprop", _mode("fo")),
+    "zo": Method("plain zeroth order, equal passes", _zeroth_order),
+    "zo_seconds": Method("plain zeroth order, equal seconds", _zeroth_order),
+}
+
+
+def passes_of_a_step(config: Config) -> int:
+    return 2 * config.zo.num_queries if config.mode == "zo" else PASSES_OF_A_GRADIENT
+
+
+def make_config(method: str, depth: int, seed: int, num_steps: int) -> Config:
+    config = experiment.load("default")
+    config.seed, config.model.num_layers = seed, depth
+    config.train.num_steps = num_steps or config.train.num_steps
+    METHODS[method].change(config)
+    validate(config)
+    return config
+
+
+class Trainer:
+    """A configuration with its compiled step."""
+
+    def __init__(self, config: Config):
+        corpus = load_corpus(config.data)
+        self.config = resolve(config, len(corpus.train_NT))
+        self.model = make_model(config.model, corpus.tokenizer.vocab_size)
+        self.evaluate, self.train_NT = make_evaluate(self.model), corpus.train_NT
+        self.held_out = choose_blocks(corpus.validation_NT, EVAL_BLOCKS)
+        self.train_step = steps.make_train_step(self.config, self.model)
+        self.take(steps.init_state(self.config, self.model), 0, 1)  # compiles
+
+    def take(self, state: Any, first: int, end: int) -> tuple[Any, float]:
+        """The state after the steps from `first` to before `end`, and their seconds."""
+        start = time.perf_counter()
+        for step in range(first, end):
+            batches = read_batches(self.config, self.train_NT, step)
+            state, _, _ = self.train_step(state, step, *batches)
+        jax.block_until_ready(state)
+        return state, time.perf_counter() - start
+
+    def run(self) -> dict[str, Any]:
+        """Steps, forward passes, seconds and validation losses along a run."""
+        state = steps.init_state(self.config, self.model)
+        ends = np.linspace(0, self.config.train.num_steps, NUM_POINTS + 1).astype(int)
+        seconds, losses = [0.0], [float(self.evaluate(state.params, self.held_out))]
+        for first, end in itertools.pairwise(ends.tolist()):
+            state, spent = self.take(state, first, end)
+            seconds.append(seconds[-1] + spent)
+            losses.append(float(self.evaluate(state.params, self.held_out)))
+        passes = ends * passes_of_a_step(self.config)
+        return dict(steps=ends.tolist(), passes=passes.tolist(), seconds=seconds, loss=losses)
+
+
+def run(method: str, depth: int, seed: int, num_steps: int, rows: list[dict]) -> dict[str, Any]:
+    config = make_config(method, depth, seed, num_steps)
+    if method == "zo_seconds":  # those of the first method, whose row must be there
+        (given,) = (r for r in rows if r["key"] == ["feedback", depth, seed, num_steps])
+        trainer = Trainer(config)
+        _, spent = trainer.take(steps.init_state(trainer.config, trainer.model), 0, 20)
+        config.train.num_steps = max(1, int(given["seconds"][-1] / (spent / 20)))
+    return dict(key=[method, depth, seed, num_steps]) | Trainer(config).run()
+
+
+def tell(rows: list[dict], method: str, depth: int, num_steps: int) -> str:
+    """A row of the table, of all its seeds that are there."""
+    mine = [row for row in rows if row["key"][:2] + row["key"][3:] == [method, depth, num_steps]]
+    losses, seconds = ([row[name][-1] for row in mine] for name in ("loss", "seconds"))
+    spread = f" ± {np.std(losses, ddof=1):.3f}" if len(mine) > 1 else ""
+    last = mine[-1]
+    return (
+        f"| {METHODS[method].label} | {depth} | {len(mine)} | {last['steps'][-1]:,} | {last['passes'][-1]:,} "
+        f"| {np.mean(seconds):.0f} | {np.mean(losses):.3f}{spread} |"
+    )
+
+
+def draw(rows: list[dict], depth: int, num_steps: int, path: Path) -> None:
+    """Curves of the first seed, by passes and by seconds."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    for method in METHODS:
+        row = next(
+            (r for r in rows if r["key"][:2] + r["key"][3:] == [method, depth, num_steps]), None
+        )
+        if row:
+            for ax, name in zip(axes, ("passes", "seconds"), strict=True):
+                ax.plot(row[name], row["loss"], marker=".", label=METHODS[method].label)
+    axes[0].set(
+        xlabel="forward passes", ylabel="validation loss, nats a character", ylim=(1.5, 3.3)
+    )
+    axes[1].set(xlabel="seconds of steps")
+    axes[1].legend(fontsize=6)
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    split = lambda kind: lambda text: [kind(part) for part in text.split(",")]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--methods", type=split(str), default=list(METHODS))
+    parser.add_argument("--depths", type=split(int), default=[2])
+    parser.add_argument("--seeds", type=split(int), default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=0, help="of the default run and of backprop")
+    parser.add_argument("--out", type=Path, default=Path("runs/learning.jsonl"))
+    parser.add_argument("--figure", type=Path, default=Path("runs/learning.png"))
+    args = parser.parse_args()
+    if unknown := set(args.methods) - set(METHODS):
+        parser.error(f"--methods must be of {', '.join(METHODS)}; got {', '.join(unknown)}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in args.out.open()] if args.out.exists() else []
+    print(f"{HEADER}\n|{'---|' * HEADER.count(' | ')}---|", flush=True)
+    for depth in args.depths:
+        for method in args.methods:
+            for seed in args.seeds:
+                if [method, depth, seed, args.steps] not in [row["key"] for row in rows]:
+                    rows.append(run(method, depth, seed, args.steps, rows))
+                    with args.out.open("a") as file:
+                        file.write(json.dumps(rows[-1]) + "\n")
+            print(tell(rows, method, depth, args.steps), flush=True)
+    draw(rows, args.depths[0], args.steps, args.figure)
+
+
+if __name__ == "__main__":
+    main()
