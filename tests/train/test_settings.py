@@ -54,6 +54,7 @@ BACKPROP = {"mode": "fo"}
 CALIBRATE = {"mode": "calibrate", "fo.bp_interval": 2}
 INSTRUCT = {"mode": "instruct", "fo.bp_interval": 2}
 ADAPTIVE = INSTRUCT | {"instruct.adaptive": True}
+FEEDBACK = {"mode": "feedback", "scope": "full"}
 COSINE = {"optimizer.schedule": "cosine", "optimizer.warmup_steps": 1}
 OF = lambda name: {"optimizer.name": name}
 # Files that the fixture `folder` writes, in the current folder.
@@ -106,6 +107,15 @@ IN_PROGRAMS = {
     "optimizer.rounding": Case("nearest", {"model.param_dtype": "bfloat16"}),
     "optimizer.cautious": Case(True, OF("mudamw")),
     "optimizer.orthogonalize_embedding": Case(False, OF("muon")),
+    "optimizer.adam_learning_rate": Case(0.5, OF("muon")),
+    "model.tied_head": Case(False),
+    "model.embedding_std": Case(0.5),
+    "feedback.matrix": Case("random", FEEDBACK),
+    "feedback.errors": Case("last", FEEDBACK),
+    "feedback.attention": Case("none", FEEDBACK),
+    "feedback.num_draws": Case(2, FEEDBACK),
+    "feedback.sigma": Case(0.1, FEEDBACK),
+    "feedback.discount": Case(0.5, FEEDBACK | {"feedback.attention": "qkv"}),
 }
 IN_BLOCKS = {
     "seed": Case(1),
@@ -190,8 +200,14 @@ for name, (run, _, _) in IN_RUNS.items():
 
 # How each part of a condition is made not to hold.
 BROKEN = {
-    "mode is not fo": {"mode": "fo"},
-    "mode is not zo": {"mode": "zo"},
+    "mode is zo or calibrate or instruct": {"mode": "fo"},
+    "mode is fo or calibrate or instruct": {"mode": "zo"},
+    "mode is feedback or block_local": {"mode": "zo"},
+    "mode is feedback": {"mode": "block_local", "scope": "full"},
+    "feedback.errors is all": {"feedback.errors": "last"},
+    "feedback.attention is weights or qkv": {"feedback.attention": "closed_form"},
+    "feedback.attention is qkv": {"feedback.attention": "weights"},
+    "optimizer.name is muon": {"optimizer.name": "mudamw"},
     "mode is instruct": {"mode": "calibrate"},
     "mode is calibrate or instruct": {"mode": "zo"},
     "mode is not fo or fo.batch_size is 0": {"mode": "fo", "fo.batch_size": 4},
@@ -271,8 +287,12 @@ def program(config, name):
     q, B, T = config.zo.num_queries, config.train.batch_size, config.data.block_size
     tokens_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
     tokens = jax.ShapeDtypeStruct((q, B, T), jnp.int32) if config.zo.batch_per_query else tokens_BT
-    if config.mode == "fo":
+    if name == "model.embedding_std":
+        lowered = jax.jit(lambda: steps.init_state(config, gpt)).lower()
+    elif config.mode == "fo":
         lowered = steps.make_fo_step(config, gpt).lower(state, tokens_BT)
+    elif config.mode == "feedback":
+        lowered = steps.make_feedback_step(config, gpt).lower(state, tokens_BT)
     elif config.mode == "instruct":
         lowered = steps.make_guided_step(config, gpt).lower(state, key, tokens, tokens_BT)
     elif name.startswith("optimizer."):
