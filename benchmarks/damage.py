@@ -3,11 +3,12 @@
   python benchmarks/damage.py                            1,000 damages, in all four modes
   python benchmarks/damage.py --count=50 --mode=fo --seed=3 --workers=1
 
-A damage is done to one file or folder of a run that was killed at a step, or that was complete: bits flipped, cut, deleted, filled
-with garbage, taken from another run, a folder put in the place of a file, digits and lines of a text changed. Then the same command
-runs again, in a process that does it for many. What may come of it: the run ends identical to its reference; or it ends with its final state
-identical, and what it has lost is told in a line; or it is refused with one line. What may not: something lost without a word, another final
-state, a traceback.
+A damage is done to one file or folder of a run that was killed at a step, or that was complete:
+bits flipped, cut, deleted, filled with garbage, taken from another run, a folder put in the place
+of a file, digits and lines of a text changed. Then the same command runs again, in a process that
+does it for many. What may come of it: the run ends identical to its reference; or it ends with its
+final state identical, and what it has lost is told in a line; or it is refused with one line. What
+may not: something lost without a word, another final state, a traceback.
 """
 
 import argparse
@@ -62,7 +63,9 @@ def configure(mode: str, folder: Path, seed: int = 0) -> Config:
 
 
 def prepare(mode: str, folder: Path) -> None:
-    """Makes the reference, a run killed after a step and not yet damaged, and another run of the same settings but for the seed."""
+    """Makes the reference, a run killed after a step and not yet damaged, and another run of the
+    same settings but for the seed.
+    """
     (folder / "bottles.txt").write_text(tiny.TEXT)
     for name, seed in (("killed", 0), ("other", 1)):
         config = configure(mode, folder, seed)
@@ -147,7 +150,9 @@ def captured(path: Path):
 
 
 def compile_once() -> None:
-    """Equal configurations share their compiled functions: what is tried is files, and tracing takes most of a tiny run."""
+    """Equal configurations share their compiled functions: what is tried is files, and tracing
+    takes most of a tiny run.
+    """
 
     def share(module: Any, name: str, copy: bool = False) -> None:
         make, made = getattr(module, name), {}

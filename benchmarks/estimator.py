@@ -3,9 +3,10 @@
   python benchmarks/estimator.py               all tables, some five minutes on 2 CPU cores
   python benchmarks/estimator.py --rounds=3    fewer rounds, coarser medians
 
-R is the time of the whole estimate (gradient included) over that of the 2 q plain evaluations of the same loss on the same data
-by `lax.map`. Both are jitted; every round runs all programs once, in turn, and a figure is the median of the rounds' ratios.
-Memory is argument + temp + output - alias of XLA's `memory_analysis()`; nothing is allocated for it.
+R is the time of the whole estimate (gradient included) over that of the 2 q plain evaluations of
+the same loss on the same data by `lax.map`. Both are jitted; every round runs all programs once, in
+turn, and a figure is the median of the rounds' ratios. Memory is argument + temp + output - alias
+of XLA's `memory_analysis()`; nothing is allocated for it.
 """
 
 import argparse
@@ -53,7 +54,9 @@ def compile_timed(function: Callable[..., Any], *args: Any) -> tuple[Any, float]
 
 
 def time_in_turn(programs: dict[str, tuple[Any, ...]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each (compiled function, *args) in each round, one more round left out as a warm-up."""
+    """Seconds of each (compiled function, *args) in each round, one more round left out as a
+    warm-up.
+    """
     seconds = {name: [] for name in programs}
     for _ in range(rounds + 1):
         for name, (compiled, *args) in programs.items():

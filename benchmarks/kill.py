@@ -1,11 +1,14 @@
-"""Kills real runs with SIGKILL at random moments until they have ended all the same, and compares them with ones left alone.
+"""Kills real runs with SIGKILL at random moments until they have ended all the same, and compares
+them with ones left alone.
 
-  python benchmarks/kill.py                                200 kills over every mode and optimiser, and runs of two processes
-  python benchmarks/kill.py --count=3 --only=zo-adam --num-steps=200 --seed=1
+  python benchmarks/kill.py                                200 kills over every mode and optimiser,
+  and runs of two processes python benchmarks/kill.py --count=3 --only=zo-adam --num-steps=200
+  --seed=1
 
-What must be equal to the bit: parameters, optimiser state and all else of the final checkpoint, the rows of metrics.csv but for their
-timestamps, evaluations likewise, the ledger, the snapshots. While a run is dead, metrics.csv must be a CSV. Of two processes one is
-killed, and the other must end within 30 seconds with exit code 76.
+What must be equal to the bit: parameters, optimiser state and all else of the final checkpoint, the
+rows of metrics.csv but for their timestamps, evaluations likewise, the ledger, the snapshots. While
+a run is dead, metrics.csv must be a CSV. Of two processes one is killed, and the other must end
+within 30 seconds with exit code 76.
 """
 
 import argparse
@@ -108,7 +111,8 @@ def kill_until_done(
     while hit["kills"] < kills:
         before = num_rows(workdir)
         left = kills - hit["kills"]
-        # One in five at any time while it starts and compiles, the others spread over the steps that are left.
+        # One in five at any time while it starts and compiles, the others spread over the steps
+        # that are left.
         early = rng.random() < 0.2
         target = before + rng.randint(1, max(1, 3 * (num_steps - before) // (2 * left + 4)))
         said = log.read_text().count("model:") if log.exists() else 0
@@ -148,7 +152,9 @@ def state_like(run: Path) -> Any:
 
 
 def differences(one: Path, other: Path, like: Any, num_steps: int, num_rows: int) -> list[str]:
-    """What two finished runs, with states like one, do not have in common; `one` is as it should be, with so many rows."""
+    """What two finished runs, with states like one, do not have in common; `one` is as it should
+    be, with so many rows.
+    """
     found = []
     same_state = lambda name, step: _same_state(one / name, other / name, step, like)
     if not same_state("checkpoints", num_steps):
@@ -226,7 +232,8 @@ def main() -> None:
         found = differences(folder / "whole", folder / "killed", like, steps, steps + 1)
         counts = ", ".join(f"{count} {what}" for what, count in hit.items())
         print(
-            f"{name}: {counts}: {'DIFFERENT: ' + ', '.join(found) if found else 'equal to the bit'}",
+            f"{name}: {counts}: "
+            f"{'DIFFERENT: ' + ', '.join(found) if found else 'equal to the bit'}",
             flush=True,
         )
         failed, total = failed + bool(found), total + hit["kills"]

@@ -1,12 +1,15 @@
-"""Learning past what pairs of characters tell, with forward passes only, and what each part of it gives: the table of docs/learning.md.
+"""Learning past what pairs of characters tell, with forward passes only, and what each part of it
+gives: the table of docs/learning.md.
 
-  python benchmarks/learning.py                                  all rows, three seeds, the steps of configs/default.py
-  python benchmarks/learning.py --methods=feedback,backprop --seeds=0 --steps=400
+  python benchmarks/learning.py                                  all rows, three seeds, the steps of
+  configs/default.py python benchmarks/learning.py --methods=feedback,backprop --seeds=0 --steps=400
   python benchmarks/learning.py --depths=2,4,8 --methods=feedback,block_local,backprop
 
-The model, data, batches and optimiser of every row are those of configs/default.py, but for what its name says. A row is printed as soon as
-it is known, and its runs are kept in the file --out, where a later call finds them. A forward pass is one of the network; a backprop gradient counts as
-three, and a step of the feedback modes too, with all that they evaluate of single layers. Seconds are those of the steps, without compilation and evaluation.
+The model, data, batches and optimiser of every row are those of configs/default.py, but for what
+its name says. A row is printed as soon as it is known, and its runs are kept in the file --out,
+where a later call finds them. A forward pass is one of the network; a backprop gradient counts as
+three, and a step of the feedback modes too, with all that they evaluate of single layers. Seconds
+are those of the steps, without compilation and evaluation.
 """
 
 import argparse
@@ -170,7 +173,8 @@ def tell(rows: list[dict], method: str, depth: int, num_steps: int) -> str:
     spread = f" ± {np.std(losses, ddof=1):.3f}" if len(mine) > 1 else ""
     last = mine[-1]
     return (
-        f"| {METHODS[method].label} | {depth} | {len(mine)} | {last['steps'][-1]:,} | {last['passes'][-1]:,} "
+        f"| {METHODS[method].label} | {depth} | {len(mine)} | {last['steps'][-1]:,} | "
+        f"{last['passes'][-1]:,} "
         f"| {np.mean(seconds):.0f} | {np.mean(losses):.3f}{spread} |"
     )
 

@@ -1,4 +1,5 @@
-"""What a ledger costs and gives: bytes a step against a checkpoint's, and the speed of replay against training.
+"""What a ledger costs and gives: bytes a step against a checkpoint's, and the speed of replay
+against training.
 
 python benchmarks/ledger.py               two minutes on 2 CPU cores
 """
@@ -56,7 +57,8 @@ def on_disk() -> None:
         files = [path for path in Path(folder).rglob("*") if path.is_file()]
         total = sum(path.stat().st_size for path in files)
     print(
-        f"a checkpoint of 20M with Adam at step 0: {total:,} bytes on the disk (zeros compress); the loop waits "
+        f"a checkpoint of 20M with Adam at step 0: {total:,} bytes on the disk (zeros compress); "
+        f"the loop waits "
         f"{blocked:.2f} of the {seconds:.2f} s that it takes"
     )
 
@@ -100,7 +102,8 @@ def speed(rounds: int, num_steps: int) -> None:
         for seconds, scale in ((training, 1e3), (replaying, 1e3), (appending, 1e6))
     )
     print(
-        f"configs/zo.py: {train_ms:.2f} ms a step to train, {replay_ms:.3f} ms to replay, {train_ms / replay_ms:.0f} "
+        f"configs/zo.py: {train_ms:.2f} ms a step to train, {replay_ms:.3f} ms to replay, "
+        f"{train_ms / replay_ms:.0f} "
         f"times faster and equal to the bit; {append_us:.0f} us to append a record "
         f"(medians of {rounds} turns of {num_steps} steps)"
     )

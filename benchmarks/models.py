@@ -3,10 +3,12 @@
   python benchmarks/models.py               the tables, some five minutes on 2 CPU cores
   python benchmarks/models.py --rounds=3    fewer rounds, coarser medians
 
-R is the time of the whole estimate (gradient included) over that of the 2 q plain evaluations of the same loss on the same data.
-All programs are jitted; every round runs each once, in turn, and a figure is the median of the rounds' ratios. "formed" is
-what `zo_jax.record_formed` saw of low-rank directions, by primitive; dense signs are formed in every product by design.
-The last table has the seconds of tracing and compiling a model of 24 layers that are written out, each a call of one `jax.jit`.
+R is the time of the whole estimate (gradient included) over that of the 2 q plain evaluations of
+the same loss on the same data. All programs are jitted; every round runs each once, in turn, and a
+figure is the median of the rounds' ratios. "formed" is what `zo_jax.record_formed` saw of low-rank
+directions, by primitive; dense signs are formed in every product by design. The last table has the
+seconds of tracing and compiling a model of 24 layers that are written out, each a call of one
+`jax.jit`.
 """
 
 import argparse
@@ -35,7 +37,9 @@ FAMILIES = {"rademacher": zo_jax.rademacher(), "low_rank(1)": zo_jax.low_rank(1)
 
 
 class Model(NamedTuple):
-    """A loss with its parameters, and the shape of the inputs of one evaluation: tokens if they are of integers."""
+    """A loss with its parameters, and the shape of the inputs of one evaluation: tokens if they are
+    of integers.
+    """
 
     loss: Callable[..., jax.Array]
     params: Any
@@ -62,7 +66,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def llama(num_layers: int = 4, C: int = 256, heads: int = 4, V: int = 4096) -> Model:
-    """RMSNorm, rotary positions, SwiGLU; every weight [out, in], as PyTorch keeps them; a list of layers."""
+    """RMSNorm, rotary positions, SwiGLU; every weight [out, in], as PyTorch keeps them; a list of
+    layers.
+    """
     H = 2 * C + C // 2
 
     def rms(x, weight):
@@ -133,7 +139,9 @@ def flax_attention(num_layers: int = 4, C: int = 256) -> Model:
 
 
 def experts(num_experts: int = 8, C: int = 256, H: int = 512) -> Model:
-    """Two layers of experts by einsum, each with an equal share of 1024 tokens, and a fused gate and value that is split."""
+    """Two layers of experts by einsum, each with an equal share of 1024 tokens, and a fused gate
+    and value that is split.
+    """
 
     def layer(p, x):
         share = x.reshape(num_experts, -1, C)

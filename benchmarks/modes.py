@@ -1,10 +1,12 @@
 """All modes and optimisers on the embedded corpus, at equal forward passes and at equal wall time.
 
-  python benchmarks/modes.py        writes the table of docs/modes.md and docs/modes.png, some twenty minutes on 2 CPU cores
+  python benchmarks/modes.py        writes the table of docs/modes.md and docs/modes.png, some
+  twenty minutes on 2 CPU cores
 
-Every pair of a mode and an optimiser is run with each learning rate of its grid; the best by the loss at equal passes is run with two
-more seeds. A forward pass is one evaluation of the loss on a batch; a backprop gradient counts as three. The time is that of
-the steps, without compilation and evaluation.
+Every pair of a mode and an optimiser is run with each learning rate of its grid; the best by the
+loss at equal passes is run with two more seeds. A forward pass is one evaluation of the loss on a
+batch; a backprop gradient counts as three. The time is that of the steps, without compilation and
+evaluation.
 """
 
 import dataclasses
@@ -102,7 +104,9 @@ class Trainer:
         self.fold_in = jax.jit(jax.random.fold_in)
 
     def run(self, rate: float, seed: int) -> dict[str, np.ndarray]:
-        """Evaluations along a run: passes, seconds, losses and cosines of the estimate to the gradient."""
+        """Evaluations along a run: passes, seconds, losses and cosines of the estimate to the
+        gradient.
+        """
         config = make_config(self.mode, self.optimizer, seed)
         state, key = steps.init_state(config, self.model), steps.base_key(config)
         rate = jnp.float32(rate)
@@ -142,7 +146,9 @@ class Trainer:
 
 
 def _cosine(config, model, params, key, tokens):
-    """Of the mode's estimate (of instruct: that of a guided step) to the gradient of the same batch."""
+    """Of the mode's estimate (of instruct: that of a guided step) to the gradient of the same
+    batch.
+    """
     loss = lambda params, tokens: next_token_loss(model, params, tokens)
     true = jax.grad(loss)(params, tokens)
     if config.mode == "fo":
@@ -183,7 +189,8 @@ def main() -> None:
             curves[mode, optimizer] = runs[0]
             edge = " (edge)" if best in (grid[0], grid[-1]) else ""
             lines.append(
-                f"| {mode} | {optimizer} | {best:g}{edge} | {by_passes.mean():.3f} ± {by_passes.std(ddof=1):.3f} "
+                f"| {mode} | {optimizer} | {best:g}{edge} | {by_passes.mean():.3f} ± "
+                f"{by_passes.std(ddof=1):.3f} "
                 f"| {by_time.mean():.3f} ± {by_time.std(ddof=1):.3f} | {cosine:.3f} |"
             )
             print(lines[-1], flush=True)
@@ -206,8 +213,10 @@ def write(lines, curves, num_params: int) -> None:
     figure.savefig(docs / "modes.png", dpi=120)
     table = "\n".join(
         (
-            f"Validation loss of a GPT of {num_params:,} parameters after {PASSES:,} forward passes, and after {SECONDS:g} seconds "
-            "of steps; mean and standard deviation of three seeds; mean cosine of the estimate to the gradient along the run "
+            f"Validation loss of a GPT of {num_params:,} parameters after {PASSES:,} forward "
+            f"passes, and after {SECONDS:g} seconds "
+            "of steps; mean and standard deviation of three seeds; mean cosine of the estimate to "
+            "the gradient along the run "
             "(instruct: of its guided steps). 'edge': the best rate is the grid's first or last.",
             "",
             "| mode | optimiser | learning rate | at equal passes | at equal time | cosine |",

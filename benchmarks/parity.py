@@ -1,14 +1,15 @@
 """Whether models compute what transformers computes, and how fast.
 
-  python benchmarks/parity.py                 logits of every architecture and option against transformers', adapters against PEFT's
-  python benchmarks/parity.py --freeze        also writes the logits that tests/models compares with
-  python benchmarks/parity.py --speed         the time of a forward pass, in turn with transformers' on the same cores
+  python benchmarks/parity.py                 logits of every architecture and option against
+  transformers', adapters against PEFT's python benchmarks/parity.py --freeze        also writes the
+  logits that tests/models compares with python benchmarks/parity.py --speed         the time of a
+  forward pass, in turn with transformers' on the same cores
 
-On a machine that does other work too, OMP_NUM_THREADS=1 taskset -c 0 makes the times of --speed comparable: threads that wait for each
-other lose more than their share.
+On a machine that does other work too, OMP_NUM_THREADS=1 taskset -c 0 makes the times of --speed
+comparable: threads that wait for each other lose more than their share.
 
-Needs the extra `parity` (torch, transformers, peft). Weights are random, arithmetic is float32 on the CPU. An error is the largest
-difference of a logit over the standard deviation of all of them.
+Needs the extra `parity` (torch, transformers, peft). Weights are random, arithmetic is float32 on
+the CPU. An error is the largest difference of a logit over the standard deviation of all of them.
 """
 
 import argparse
@@ -70,7 +71,9 @@ def error(ours: Any, theirs: np.ndarray) -> float:
 
 
 def compare_logits() -> dict[str, Any]:
-    """Prints the error of every case, both ways: their folder read here, and the folder written here read by them."""
+    """Prints the error of every case, both ways: their folder read here, and the folder written
+    here read by them.
+    """
     print("| model | ours, of their folder | theirs, of our folder |\n|---|---|---|")
     frozen, worst = {}, 0.0
     for name, fields in reference.CASES.items():
@@ -103,7 +106,9 @@ def compare_logits() -> dict[str, Any]:
 
 
 def compare_adapters() -> None:
-    """Prints the error of adapters, both ways: PEFT's folder read here, and the folder written here read by PEFT."""
+    """Prints the error of adapters, both ways: PEFT's folder read here, and the folder written here
+    read by PEFT.
+    """
     print("\n| adapter | ours, of PEFT's folder | PEFT, of our folder |\n|---|---|---|")
     targets = {"gpt2": ["c_attn", "mlp.c_proj"], "llama 2": ["q_proj", "down_proj", "lm_head"]}
     worst = 0.0

@@ -2,8 +2,8 @@
 
   python benchmarks/parts.py        a minute on 2 CPU cores
 
-Each line is the median of several calls of a jitted function, on the shapes of the 20M model: its output head of 50257 x 280
-entries, 8 directions.
+Each line is the median of several calls of a jitted function, on the shapes of the 20M model: its
+output head of 50257 x 280 entries, 8 directions.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,9 @@ KEY = jnp.array([3, 4], jnp.uint32)
 
 
 def report(name: str, function: Callable[..., Any], *args: Any, donate: bool = False) -> None:
-    """Prints milliseconds a call, the first argument donated or not, and megabytes of temporaries."""
+    """Prints milliseconds a call, the first argument donated or not, and megabytes of
+    temporaries.
+    """
     compiled = jax.jit(function, donate_argnums=0 if donate else ()).lower(*args).compile()
     seconds = []
     for _ in range(8):

@@ -1,9 +1,11 @@
-"""What devices exchange in a step: collectives and bytes, read from the compiled programs of the 20M model on eight virtual devices.
+"""What devices exchange in a step: collectives and bytes, read from the compiled programs of the
+20M model on eight virtual devices.
 
   python benchmarks/scaling.py              five minutes on 2 CPU cores
 
-Nothing is run and no parameter is allocated. Bytes are of the results of the collectives on one device, those in loops counted
-as often as the loop turns. Virtual devices share the same cores, so seconds would say nothing.
+Nothing is run and no parameter is allocated. Bytes are of the results of the collectives on one
+device, those in loops counted as often as the loop turns. Virtual devices share the same cores, so
+seconds would say nothing.
 """
 
 import os
@@ -35,13 +37,15 @@ from zo_jax.train.model import make_model
 from zo_jax.train.validation import resolve
 
 _COLLECTIVE = re.compile(
-    r"= (\(?)([^=]*?)(all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
+    r"= (\(?)([^=]*?)(all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("  # noqa: E501
 )
 _BYTES = {"f32": 4, "u32": 4, "s32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8": 1, "s8": 1, "u16": 2}
 
 
 def exchanged(compiled: Any) -> tuple[Counter, int]:
-    """(how often each kind of collective runs, bytes of their results) in one call of a compiled function."""
+    """(how often each kind of collective runs, bytes of their results) in one call of a compiled
+    function.
+    """
     computations: dict[str, list[str]] = {}
     name = entry = ""
     for line in compiled.as_text().splitlines():
@@ -121,7 +125,9 @@ def report(what: str, mode: str, q: int, batch_size: int, shape: tuple[int, int,
 
 
 def recomputation() -> None:
-    """Seconds to sum one direction of the 20M model, which every device of a query group does for every query."""
+    """Seconds to sum one direction of the 20M model, which every device of a query group does for
+    every query.
+    """
     model = make_model(ModelConfig(size="20M"), 50257)
     config = resolve(Config(model=ModelConfig(size="20M"), train=TrainConfig(num_steps=1)), 1)
     params = steps.init_state(config, model).params

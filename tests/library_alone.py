@@ -1,4 +1,6 @@
-"""Run by .ci/run where jax, numpy and optax are all that is installed: the README's example of an optax chain."""
+"""Run by .ci/run where jax, numpy and optax are all that is installed: the README's example of an
+optax chain.
+"""
 
 import importlib.util
 

@@ -43,7 +43,8 @@ def test_the_library_imports_jax_numpy_optax_and_itself(name):
 
 def test_importing_the_library_loads_nothing_else():
     code = (
-        "import sys, jax, jax.numpy, jax.sharding, jax.extend, jax.experimental, numpy, optax, optax.contrib\n"
+        "import sys, jax, jax.numpy, jax.sharding, jax.extend, jax.experimental, numpy, optax, "
+        "optax.contrib\n"
         "before = set(sys.modules)\nimport zo_jax\n"
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
     )

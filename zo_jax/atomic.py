@@ -18,7 +18,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def set_aside(path: Path) -> str:
-    """Renames a file or a folder that cannot be used, and returns its new name; one set aside before is deleted."""
+    """Renames a file or a folder that cannot be used, and returns its new name; one set aside
+    before is deleted.
+    """
     aside = path.with_name(path.name + ".damaged")
     if aside.is_dir() and not aside.is_symlink():
         shutil.rmtree(aside)
@@ -31,7 +33,8 @@ def set_aside(path: Path) -> str:
 class AppendFile:
     """A file at whose end whole pieces are written, in one system call each if the disk allows.
 
-    After a failure the file is as before, and nothing more is written: what is due is kept in memory, for `contents`.
+    After a failure the file is as before, and nothing more is written: what is due is kept in
+    memory, for `contents`.
     """
 
     def __init__(self, path: Path):

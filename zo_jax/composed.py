@@ -1,4 +1,6 @@
-"""Perturbed arrays that are made of others: with axes in another order, or layers in a stack of which some are perturbed."""
+"""Perturbed arrays that are made of others: with axes in another order, or layers in a stack of
+which some are perturbed.
+"""
 
 import dataclasses
 from typing import Any
@@ -13,7 +15,9 @@ from zo_jax.perturbed import Factored, Perturbed
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Transposed(Perturbed):
-    """A `Dense` array, or a cast one, with its axes in another order, the array itself left as it lies in memory."""
+    """A `Dense` array, or a cast one, with its axes in another order, the array itself left as it
+    lies in memory.
+    """
 
     array: Perturbed
     permutation: tuple[int, ...] = dataclasses.field(metadata={"static": True})
@@ -52,7 +56,8 @@ class Transposed(Perturbed):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stack(Perturbed):
-    """A stack of layers [L, ...] of which some are perturbed: what `stack.at[indices].set(perturbed)` makes.
+    """A stack of layers [L, ...] of which some are perturbed: what
+    `stack.at[indices].set(perturbed)` makes.
 
     Attributes:
       base: the stack; its entries in perturbed layers do not count.

@@ -1,4 +1,6 @@
-"""Rules for what changes the entries of an array one by one, or moves them about: casts, scalars, slices, axes."""
+"""Rules for what changes the entries of an array one by one, or moves them about: casts, scalars,
+slices, axes.
+"""
 
 from collections.abc import Sequence
 import dataclasses
@@ -104,7 +106,8 @@ def _slice_factors(x, *, start_indices, limit_indices, strides):
 
 
 def _dynamic_slice(x: jax.Array, starts: Sequence[Any], sizes: Sequence[int]) -> jax.Array:
-    # The primitive itself: `lax.dynamic_slice` counts negative starts from the end, which the function did already.
+    # The primitive itself: `lax.dynamic_slice` counts negative starts from the end, which the
+    # function did already.
     return lax.dynamic_slice_p.bind(x, *starts, slice_sizes=tuple(sizes))
 
 
@@ -208,12 +211,15 @@ def _reshape_factors(x, *_, new_sizes, dimensions, **params):
 
 
 def _groups_of_axes(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The axes of two shapes of one size in the smallest groups that a reshape turns into each other."""
+    """The axes of two shapes of one size in the smallest groups that a reshape turns into each
+    other.
+    """
     groups, i, j = [], 0, 0
     while i < len(old) or j < len(new):
         olds, news, sizes = [], [], [1, 1]
         while True:
-            # The shorter side goes on; one that begins with an axis of size 1 is a group of its own.
+            # The shorter side goes on; one that begins with an axis of size 1 is a group of its
+            # own.
             if i < len(old) and (sizes[0] < sizes[1] or not (olds or news) or j == len(new)):
                 sizes[0] *= old[i]
                 olds.append(i)

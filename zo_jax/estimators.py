@@ -1,8 +1,9 @@
 """Zeroth-order gradient estimates of any scalar loss of a pytree.
 
-For directions z₁..z_q with E[z zᵀ] = I and projections cᵢ ≈ ⟨∇L(θ), zᵢ⟩ the estimate is ĝ = (1/q) Σᵢ cᵢ zᵢ. It depends on
-the data only through the q scalars c, so it has two halves: `project` evaluates the loss, and `combine` sums the directions
-again from their keys. No direction is ever stored.
+For directions z₁..z_q with E[z zᵀ] = I and projections cᵢ ≈ ⟨∇L(θ), zᵢ⟩ the estimate is ĝ = (1/q)
+Σᵢ cᵢ zᵢ. It depends on the data only through the q scalars c, so it has two halves: `project`
+evaluates the loss, and `combine` sums the directions again from their keys. No direction is ever
+stored.
 """
 
 from collections.abc import Callable
@@ -33,13 +34,16 @@ class Estimate(NamedTuple):
 
     Attributes:
       gradient: like params, Σᵢ cᵢ zᵢ over the number of queries with a finite loss.
-      loss: float32 scalar (float64 of a float64 loss), the mean over those queries (central: of both sides).
-      projections: [q] of the loss's dtype, the directional derivatives cᵢ; nan where the loss was not finite.
+      loss: float32 scalar (float64 of a float64 loss), the mean over those queries (central: of
+        both sides).
+      projections: [q] of the loss's dtype, the directional derivatives cᵢ; nan where the loss was
+        not finite.
       num_failed: int32 scalar, the queries whose loss was not finite.
-      num_flat: int32 scalar, the queries along which the loss did not change at all. If all did not, either it does not depend
-        on the parameters, or ε is lost in the rounding of its arithmetic: take a larger one.
-      aux: with `has_aux`, what `loss_fn` returned besides, its leaves [q, ...]: at θ + ε zᵢ (jvp: at θ); with `batch_chunks`
-        [q, chunks, ...]. Otherwise None.
+      num_flat: int32 scalar, the queries along which the loss did not change at all. If all did
+        not, either it does not depend on the parameters, or ε is lost in the rounding of its
+        arithmetic: take a larger one.
+      aux: with `has_aux`, what `loss_fn` returned besides, its leaves [q, ...]: at θ + ε zᵢ (jvp:
+        at θ); with `batch_chunks` [q, chunks, ...]. Otherwise None.
     """
 
     gradient: Any
@@ -52,34 +56,40 @@ class Estimate(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Estimator:
-    """How a gradient is estimated from loss evaluations alone (Spall 1992; Nesterov and Spokoiny 2017).
+    """How a gradient is estimated from loss evaluations alone (Spall 1992; Nesterov and Spokoiny
+    2017).
 
     ĝ = (1/q) Σᵢ cᵢ zᵢ with, for query i and its key `jax.random.split(key, q)[i]`,
 
     - central: cᵢ = (L(θ + ε zᵢ) − L(θ − ε zᵢ)) / 2ε, two evaluations a query, bias O(ε²);
     - forward: cᵢ = (L(θ + ε zᵢ) − L(θ)) / ε, one evaluation a query and one more, bias O(ε)
       (one more for each query with `batch_per_query`);
-    - jvp: cᵢ = ⟨∇L(θ), zᵢ⟩ by forward-mode differentiation, exact, ε unused. Of a loss that is constant piece by piece, such as
-      an accuracy, that is 0; of a `jax.pure_callback` JAX knows none.
+    - jvp: cᵢ = ⟨∇L(θ), zᵢ⟩ by forward-mode differentiation, exact, ε unused. Of a loss that is
+      constant piece by piece, such as an accuracy, that is 0; of a `jax.pure_callback` JAX knows
+      none.
 
-    Use it under `jax.jit`. The same arguments give the same directions eager, jitted, under `vmap` and for every
-    `parallel_batch_size`. A query whose loss is nan or inf is left out of the mean and counted; if all are, the gradient is zero.
+    Use it under `jax.jit`. The same arguments give the same directions eager, jitted, under `vmap`
+    and for every `parallel_batch_size`. A query whose loss is nan or inf is left out of the mean
+    and counted; if all are, the gradient is zero.
 
     Attributes:
       num_queries: q, the directions.
-      epsilon: ε, the perturbation size; in `zeroth_order` also a schedule of the steps. Where parameters are used in bfloat16,
-        1e-2 is a good choice: numbers near 1, such as the scales of a norm, do not feel 1e-3.
-      perturbation: family of directions, or its name: "rademacher", "gaussian", "sphere", "low_rank".
+      epsilon: ε, the perturbation size; in `zeroth_order` also a schedule of the steps. Where
+        parameters are used in bfloat16, 1e-2 is a good choice: numbers near 1, such as the scales
+        of a norm, do not feel 1e-3.
+      perturbation: family of directions, or its name: "rademacher", "gaussian", "sphere",
+        "low_rank".
       difference: "central", "forward" or "jvp".
-      parallel_batch_size: queries evaluated at once; memory grows with it. A `jax.pure_callback` in the loss then needs a
-        `vmap_method`.
+      parallel_batch_size: queries evaluated at once; memory grows with it. A `jax.pure_callback` in
+        the loss then needs a `vmap_method`.
       batch_per_query: the batch leaves have a leading axis of size q, one slice a query.
-      batch_chunks: parts into which the leading axis of a query's batch is cut, evaluated one after the other for the sake of
-        memory; the loss is the mean of theirs.
+      batch_chunks: parts into which the leading axis of a query's batch is cut, evaluated one after
+        the other for the sake of memory; the loss is the mean of theirs.
       has_aux: `loss_fn` returns (loss, anything besides).
-      mesh: devices, of which those along `query_axis` evaluate different queries. They exchange the losses alone; the
-        numbers are the same, to the bit. How parameters and batch are split over the other axes is theirs to say
-        (`jax.device_put`), and `perturbation.on(zo_jax.Layout(mesh, rules))` draws directions where the parameters live.
+      mesh: devices, of which those along `query_axis` evaluate different queries. They exchange the
+        losses alone; the numbers are the same, to the bit. How parameters and batch are split over
+        the other axes is theirs to say (`jax.device_put`), and `perturbation.on(zo_jax.Layout(mesh,
+        rules))` draws directions where the parameters live.
       query_axis: the name of that axis.
 
     Raises:
@@ -118,12 +128,14 @@ class Estimator:
                 )
         if self.mesh is not None and self.query_axis not in self.mesh.shape:
             raise ValueError(
-                f"the mesh has no axis {self.query_axis!r}; its axes are {', '.join(self.mesh.shape)}; name one of "
+                f"the mesh has no axis {self.query_axis!r}; its axes are "
+                f"{', '.join(self.mesh.shape)}; name one of "
                 "them as query_axis"
             )
         if not isinstance(self.perturbation, Family | str):
             raise ValueError(
-                f"perturbation must be a Family or one of {', '.join(families.NAMES)}; got {self.perturbation!r}"
+                f"perturbation must be a Family or one of {', '.join(families.NAMES)}; got "
+                f"{self.perturbation!r}"
             )
         if isinstance(self.perturbation, str):
             object.__setattr__(self, "perturbation", families.by_name(self.perturbation))
@@ -151,11 +163,13 @@ class Estimator:
     def project(
         self, loss_fn: Callable[..., Any], params: Any, key: jax.Array, *batch: Any
     ) -> tuple[jax.Array, ...]:
-        """The forward passes: (loss, projections [q]), or (loss, projections, aux) with `has_aux`; see `Estimate`.
+        """The forward passes: (loss, projections [q]), or (loss, projections, aux) with `has_aux`;
+        see `Estimate`.
 
         Raises:
-          ValueError: the loss is not a floating scalar, no leaf is floating, a batch leaf does not have the axes that
-            `batch_per_query` and `batch_chunks` ask for, or the key is not a threefry key.
+          ValueError: the loss is not a floating scalar, no leaf is floating, a batch leaf does not
+            have the axes that `batch_per_query` and `batch_chunks` ask for, or the key is not a
+            threefry key.
         """
         losses, projections, aux = self._evaluate(loss_fn, as_arrays(params), key, batch)
         finite = jnp.isfinite(losses) & jnp.isfinite(projections)
@@ -275,14 +289,16 @@ def _loss_and_aux(
     if estimator.has_aux:
         if not isinstance(out, tuple) or len(out) != 2:
             raise ValueError(
-                f"with has_aux loss_fn must return (loss, aux), got {type(out).__name__}; return a tuple of the two"
+                f"with has_aux loss_fn must return (loss, aux), got {type(out).__name__}; return a "
+                f"tuple of the two"
             )
         loss, aux = out
     else:
         loss, aux = out, None
     if isinstance(loss, tuple):
         raise ValueError(
-            f"loss_fn must return a floating scalar, got a tuple of {len(loss)}; if it is (loss, aux), set has_aux=True"
+            f"loss_fn must return a floating scalar, got a tuple of {len(loss)}; if it is (loss, "
+            f"aux), set has_aux=True"
         )
     if loss is None:
         raise ValueError("loss_fn must return a floating scalar, got None; return the loss")
@@ -331,7 +347,8 @@ def _map_here(function: Callable[..., Any], xs: tuple[jax.Array, ...], batch_siz
 def takes_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Shows the options of `Estimator` in the signature of a function that takes them as **options.
 
-    Each is None there, "as the estimator has it", so that `optax.inject_hyperparams` takes no static option for a number to inject.
+    Each is None there, "as the estimator has it", so that `optax.inject_hyperparams` takes no
+    static option for a number to inject.
     """
     signature = inspect.signature(function)
     *own, options = signature.parameters.values()
@@ -369,7 +386,8 @@ def estimate_gradient(
     estimator: Estimator | None = None,
     **options: Any,
 ) -> Estimate:
-    """Gradient estimate from loss evaluations alone: `Estimator(**options).estimate(loss_fn, params, key, *batch)`.
+    """Gradient estimate from loss evaluations alone: `Estimator(**options).estimate(loss_fn,
+    params, key, *batch)`.
 
     Args:
       loss_fn: `loss_fn(params, *batch)` -> floating scalar; any JAX code.
@@ -413,7 +431,8 @@ def project(
 
 
 def mean_weights(projections: jax.Array) -> jax.Array:
-    """The weights of the directions in the mean: cᵢ over the number of finite ones, 0 where cᵢ is not finite.
+    """The weights of the directions in the mean: cᵢ over the number of finite ones, 0 where cᵢ is
+    not finite.
 
     Args:
       projections: floating [q].
@@ -450,7 +469,8 @@ def _positive_int(name: str, value: Any) -> int:
     """A Python or NumPy integer of at least 1."""
     if isinstance(value, Tracer):
         raise ValueError(
-            f"{name} must be known when the step is traced, got a traced value; make it static, as by "
+            f"{name} must be known when the step is traced, got a traced value; make it static, as "
+            f"by "
             f"static_argnames or by optax.inject_hyperparams(..., static_args=({name!r},))"
         )
     try:
@@ -475,6 +495,7 @@ def _check_batch(estimator: Estimator, batch: tuple[Any, ...]) -> None:
         own = shape[1:] if estimator.batch_per_query else shape
         if chunks > 1 and (not own or own[0] % chunks):
             raise ValueError(
-                f"with batch_chunks={chunks} the leading axis of every leaf of a query's batch must be divisible by it, "
+                f"with batch_chunks={chunks} the leading axis of every leaf of a query's batch "
+                f"must be divisible by it, "
                 f"got shape {own}"
             )

@@ -59,7 +59,8 @@ class Normals(Entries):
 
 @dataclasses.dataclass(frozen=True)
 class Factors(Entries):
-    """u vᵀ / √r for each matrix of a leaf [..., A, B], with u [A, r] and v [B, r] of independent signs.
+    """u vᵀ / √r for each matrix of a leaf [..., A, B], with u [A, r] and v [B, r] of independent
+    signs.
 
     Attributes:
       rank: r.
@@ -205,17 +206,20 @@ def sphere() -> Family:
 
 
 def low_rank(rank: int = 1, is_matrix: Callable[[str, Any], bool] | None = None) -> Family:
-    """u vᵀ / √rank with factors of independent signs, unit variance per entry, never formed in matrix products.
+    """u vᵀ / √rank with factors of independent signs, unit variance per entry, never formed in
+    matrix products.
 
-    Every matrix of a leaf [..., A, B] gets its own factors; vectors, and matrices for which rank · (A + B) ≥ A · B, get dense
-    signs. After Sarkar et al., "Evolution strategies at the hyperscale", 2025 (EGGROLL), which uses Gaussian factors; with
-    signs, ‖z‖² = d for rank 1, so the estimate's variance is that of dense signs.
+    Every matrix of a leaf [..., A, B] gets its own factors; vectors, and matrices for which rank ·
+    (A + B) ≥ A · B, get dense signs. After Sarkar et al., "Evolution strategies at the hyperscale",
+    2025 (EGGROLL), which uses Gaussian factors; with signs, ‖z‖² = d for rank 1, so the estimate's
+    variance is that of dense signs.
 
     Args:
       rank: of the directions of a matrix.
-      is_matrix: `is_matrix(path, leaf)` says whether a leaf of two or more axes, at a path like "blocks/fc/kernel", is a matrix
-        or a stack of them; default by shape (`zo_jax.trees.matrices`): yes, unless it is [L, B] in a subtree of which all
-        leaves are stacks of L.
+      is_matrix: `is_matrix(path, leaf)` says whether a leaf of two or more axes, at a path like
+        "blocks/fc/kernel", is a matrix or a stack of them; default by shape
+        (`zo_jax.trees.matrices`): yes, unless it is [L, B] in a subtree of which all leaves are
+        stacks of L.
 
     Raises:
       ValueError: `rank` is not a positive integer.

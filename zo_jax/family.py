@@ -1,9 +1,10 @@
 """A family of directions: what every family promises, and how those of this library keep it.
 
-A direction is a key. It is never stored: a family draws what is random of it, moves parameters along it, and sums many of
-them again from their keys. `Family` is that contract, and all that one of your own needs. `WordFamily` is how the families of
-this library keep it: a key names a stream of random words (`zo_jax.noise`), of which every floating leaf owns a part and every
-row of a leaf a part of that, so a stack of layers [L, ...] has fresh noise for every layer, scanned or indexed.
+A direction is a key. It is never stored: a family draws what is random of it, moves parameters
+along it, and sums many of them again from their keys. `Family` is that contract, and all that one
+of your own needs. `WordFamily` is how the families of this library keep it: a key names a stream of
+random words (`zo_jax.noise`), of which every floating leaf owns a part and every row of a leaf a
+part of that, so a stack of layers [L, ...] has fresh noise for every layer, scanned or indexed.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,8 @@ from zo_jax.layout import Layout
 from zo_jax.noise import key_words
 from zo_jax.trees import is_floating
 
-# A sum over directions makes one pass over a leaf for so many of them, written out: XLA fuses these.
+# A sum over directions makes one pass over a leaf for so many of them, written out: XLA fuses
+# these.
 UNROLLED = 8
 # Leaves with more words than this are summed one after the other, the smaller ones together.
 _LARGE_WORDS = 2**15
@@ -30,8 +32,9 @@ _LARGE_WORDS = 2**15
 class Family:
     """Directions z with E[z zᵀ] = I, so that E[⟨g, z⟩ z] = g. Each is named by a key.
 
-    A family of your own is a class with `draw` and `move`, pure functions that work under `jit` and `vmap`; `add` is there for
-    the sake of speed. If it holds arrays it is a registered pytree, as `jax.tree_util.register_dataclass` makes one.
+    A family of your own is a class with `draw` and `move`, pure functions that work under `jit` and
+    `vmap`; `add` is there for the sake of speed. If it holds arrays it is a registered pytree, as
+    `jax.tree_util.register_dataclass` makes one.
 
     >>> import jax, jax.numpy as jnp, zo_jax
     >>> class OneCoordinate(zo_jax.Family):
@@ -48,17 +51,23 @@ class Family:
     """
 
     def draw(self, params: Any, key: jax.Array) -> Any:
-        """What is random of the direction that `key` names: a pytree of arrays, drawn once for all scales."""
+        """What is random of the direction that `key` names: a pytree of arrays, drawn once for all
+        scales.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define draw(params, key)")
 
     def move(self, params: Any, direction: Any, scale: Any) -> Any:
-        """params + scale · z, for a drawn direction; its leaves are arrays, or `Perturbed` ones that are not formed."""
+        """params + scale · z, for a drawn direction; its leaves are arrays, or `Perturbed` ones
+        that are not formed.
+        """
         raise NotImplementedError(
             f"{type(self).__name__} must define move(params, direction, scale)"
         )
 
     def add(self, params: Any, keys: jax.Array, weights: jax.Array) -> Any:
-        """params + Σᵢ weightsᵢ zᵢ, summed in float32 and rounded once: an update without a gradient buffer."""
+        """params + Σᵢ weightsᵢ zᵢ, summed in float32 and rounded once: an update without a gradient
+        buffer.
+        """
         wide = jax.tree.map(_widened, params)
 
         def step(total, key_and_weight):
@@ -81,7 +90,9 @@ class Family:
         return self.move(params, self.draw(params, key), scale)
 
     def direction(self, params: Any, key: jax.Array) -> Any:
-        """The direction that `key` names, as plain float32 arrays (zeros for leaves that are not floating)."""
+        """The direction that `key` names, as plain float32 arrays (zeros for leaves that are not
+        floating).
+        """
         zeros = jax.tree.map(
             lambda x: jnp.zeros_like(x, jnp.float32 if is_floating(x) else None), params
         )
@@ -106,10 +117,12 @@ class Family:
 
 
 class Direction(NamedTuple):
-    """A direction as its random words: one bit an entry for signs, less for low rank, two words a row for normals.
+    """A direction as its random words: one bit an entry for signs, less for low rank, two words a
+    row for normals.
 
     Attributes:
-      words: for each leaf of the parameters uint32 [..., W], or None where the leaf is not floating.
+      words: for each leaf of the parameters uint32 [..., W], or None where the leaf is not
+        floating.
       factor: float32 scalar, of the whole direction.
     """
 
@@ -118,7 +131,9 @@ class Direction(NamedTuple):
 
 
 class Entries:
-    """How the entries of a direction in one leaf come from the leaf's words; n stands for several directions."""
+    """How the entries of a direction in one leaf come from the leaf's words; n stands for several
+    directions.
+    """
 
     # Whether the words of a leaf that is split over devices are split as it is.
     follows_leaf: ClassVar[bool] = True
@@ -142,7 +157,9 @@ class Entries:
 
 
 class _Leaf(NamedTuple):
-    """A floating leaf: its place among all leaves, its path, itself, and its share of a direction."""
+    """A floating leaf: its place among all leaves, its path, itself, and its share of a
+    direction.
+    """
 
     index: int
     path: tuple[Any, ...]
@@ -176,10 +193,12 @@ class _Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class WordFamily(Family):
-    """A family whose directions are words of a stream; each subclass says by `entries` what they mean for a leaf.
+    """A family whose directions are words of a stream; each subclass says by `entries` what they
+    mean for a leaf.
 
     Attributes:
-      layout: where parameters live that are split over devices; their words are then drawn where they are.
+      layout: where parameters live that are split over devices; their words are then drawn where
+        they are.
     """
 
     layout: Layout | None = dataclasses.field(default=None, kw_only=True)
@@ -224,8 +243,8 @@ class WordFamily(Family):
     ) -> tuple[Any, jax.Array]:
         """`combine`, and the global norm of the sum, float32.
 
-        For few directions of signs or low rank the norm comes from their inner products, which their words tell, so that no
-        pass over the sum is needed and it need never exist.
+        For few directions of signs or low rank the norm comes from their inner products, which
+        their words tell, so that no pass over the sum is needed and it need never exist.
         """
         zeros = jax.tree.map(jnp.zeros_like, params)
         total, squared = self._add(zeros, keys, weights, with_norm=True)
@@ -246,7 +265,8 @@ class WordFamily(Family):
             if in_one:
                 keys_n2 = keys_kn2[0]
                 if squared is not None:
-                    # Never true, which XLA cannot know: it would draw the words of all leaves at once.
+                    # Never true, which XLA cannot know: it would draw the words of all leaves at
+                    # once.
                     keys_n2 = keys_n2 ^ (squared < 0).astype(jnp.uint32)
                 words = jax.vmap(lambda key, span=span: self._draw(key, span))(keys_n2)
                 totals = _add_span(span, totals, words, weights_kn[0])
@@ -291,7 +311,9 @@ class WordFamily(Family):
     def _draw(
         self, key: jax.Array, span: _Span, stream: jax.Array | None = None
     ) -> list[jax.Array]:
-        """The words of each leaf of a span, cut from the stream if there is one, each where its leaf lives."""
+        """The words of each leaf of a span, cut from the stream if there is one, each where its
+        leaf lives.
+        """
         if stream is None:
             own = self._everywhere(noise.stream(key, span.size, span.first))
         else:
@@ -306,7 +328,9 @@ class WordFamily(Family):
         return words
 
     def _words_place(self, leaf: _Leaf) -> Callable[[jax.Array], jax.Array] | None:
-        """Puts the words of a leaf where they belong, if they are split over devices as the leaf is; otherwise None."""
+        """Puts the words of a leaf where they belong, if they are split over devices as the leaf
+        is; otherwise None.
+        """
         layout = self.layout
         if layout is None or not leaf.entries.follows_leaf:
             return None

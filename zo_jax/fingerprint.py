@@ -1,4 +1,5 @@
-"""A number for the bits of a pytree: what says whether a checkpoint, or a replay, is the run's to the bit.
+"""A number for the bits of a pytree: what says whether a checkpoint, or a replay, is the run's to
+the bit.
 
 Checkpoints need it because tensorstore reads a flipped bit of an array without a word.
 """
@@ -19,9 +20,9 @@ _GOLDEN = (
 def fingerprint(tree: Any) -> jax.Array:
     """The sum modulo 2³² of a hash of every entry's bits and its position.
 
-    Every change of a single entry is noticed, for the hash is one to one; any other with a chance of 1 - 2⁻³². It is a
-    sum of integers, so the same on every mesh, and its shards are added where they are. No defence against somebody
-    who means to deceive.
+    Every change of a single entry is noticed, for the hash is one to one; any other with a chance
+    of 1 - 2⁻³². It is a sum of integers, so the same on every mesh, and its shards are added where
+    they are. No defence against somebody who means to deceive.
 
     Args:
       tree: pytree of arrays or typed PRNG keys, of any dtype.
@@ -41,10 +42,12 @@ def fingerprint(tree: Any) -> jax.Array:
 
 @jax.jit
 def probe(tree: Any) -> jax.Array:
-    """A number that last bits hardly change and other draws of the same arrays do: Σ x cos(i) over all entries.
+    """A number that last bits hardly change and other draws of the same arrays do: Σ x cos(i) over
+    all entries.
 
     Args:
-      tree: pytree of arrays; those that are not floating, and entries that are not finite, count nothing.
+      tree: pytree of arrays; those that are not floating, and entries that are not finite, count
+        nothing.
 
     Returns:
       float32 scalar.
@@ -53,7 +56,7 @@ def probe(tree: Any) -> jax.Array:
     >>> w = jnp.linspace(-1, 1, 100)
     >>> bool(abs(probe(w) - probe(w * (1 + 1e-6))) < 1e-5), bool(abs(probe(w) - probe(w[::-1])) > 0.1)
     (True, True)
-    """
+    """  # noqa: E501
     total = jnp.zeros((), jnp.float32)
     for leaf in jax.tree.leaves(tree):
         if jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -90,7 +93,9 @@ def _words(x: jax.Array) -> jax.Array:
 
 
 def _mix(h: jax.Array) -> jax.Array:
-    """The finaliser of MurmurHash3 (Appleby, 2011): one to one, and every bit depends on every other."""
+    """The finaliser of MurmurHash3 (Appleby, 2011): one to one, and every bit depends on every
+    other.
+    """
     h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
     return h ^ (h >> 16)

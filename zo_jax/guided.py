@@ -1,7 +1,7 @@
 """Directions made from a backprop gradient: the guided half of Instruct.
 
-Formulas: the reference script of "Zeroth Order Optimization for Pretraining Language Models", ICPRAM 2025. d is the number of
-coordinates, ‖·‖ the norm over all leaves together.
+Formulas: the reference script of "Zeroth Order Optimization for Pretraining Language Models",
+ICPRAM 2025. d is the number of coordinates, ‖·‖ the norm over all leaves together.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,8 @@ MIN_NORM = 1e-12
 
 
 class Support(NamedTuple):
-    """A set of coordinates: those whose |g| has bits above `bits`, and of those that equal it the first `num_ties`.
+    """A set of coordinates: those whose |g| has bits above `bits`, and of those that equal it the
+    first `num_ties`.
 
     Attributes:
       bits: uint32, the bits of a float32.
@@ -42,16 +43,18 @@ class Support(NamedTuple):
 
 
 def largest_coordinates(gradient: Any, fraction: jax.Array) -> Support:
-    """The smallest set of coordinates, largest |g| first, with at least `fraction` of the energy Σ g².
+    """The smallest set of coordinates, largest |g| first, with at least `fraction` of the energy Σ
+    g².
 
-    Exact, ties included: floats of one sign are ordered as their bits are, so 31 halvings of the range of bits find the smallest
+    Exact, ties included: floats of one sign are ordered as their bits are, so 31 halvings of the
+    range of bits find the smallest
     |g| in the set, and where it stands more than once as many halvings of the indices find the last one in. A
     halving is one fused pass over the gradient; nothing of its size is written.
 
     Args:
       gradient: pytree of floating arrays.
       fraction: float32 scalar in [0, 1].
-    """
+    """  # noqa: E501
     leaves = _leaves(gradient)
     wanted = fraction * _energy_from(leaves, jnp.uint32(0))
     bits = _largest(lambda bits: _energy_from(leaves, bits) >= wanted, 31)
@@ -69,7 +72,9 @@ def largest_coordinates(gradient: Any, fraction: jax.Array) -> Support:
 
 
 def _largest(holds: Callable[[jax.Array], jax.Array], num_bits: int) -> jax.Array:
-    """The largest number below 2 ** num_bits, uint32, for which a condition holds that holds for all numbers below it."""
+    """The largest number below 2 ** num_bits, uint32, for which a condition holds that holds for
+    all numbers below it.
+    """
 
     def set_bit(i, low):
         candidate = low | (jnp.uint32(1) << (jnp.uint32(num_bits - 1) - i.astype(jnp.uint32)))
@@ -173,7 +178,8 @@ def guided(
     """The family of directions around a gradient; see `instruct_directions`.
 
     Raises:
-      ValueError: the method does not exist, or a cosine target that is known here is outside [-1, 1].
+      ValueError: the method does not exist, or a cosine target that is known here is outside [-1,
+        1].
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
@@ -203,12 +209,14 @@ def instruct_directions(
 ) -> Any:
     """Directions that a backprop gradient g guides.
 
-    - hybrid: g_j on the smallest set S of coordinates, largest |g_j| first, with Σ_S g_j² ≥ m² ‖g‖², m = clip(|c|, 0.9, 0.9999);
-      elsewhere independent N(0, (s ‖g‖ / √d)²).
-    - gram_schmidt: c g + √(1 - c²) ‖g‖ u, with u a random unit vector orthogonal to g: its cosine to g is c, in [-0.9999, 0.9999].
+    - hybrid: g_j on the smallest set S of coordinates, largest |g_j| first, with Σ_S g_j² ≥ m²
+      ‖g‖², m = clip(|c|, 0.9, 0.9999); elsewhere independent N(0, (s ‖g‖ / √d)²).
+    - gram_schmidt: c g + √(1 - c²) ‖g‖ u, with u a random unit vector orthogonal to g: its cosine
+      to g is c, in [-0.9999, 0.9999].
 
-    They are made one after the other under `lax.map`. Their sum or their effect on a loss needs but one at a time: `guided` is
-    the same as a family of directions, for `estimate_gradient(..., perturbation=guided(gradient))`.
+    They are made one after the other under `lax.map`. Their sum or their effect on a loss needs but
+    one at a time: `guided` is the same as a family of directions, for `estimate_gradient(...,
+    perturbation=guided(gradient))`.
 
     Args:
       gradient: pytree of floating arrays.
@@ -238,8 +246,8 @@ def instruct_directions(
 def _sum_in_chunks(function: Any, x: jax.Array, offset: int) -> jax.Array:
     """Σ function(x, index) over a leaf whose first index is `offset`, a cache's worth at a time.
 
-    XLA would write the terms of a long sum to memory first, and takes what is the same in every turn of an outer loop
-    out of it, as a copy of the leaf; from a chunk's slice it can do neither.
+    XLA would write the terms of a long sum to memory first, and takes what is the same in every
+    turn of an outer loop out of it, as a copy of the leaf; from a chunk's slice it can do neither.
     """
     x = x.reshape(-1)
 

@@ -1,9 +1,10 @@
 """Run any JAX function on perturbed parameters, each perturbed where it is used.
 
-`lazily(fn)` traces `fn` to a jaxpr, as `jax.jit` would, and evaluates that with `Perturbed` values among its
-inputs. An equation with none of them runs as it stands. For the others the rules of `zo_jax.rules` are asked, control flow
-is entered, and where there is no rule the value is formed: the result is right for every function. A stack of layers
-that is scanned is sliced before it is perturbed, so that one layer at a time is formed.
+`lazily(fn)` traces `fn` to a jaxpr, as `jax.jit` would, and evaluates that with `Perturbed` values
+among its inputs. An equation with none of them runs as it stands. For the others the rules of
+`zo_jax.rules` are asked, control flow is entered, and where there is no rule the value is formed:
+the result is right for every function. A stack of layers that is scanned is sliced before it is
+perturbed, so that one layer at a time is formed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,8 +39,9 @@ def record_formed() -> Iterator[list[Formed]]:
     """Record where perturbed arrays are formed, for functions traced inside the context.
 
     Yields:
-      A list of `Formed`, filled while tracing: primitive ("return" for results of the function), shape, kind of direction, line
-      of the source. The body of an inner `jax.jit` is traced, and recorded, once for all equal calls.
+      A list of `Formed`, filled while tracing: primitive ("return" for results of the function),
+      shape, kind of direction, line of the source. The body of an inner `jax.jit` is traced, and
+      recorded, once for all equal calls.
 
     >>> import jax, jax.numpy as jnp, zo_jax
     >>> with zo_jax.record_formed() as formed:
@@ -60,9 +62,9 @@ def record_formed() -> Iterator[list[Formed]]:
 def lazily(fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn`, accepting pytrees with `Perturbed` leaves in its positional arguments.
 
-    The result has plain arrays only. `fn` itself sees ordinary tracers of the perturbed arrays' shapes and dtypes. Derivatives are
-    those of the function as it is written: the rules of `jax.custom_vjp` are left out, so that every function has them in
-    forward mode.
+    The result has plain arrays only. `fn` itself sees ordinary tracers of the perturbed arrays'
+    shapes and dtypes. Derivatives are those of the function as it is written: the rules of
+    `jax.custom_vjp` are left out, so that every function has them in forward mode.
     """
 
     def wrapped(*args):
@@ -100,7 +102,8 @@ class _Evaluation:
     """One evaluation of a jaxpr with `Perturbed` values among its inputs."""
 
     def __init__(self):
-        # The bodies of inner jits as functions of such values, by the identity of their jaxprs, which are kept alive.
+        # The bodies of inner jits as functions of such values, by the identity of their jaxprs,
+        # which are kept alive.
         self._calls: dict[int, tuple[Any, Callable[..., Any]]] = {}
 
     def outputs(self, jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -144,7 +147,9 @@ class _Evaluation:
         return _bind(eqn, self._form_all(eqn, operands))
 
     def _call(self, eqn: core.JaxprEqn, operands: list[Any]) -> Sequence[Any]:
-        """A call of the body with the operands as they stand; an inner jit stays one, traced once for all equal calls."""
+        """A call of the body with the operands as they stand; an inner jit stays one, traced once
+        for all equal calls.
+        """
         body = body_of(eqn)
         consts = body.consts if isinstance(body, core.ClosedJaxpr) else ()
         run = lambda *args: self.outputs(open_jaxpr(body), consts, args)
@@ -179,7 +184,8 @@ class _Evaluation:
         n, m = num_consts, num_consts + num_carry
         consts = self._before_loop(eqn, body.jaxpr, operands[:n])
         carry = self._form_all(eqn, operands[n:m])
-        # Layers: the parts of a perturbed stack are sliced by the scan, and put together again inside.
+        # Layers: the parts of a perturbed stack are sliced by the scan, and put together again
+        # inside.
         split = [x.layers() if is_perturbed(x) else None for x in operands[m:]]
         xs = [
             s[0] if s else self._form_all(eqn, [x])[0]
@@ -236,14 +242,17 @@ def _checked(eqn: core.JaxprEqn, result: Any) -> Sequence[Any]:
     required = [(var.aval.shape, var.aval.dtype) for var in eqn.outvars]  # pyright: ignore
     if got != required:
         raise ValueError(
-            f"a rule for {eqn.primitive} must return {required} (shape, dtype), got {got}; mend the function under "
+            f"a rule for {eqn.primitive} must return {required} (shape, dtype), got {got}; mend "
+            f"the function under "
             "zo_jax.register_rule"
         )
     return results
 
 
 def _without_custom_vjp(jaxpr: core.Jaxpr, done: dict[int, Any]) -> core.Jaxpr:
-    """The same program with plain calls for those of `jax.custom_vjp`, which would forbid forward-mode differentiation."""
+    """The same program with plain calls for those of `jax.custom_vjp`, which would forbid
+    forward-mode differentiation.
+    """
     if id(jaxpr) not in done:
         eqns = [_plain_call(eqn, done) for eqn in jaxpr.eqns]
         is_same = all(new is old for new, old in zip(eqns, jaxpr.eqns, strict=True))

@@ -1,8 +1,8 @@
 """Where the arrays of a run live: which axis of which array is split over the devices of a mesh.
 
-Three axes: `query`, groups of devices that evaluate different queries and exchange scalars alone; `data`, parts of a batch;
-`model`, parts of the parameters and of the optimiser's state. Everything is placed with `jax.sharding`, and XLA finds the
-collectives.
+Three axes: `query`, groups of devices that evaluate different queries and exchange scalars alone;
+`data`, parts of a batch; `model`, parts of the parameters and of the optimiser's state. Everything
+is placed with `jax.sharding`, and XLA finds the collectives.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,15 +23,17 @@ class Layout:
 
     Attributes:
       mesh: with the axes `query`, `data` and `model`.
-      rules: (regular expression over paths like blocks/fc/kernel, the axis that is split over `model`): the first one
-        that is found decides, and what none finds is replicated.
+      rules: (regular expression over paths like blocks/fc/kernel, the axis that is split over
+        `model`): the first one that is found decides, and what none finds is replicated.
     """
 
     mesh: Mesh
     rules: tuple[tuple[str, int], ...] = ()
 
     def axis(self, path: tuple[Any, ...], shape: Sequence[int]) -> int | None:
-        """The axis of an array that is split over `model`, counted from the end; None if it is replicated."""
+        """The axis of an array that is split over `model`, counted from the end; None if it is
+        replicated.
+        """
         axis, divides = self._rule(path, shape)
         return axis if divides and self.mesh.shape["model"] > 1 else None
 
@@ -57,7 +59,9 @@ class Layout:
         )
 
     def place(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
-        """The same array, which XLA is told to split so; also where a `shard_map` over `query` has taken that axis."""
+        """The same array, which XLA is told to split so; also where a `shard_map` over `query` has
+        taken that axis.
+        """
         inside = jax.sharding.get_abstract_mesh()
         mesh = self.mesh if inside.empty else inside
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
@@ -69,15 +73,19 @@ class Layout:
     def words_spec(
         self, path: tuple[Any, ...], leaf: Any, words_shape: Sequence[int]
     ) -> PartitionSpec:
-        """Of the random words [..., W] of a leaf [..., B] with a row of words for a row of entries."""
+        """Of the random words [..., W] of a leaf [..., B] with a row of words for a row of
+        entries.
+        """
         axis, ndim = self.axis(path, leaf.shape), len(words_shape)
         whole = words_shape[-1] * 32 == leaf.shape[-1]
         if axis == -1 and not (whole and words_shape[-1] % self.mesh.shape["model"] == 0):
-            axis = None  # a part of a row has no words of its own: all are drawn everywhere, a 32nd of the entries
+            axis = None  # a part of a row has no words of its own: all are drawn everywhere, a 32nd of the entries  # noqa: E501
         return self.split(ndim, axis).spec
 
     def put_blocks(self, blocks_NT: np.ndarray, indices: np.ndarray) -> jax.Array:
-        """blocks_NT[indices] [..., B, T] on the devices, B split over `data`; a process reads the blocks of its devices alone."""
+        """blocks_NT[indices] [..., B, T] on the devices, B split over `data`; a process reads the
+        blocks of its devices alone.
+        """
         shape = (*indices.shape, blocks_NT.shape[1])
         return jax.make_array_from_callback(
             shape,

@@ -1,8 +1,9 @@
-"""The file of a ledger: a header, and a record of one size for every step. Written, read, and mended here.
+"""The file of a ledger: a header, and a record of one size for every step. Written, read, and
+mended here.
 
-Little-endian: the 8 bytes "ZOLEDGER", uint32 length and uint32 CRC-32 of a JSON header; then for every step its number, kind and
-key (uint32 each, the key twice), loss and q projections (float32), and a CRC-32 that begins with the header's. Nothing in it
-is executed.
+Little-endian: the 8 bytes "ZOLEDGER", uint32 length and uint32 CRC-32 of a JSON header; then for
+every step its number, kind and key (uint32 each, the key twice), loss and q projections (float32),
+and a CRC-32 that begins with the header's. Nothing in it is executed.
 """
 
 import json
@@ -17,7 +18,8 @@ from zo_jax.atomic import AppendFile, write_atomic
 
 _MAGIC = b"ZOLEDGER"
 _MAX_HEADER, _MAX_QUERIES = 1 << 20, 1 << 20
-# Kinds of steps: of forward passes alone; with a backprop gradient, or whose record was lost, which none can replay.
+# Kinds of steps: of forward passes alone; with a backprop gradient, or whose record was lost, which
+# none can replay.
 REPLAYABLE, BACKPROP, LOST = 0, 1, 2
 
 
@@ -51,13 +53,15 @@ class Ledger(NamedTuple):
 
 
 class Writer:
-    """Appends to a ledger, one system call a record: a killed process leaves whole records, but for the last one."""
+    """Appends to a ledger, one system call a record: a killed process leaves whole records, but for
+    the last one.
+    """
 
     def __init__(self, path: Path, header: dict[str, Any], num_steps: int = 0):
         """Opens a file, makes it if it is not there, and brings it to `num_steps` records.
 
-        Later records are dropped. Missing and damaged ones are written as lost, which says that they cannot be replayed:
-        `lost` has their steps.
+        Later records are dropped. Missing and damaged ones are written as lost, which says that
+        they cannot be replayed: `lost` has their steps.
 
         Raises:
           LedgerError: the file is no ledger, or its header says more than other `versions`.
@@ -116,10 +120,12 @@ class Writer:
 
 
 def same_run(header: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two headers are of one run, which may have gone on with other versions or on another device.
+    """Whether two headers are of one run, which may have gone on with other versions or on another
+    device.
 
-    Those compute other last bits, so that only between equal `versions` the fingerprints of the start must be equal. An
-    `identity`, where both have one, stands for all else that the headers say.
+    Those compute other last bits, so that only between equal `versions` the fingerprints of the
+    start must be equal. An `identity`, where both have one, stands for all else that the headers
+    say.
     """
     told_apart = ("identity",) if header.get("identity") and other.get("identity") else None
     names = {*(told_apart or {*header, *other}), "num_queries", "fingerprint"} - {
@@ -133,7 +139,9 @@ def same_run(header: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _near(probe: Any, other: Any) -> bool:
-    """Whether two probes of a start are of the same numbers but for their last bits; one that is none says nothing."""
+    """Whether two probes of a start are of the same numbers but for their last bits; one that is
+    none says nothing.
+    """
     if not isinstance(probe, float) or not isinstance(other, float):
         return True
     return bool(np.isclose(probe, other, rtol=1e-3, atol=1e-6))

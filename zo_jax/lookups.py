@@ -1,4 +1,6 @@
-"""Rules for look-ups and for layers put in a stack: indices that are out of bounds do what they do to the formed array."""
+"""Rules for look-ups and for layers put in a stack: indices that are out of bounds do what they do
+to the formed array.
+"""
 
 from typing import Any
 
@@ -26,7 +28,9 @@ def _looked_up_axis(x: Perturbed, indices: jax.Array, params: dict[str, Any]) ->
 
 
 def _take(part: jax.Array, axis: int, indices: jax.Array, mode: Any) -> jax.Array:
-    """`part` looked up along an axis, which the axes of the indices replace in front; zero where they are out of bounds."""
+    """`part` looked up along an axis, which the axes of the indices replace in front; zero where
+    they are out of bounds.
+    """
     n = indices.ndim - 1
     numbers = lax.GatherDimensionNumbers(tuple(range(n, n + part.ndim - 1)), (axis,), (axis,))
     sizes = (*part.shape[:axis], 1, *part.shape[axis + 1 :])
@@ -91,7 +95,8 @@ def _scatter_layers(operand, indices, updates, **params):
     )
     if not sets_layers:
         return NotImplemented
-    # The positions are scattered as the layers would be: what is out of bounds or there twice comes out the same.
+    # The positions are scattered as the layers would be: what is out of bounds or there twice comes
+    # out the same.
     position = lax.scatter(
         jnp.full(operand.shape[0], -1, jnp.int32),
         indices,

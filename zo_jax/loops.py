@@ -1,7 +1,8 @@
-"""What a loop is to form before it begins: the perturbed constants that every turn would form again.
+"""What a loop is to form before it begins: the perturbed constants that every turn would form
+again.
 
-A constant stays as it is if each use of it in the body is cheap: a rule of `zo_jax.rules` applies, or the product that forms it
-costs far more than forming it does.
+A constant stays as it is if each use of it in the body is cheap: a rule of `zo_jax.rules` applies,
+or the product that forms it costs far more than forming it does.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,12 +20,15 @@ from zo_jax.rules import apply_rule, is_perturbed
 
 # Calls whose body is entered with the operands as they stand.
 CALLS = (primitives.jit_p, primitives.closed_call_p, primitives.remat_p, primitives.call_p)
-# A product with so many vectors costs at least twenty times what the perturbation of its matrix does.
+# A product with so many vectors costs at least twenty times what the perturbation of its matrix
+# does.
 _MANY_VECTORS = 64
 
 
 class _Scope(NamedTuple):
-    """A jaxpr inside a loop's body, and the call and the scope that it is called in, if it is not the body itself."""
+    """A jaxpr inside a loop's body, and the call and the scope that it is called in, if it is not
+    the body itself.
+    """
 
     jaxpr: core.Jaxpr
     call: core.JaxprEqn | None = None
@@ -48,7 +52,9 @@ def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def is_cheap_inside(x: Perturbed, body: core.Jaxpr, var: core.Var) -> bool:
-    """Whether a constant of a loop, the variable `var` of its body, is cheap to perturb in every turn."""
+    """Whether a constant of a loop, the variable `var` of its body, is cheap to perturb in every
+    turn.
+    """
     return _all_cheap(x, var, _Scope(body), x.size)
 
 
@@ -68,7 +74,9 @@ def _uses(jaxpr: core.Jaxpr, var: core.Var) -> Iterator[tuple[core.JaxprEqn, int
 
 
 def _is_cheap(x: Perturbed, eqn: core.JaxprEqn, i: int, scope: _Scope, size: int) -> bool:
-    """Whether operand i of an equation, part of a constant with so many entries, is used cheaply."""
+    """Whether operand i of an equation, part of a constant with so many entries, is used
+    cheaply.
+    """
     is_dense = not isinstance(x, Factored)
     if eqn.primitive in CALLS:
         body = open_jaxpr(body_of(eqn))

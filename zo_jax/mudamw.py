@@ -13,7 +13,8 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def matrices(params: Any, embeddings: bool = True) -> Any:
-    """Which leaves are matrices or stacks of them, a pytree of bools; biases and scales are not, stacked or single.
+    """Which leaves are matrices or stacks of them, a pytree of bools; biases and scales are not,
+    stacked or single.
 
     Args:
       params: pytree of arrays.
@@ -53,9 +54,10 @@ def mudamw(
 ) -> optax.GradientTransformation:
     """Muon's orthogonalisation of AdamW's direction, for matrices; AdamW for the rest.
 
-    With η' = η √(1 - b2ᵗ) / (1 - b1ᵗ) and u = m / (√v + ε), a matrix [A, B] moves by -η' · 0.2 √max(A, B) · NS(u), anything else by
-    -η' u; both by -η λ θ besides. NS is five quintic Newton-Schulz iterations (Jordan et al., "Muon", 2024). The reference script
-    of "Zeroth Order Optimization for Pretraining Language Models" (ICPRAM 2025) defines the rest.
+    With η' = η √(1 - b2ᵗ) / (1 - b1ᵗ) and u = m / (√v + ε), a matrix [A, B] moves by -η' · 0.2
+    √max(A, B) · NS(u), anything else by -η' u; both by -η λ θ besides. NS is five quintic
+    Newton-Schulz iterations (Jordan et al., "Muon", 2024). The reference script of "Zeroth Order
+    Optimization for Pretraining Language Models" (ICPRAM 2025) defines the rest.
 
     Args:
       learning_rate: η, or a schedule of the steps counted from 0.
@@ -63,7 +65,8 @@ def mudamw(
       b2: decay of the second moment.
       eps: ε.
       weight_decay: λ, decoupled.
-      cautious: drop the entries of m whose sign is not the gradient's (Liang et al., "Cautious optimizers", 2024).
+      cautious: drop the entries of m whose sign is not the gradient's (Liang et al., "Cautious
+        optimizers", 2024).
       mask: which leaves decay: pytree of bools, or a function from parameters to one; None: all.
       matrix_mask: which leaves are orthogonalised, likewise; [..., A, B] is a stack of matrices.
 
@@ -125,7 +128,9 @@ def mudamw(
 
 
 def orthogonalize(x: jax.Array) -> jax.Array:
-    """Five quintic Newton-Schulz iterations towards the nearest semi-orthogonal matrix, of each matrix of [..., A, B]."""
+    """Five quintic Newton-Schulz iterations towards the nearest semi-orthogonal matrix, of each
+    matrix of [..., A, B].
+    """
     a, b, c = _NEWTON_SCHULZ
     transposed = x.shape[-2] > x.shape[-1]
     if transposed:

@@ -1,10 +1,10 @@
 """Counter-based noise: the entries of a direction as pure functions of its key.
 
-A key names a stream of random words: block i of Threefry-2x32 with the counter (0, i) gives words 2 i and 2 i + 1, so
-any part of the stream can be drawn alone, in any order, on any device, and is always the same. A leaf of shape
-[..., B] is a table of rows, each of which owns some consecutive words of the stream: one word for 32 signs, or two
-that are the key of the row's own stream of normal numbers. Threefry: Salmon et al., "Parallel random numbers: as easy
-as 1, 2, 3", SC 2011.
+A key names a stream of random words: block i of Threefry-2x32 with the counter (0, i) gives words 2
+i and 2 i + 1, so any part of the stream can be drawn alone, in any order, on any device, and is
+always the same. A leaf of shape [..., B] is a table of rows, each of which owns some consecutive
+words of the stream: one word for 32 signs, or two that are the key of the row's own stream of
+normal numbers. Threefry: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
 R stands for the shape of a table of rows, of any rank.
 """
@@ -76,7 +76,8 @@ def table(
     first: int,
     place: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """The same words as `stream(key, prod(shape), first)`, uint32 [..., W], each drawn where its row lives.
+    """The same words as `stream(key, prod(shape), first)`, uint32 [..., W], each drawn where its
+    row lives.
 
     Args:
       key: uint32 [2].
@@ -100,8 +101,9 @@ def _blocks(key: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
     k0, k1 = key[0], key[1]
     x0, x1 = _mix(jnp.broadcast_to(k0, index.shape), index + k1, _ROTATIONS[0])
 
-    # Eight rounds a turn. XLA would fuse words that come out of no loop into each of their uses, and draw them 32 times
-    # over for their 32 signs; JAX's own primitive loops over four rounds, and takes twice as long.
+    # Eight rounds a turn. XLA would fuse words that come out of no loop into each of their uses,
+    # and draw them 32 times over for their 32 signs; JAX's own primitive loops over four rounds,
+    # and takes twice as long.
     def eight_rounds(i, state):
         x0, x1, (a, b, c) = state
         count = jnp.uint32(2) * i.astype(jnp.uint32) + jnp.uint32(1)
@@ -124,7 +126,9 @@ NORMAL_WORDS_PER_ROW = 2
 
 
 def sign_bits(words: jax.Array, width: int) -> jax.Array:
-    """Independent fair bits, uint32 [R, width] of zeros and ones, from words [R, sign_words_per_row(width)]."""
+    """Independent fair bits, uint32 [R, width] of zeros and ones, from words [R,
+    sign_words_per_row(width)].
+    """
     bits = (words[..., None] >> _iota(32, words.ndim + 1)) & jnp.uint32(1)
     return bits.reshape(*words.shape[:-1], words.shape[-1] * 32)[..., :width]
 
@@ -135,7 +139,9 @@ def signs(words: jax.Array, width: int) -> jax.Array:
 
 
 def agreements(words_n: jax.Array, width: int) -> jax.Array:
-    """⟨zᵢ, zⱼ⟩ of n tables of signs, float32 [n, n], from their words [n, R, W]: entries that agree less those that do not."""
+    """⟨zᵢ, zⱼ⟩ of n tables of signs, float32 [n, n], from their words [n, R, W]: entries that agree
+    less those that do not.
+    """
     n, num_words = len(words_n), words_n.shape[-1]
     # The bits past the end of a row are no signs.
     last = (1 << (width - 32 * (num_words - 1))) - 1
@@ -157,14 +163,18 @@ def agreements(words_n: jax.Array, width: int) -> jax.Array:
 
 
 def rounding_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A random word an entry, uint32 of a shape, from a key [2]: fused into its use, and the same on every mesh."""
+    """A random word an entry, uint32 of a shape, from a key [2]: fused into its use, and the same
+    on every mesh.
+    """
     k0, k1 = jnp.full(shape, key[0]), jnp.full(shape, key[1])
     zeros = jnp.zeros(shape, jnp.uint32)
     return _threefry2x32(k0, k1, zeros, positions(shape), num_rounds=13)[0]
 
 
 def positions(shape: tuple[int, ...]) -> jax.Array:
-    """The index of each entry in all of them, modulo 2³², uint32 of a shape: made where the entries live."""
+    """The index of each entry in all of them, modulo 2³², uint32 of a shape: made where the entries
+    live.
+    """
     total, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
         total += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
@@ -185,7 +195,8 @@ def with_signs(x: jax.Array, bits: jax.Array) -> jax.Array:
 
 @with_signs.defjvp
 def _with_signs_jvp(primals, tangents):
-    # Linear in x, which the bit arithmetic hides from JAX; a product with the signs can be transposed.
+    # Linear in x, which the bit arithmetic hides from JAX; a product with the signs can be
+    # transposed.
     (x, bits), (dx, _) = primals, tangents
     return with_signs(x, bits), dx * with_signs(jnp.float32(1), bits)
 
@@ -193,18 +204,19 @@ def _with_signs_jvp(primals, tangents):
 # Compiled as a whole when called eagerly too, so that the rounding is the same.
 @functools.partial(jax.jit, static_argnums=1)
 def normals(words: jax.Array, width: int) -> jax.Array:
-    """Independent standard normal numbers, float32 [R, width], from the keys of the rows, uint32 [R, 2].
+    """Independent standard normal numbers, float32 [R, width], from the keys of the rows, uint32
+    [R, 2].
 
-    The inverse of the normal distribution function at the midpoints of 2²³ equal intervals, one random word each:
-    the largest magnitude is 5.4. Every entry has a word of its own, so the words are of Threefry with 13 rounds, the
-    fewest that pass BigCrush (Salmon et al., table 2).
+    The inverse of the normal distribution function at the midpoints of 2²³ equal intervals, one
+    random word each: the largest magnitude is 5.4. Every entry has a word of its own, so the words
+    are of Threefry with 13 rounds, the fewest that pass BigCrush (Salmon et al., table 2).
     """
     half = -(-width // 2)
     shape = (*words.shape[:-1], width)
     column = _iota(width, len(shape))
     in_first = column < half
-    # Both words of a block are computed for both of the entries that use one: twice the integer work, but all
-    # of it fused into one pass, several times faster than drawing words into memory.
+    # Both words of a block are computed for both of the entries that use one: twice the integer
+    # work, but all of it fused into one pass, several times faster than drawing words into memory.
     along_row = lambda x: lax.broadcast_in_dim(x, shape, tuple(range(len(shape) - 1)))
     word0, word1 = _threefry2x32(
         along_row(words[..., 0]),
@@ -220,7 +232,8 @@ def normals(words: jax.Array, width: int) -> jax.Array:
 
 
 def _erf_inv(x: jax.Array) -> jax.Array:
-    """The inverse error function, float32, to a relative error of 3e-7 (Giles, "Approximating the erfinv function", 2010).
+    """The inverse error function, float32, to a relative error of 3e-7 (Giles, "Approximating the
+    erfinv function", 2010).
 
     Twice as fast as XLA's, which takes the logarithm so that it is exact for any x near 0 too.
     """

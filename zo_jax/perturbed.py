@@ -1,8 +1,8 @@
 """Arrays that are perturbed: what they stand for, and how to form them.
 
-A `Perturbed` array stands for base + scale · z. `Dense` knows its direction z entry by entry, by counter-based noise;
-`LowRank` as a product of two thin factors. Others arise when these are cast, transposed, sliced or put in a stack. What a
-primitive does with them is said in `zo_jax.rules`.
+A `Perturbed` array stands for base + scale · z. `Dense` knows its direction z entry by entry, by
+counter-based noise; `LowRank` as a product of two thin factors. Others arise when these are cast,
+transposed, sliced or put in a stack. What a primitive does with them is said in `zo_jax.rules`.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +25,8 @@ _FUSED_RANK = 8
 class Perturbed:
     """base + scale · z, of a shape and a dtype, not formed.
 
-    A class of one's own is a pytree (`jax.tree_util.register_dataclass`) that has `base`, `dtype` and `form`. What has no rule
-    (`zo_jax.register_rule`) forms it, so it is right without any.
+    A class of one's own is a pytree (`jax.tree_util.register_dataclass`) that has `base`, `dtype`
+    and `form`. What has no rule (`zo_jax.register_rule`) forms it, so it is right without any.
     """
 
     dtype: Any
@@ -58,7 +58,9 @@ class Perturbed:
         return self if dtype == self.dtype else Cast(self, dtype)
 
     def layers(self) -> "tuple[Any, Callable[[Any], Perturbed]] | None":
-        """(arrays with the leading axis, function from their slices to a slice of self), if there are such."""
+        """(arrays with the leading axis, function from their slices to a slice of self), if there
+        are such.
+        """
         return None
 
     def layer(self, i: jax.Array) -> "Perturbed":
@@ -131,7 +133,8 @@ class Dense(Perturbed):
 
 
 class Factored(Perturbed):
-    """A direction that is a product of two factors, each of which varies along some of the axes: z = Σᵣ u v.
+    """A direction that is a product of two factors, each of which varies along some of the axes: z
+    = Σᵣ u v.
 
     Attributes:
       base: floating.
@@ -163,7 +166,9 @@ class Factored(Perturbed):
         base: jax.Array,
         part: Callable[[jax.Array, tuple[int, ...]], tuple[jax.Array, tuple[int, ...]]],
     ) -> "Factored":
-        """With another base, and each factor and its axes as `part` makes them from what they are."""
+        """With another base, and each factor and its axes as `part` makes them from what they
+        are.
+        """
         u, v = part(self.u, self.u_axes), part(self.v, self.v_axes)
         return _factored(base, u, v, self.scale, self.dtype)
 
@@ -219,7 +224,9 @@ class LowRank(Factored):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OnAxes(Factored):
-    """A direction of two factors that are not those of matrices in the last two axes: part of a `LowRank`, or rearranged."""
+    """A direction of two factors that are not those of matrices in the last two axes: part of a
+    `LowRank`, or rearranged.
+    """
 
     base: jax.Array
     u: jax.Array
@@ -237,7 +244,9 @@ def _factored(
     scale: jax.Array,
     dtype: Any,
 ) -> Factored:
-    """A `LowRank` if the factors, each given with its axes, are those of matrices; otherwise `OnAxes`."""
+    """A `LowRank` if the factors, each given with its axes, are those of matrices; otherwise
+    `OnAxes`.
+    """
     (u_part, u_axes), (v_part, v_axes) = _in_order(*u), _in_order(*v)
     n = base.ndim
     rows, columns = tuple(range(n - 1)), (*range(n - 2), n - 1)
@@ -258,7 +267,9 @@ def _in_order(part: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cast(Perturbed):
-    """A perturbed array in another dtype, where rounding to its own comes first: what is rounded stays rounded."""
+    """A perturbed array in another dtype, where rounding to its own comes first: what is rounded
+    stays rounded.
+    """
 
     array: Perturbed
     dtype: Any = dataclasses.field(metadata={"static": True})
@@ -294,8 +305,8 @@ class Cast(Perturbed):
 def outer(u: jax.Array, v: jax.Array) -> jax.Array:
     """u vᵀ of [..., A, r] and [..., B, r], [..., A, B].
 
-    A small rank as a sum of broadcast products: XLA fuses it with what comes after, so that it needs no memory, and it is
-    faster than a matrix product.
+    A small rank as a sum of broadcast products: XLA fuses it with what comes after, so that it
+    needs no memory, and it is faster than a matrix product.
     """
     n = u.ndim
     return _outer_on_axes(u, tuple(range(n - 1)), v, (*range(n - 2), n - 1), n)
@@ -304,7 +315,9 @@ def outer(u: jax.Array, v: jax.Array) -> jax.Array:
 def _outer_on_axes(
     u: jax.Array, u_axes: Sequence[int], v: jax.Array, v_axes: Sequence[int], ndim: int
 ) -> jax.Array:
-    """Σᵣ u v of two factors with the given axes of an array of `ndim` axes; of size 1 along those that neither has."""
+    """Σᵣ u v of two factors with the given axes of an array of `ndim` axes; of size 1 along those
+    that neither has.
+    """
     absent = lambda *axes: [a for a in range(ndim) if not any(a in of for of in axes)]
     if u.shape[-1] <= _FUSED_RANK:
         u, v = lax.expand_dims(u, absent(u_axes)), lax.expand_dims(v, absent(v_axes))

@@ -1,6 +1,7 @@
 """Products with perturbed arrays: what `dot_general` does with them.
 
-Axes are labelled as in einsum: a label is a number, shared by the axes of both operands that are contracted or go along.
+Axes are labelled as in einsum: a label is a number, shared by the axes of both operands that are
+contracted or go along.
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ from zo_jax.composed import Transposed
 from zo_jax.perturbed import Cast, Dense, Factored, sum_dtype
 from zo_jax.rules import apply_rule, is_perturbed, rule_for
 
-# A product with a larger table of rows goes block by block: the perturbed rows stay in cache and no perturbed
-# copy of the table exists. Entries of a block: 4 MB in float32.
+# A product with a larger table of rows goes block by block: the perturbed rows stay in cache and no
+# perturbed copy of the table exists. Entries of a block: 4 MB in float32.
 _BLOCK_ENTRIES = 2**20
 MIN_BLOCKED = 4 * _BLOCK_ENTRIES
 
@@ -113,7 +114,9 @@ def _spread(x: jax.Array, labels: list[int], out_labels: list[int]) -> jax.Array
 
 @rule_for((Dense, Cast), lax.dot_general_p)
 def _product_in_parts(lhs, rhs, **params):
-    """With a large table or stack part by part, each perturbed in cache: no perturbed copy of the whole exists."""
+    """With a large table or stack part by part, each perturbed in cache: no perturbed copy of the
+    whole exists.
+    """
     x, other = (lhs, rhs) if is_perturbed(lhs) else (rhs, lhs)
     is_lhs = x is lhs
     contract, batch = params["dimension_numbers"]
@@ -157,7 +160,8 @@ def _block_by_block(table, dot, is_lhs):
         return apply_rule(lax.dynamic_slice_p, [table, *starts], sizes)
 
     def put_block(i, out):
-        # The last block starts early enough to be whole; the rows that it shares are computed twice.
+        # The last block starts early enough to be whole; the rows that it shares are computed
+        # twice.
         start = jnp.minimum(i * block_rows, num_rows - block_rows)
         return lax.dynamic_update_slice_in_dim(out, dot(rows(start).form()), start, axis)
 

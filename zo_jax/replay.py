@@ -1,7 +1,8 @@
 """Replay: the state of a run after any step, from its initial parameters and its ledger alone.
 
-A zeroth-order step depends on the data only through its q projections, so the initial parameters and, for each step, its key and
-projections are the whole run. Replay calls `update` alone: no loss, no data, every optimiser.
+A zeroth-order step depends on the data only through its q projections, so the initial parameters
+and, for each step, its key and projections are the whole run. Replay calls `update` alone: no loss,
+no data, every optimiser.
 """
 
 import contextlib
@@ -42,8 +43,9 @@ def make_header(
       perturbation, rank: the family of directions, as `families.by_name` knows it.
       scope: a name for the parameters that are trained, "full" for all.
       clip_norm, rounding: as in `make_update`.
-      info: anything besides that JSON can hold, such as the configuration of the run and the name of the optimiser. An
-        `identity` stands for all that makes the run what it is, and is what tells it from others.
+      info: anything besides that JSON can hold, such as the configuration of the run and the name
+        of the optimiser. An `identity` stands for all that makes the run what it is, and is what
+        tells it from others.
     """
     return {
         "num_queries": num_queries,
@@ -67,7 +69,9 @@ def versions() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The processor's name: XLA compiles for the one that it runs on, and to JAX all of them are "cpu"."""
+    """The processor's name: XLA compiles for the one that it runs on, and to JAX all of them are
+    "cpu".
+    """
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -78,7 +82,9 @@ def _processor() -> str:
 def arguments(
     record: np.void, layout: Layout | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(key, loss, projections): what `update` takes besides the state, on the devices of the layout."""
+    """(key, loss, projections): what `update` takes besides the state, on the devices of the
+    layout.
+    """
     parts = [np.asarray(record[name]) for name in ("key", "loss", "projections")]
     place = jnp.asarray if layout is None else layout.put_everywhere
     words, loss, projections = (place(x.astype(x.dtype.newbyteorder("="))) for x in parts)
@@ -99,11 +105,13 @@ def replay(
       start: the parameters before step 1, or the `TrainState` after any step. It is left as it is.
       ledger: from `read`.
       optimizer: the run's.
-      subset: the parameters that the run trained, where it did not train all (`header["scope"]` has a name for them).
+      subset: the parameters that the run trained, where it did not train all (`header["scope"]` has
+        a name for them).
       to_step: the last one (default: of the ledger).
 
     Raises:
-      LedgerError: the parameters are not those that the ledger begins with, or a step between cannot be replayed.
+      LedgerError: the parameters are not those that the ledger begins with, or a step between
+        cannot be replayed.
 
     >>> import jax, jax.numpy as jnp, optax, tempfile, zo_jax
     >>> from zo_jax import ledger
@@ -128,7 +136,8 @@ def replay(
     params = start.params if is_state else start
     if subset is None and header.get("scope") != "full":
         raise LedgerError(
-            f"the run trained a part of the parameters, {header.get('scope')!r:.80}: give it as subset"
+            f"the run trained a part of the parameters, {header.get('scope')!r:.80}: give it as "
+            f"subset"
         )
     subset = subset or WHOLE
     try:
@@ -140,7 +149,8 @@ def replay(
     state = start if is_state else Update(optimizer, subset=subset).init(params)
     if not is_state and not check_start(state, ledger):
         warnings.warn(
-            f"the run began with {header.get('versions')}, and is replayed with {versions()}: last bits may differ",
+            f"the run began with {header.get('versions')}, and is replayed with {versions()}: last "
+            f"bits may differ",
             stacklevel=2,
         )
     to_step = len(ledger.records) if to_step is None else to_step
@@ -152,7 +162,8 @@ def replay(
 
 
 def check_start(state: Any, ledger: Ledger) -> bool:
-    """Whether the state is that before step 1 to the bit; on other versions or another device its last bits may differ.
+    """Whether the state is that before step 1 to the bit; on other versions or another device its
+    last bits may differ.
 
     Raises:
       LedgerError: it differs by more than that.
@@ -161,7 +172,8 @@ def check_start(state: Any, ledger: Ledger) -> bool:
     as_made_here = {"fingerprint": here, "probe": float(probe(state)), "versions": versions()}
     if not isinstance(there, int) or not same_run(ledger.header, ledger.header | as_made_here):
         raise LedgerError(
-            f"the ledger begins with other parameters or another optimiser: its fingerprint is {there}, that of "
+            "the ledger begins with other parameters or another optimiser: its fingerprint is "
+            f"{there}, that of "
             f"those given {here}; give the ones that the run began with"
         )
     return there == here
@@ -172,7 +184,8 @@ def check_replayable(ledger: Ledger, step: int, to_step: int) -> None:
     last = len(ledger.records)
     if not step <= to_step <= last:
         raise LedgerError(
-            f"step {to_step} is not between {step}, where replay would begin, and {last}, the ledger's last; "
+            f"step {to_step} is not between {step}, where replay would begin, and {last}, the "
+            f"ledger's last; "
             "choose another"
         )
     reached = ledger.replayable(step)
@@ -184,6 +197,7 @@ def check_replayable(ledger: Ledger, step: int, to_step: int) -> None:
                 int(record["kind"]), "its record is lost"
             )
         raise LedgerError(
-            f"step {reached + 1} cannot be replayed: {why}; from step {step} replay reaches step {reached}, and later "
+            f"step {reached + 1} cannot be replayed: {why}; from step {step} replay reaches step "
+            f"{reached}, and later "
             "ones from a checkpoint past it"
         )

@@ -13,16 +13,16 @@ from zo_jax import noise
 def apply(params: Any, updates: Any, key: jax.Array, rounding: str = "stochastic") -> Any:
     """params + updates, summed in float32 and rounded to the dtypes of params.
 
-    "nearest" loses updates below half the spacing of the parameters. "stochastic" rounds up or down with the chances that
-    make the result right on average (Gupta et al., "Deep learning with limited numerical precision", 2015), by 16 random
-    bits an entry from the key.
+    "nearest" loses updates below half the spacing of the parameters. "stochastic" rounds up or down
+    with the chances that make the result right on average (Gupta et al., "Deep learning with
+    limited numerical precision", 2015), by 16 random bits an entry from the key.
 
     >>> import jax, jax.numpy as jnp
     >>> p, u = jnp.ones(10_000, jnp.bfloat16), jnp.full(10_000, 1e-4)
     >>> mean = lambda x: round(float(jnp.mean(x.astype(jnp.float32))) - 1, 5)
     >>> mean(apply(p, u, jax.random.key(0), "nearest")), abs(mean(apply(p, u, jax.random.key(0))) - 1e-4) < 3e-5
     (0.0, True)
-    """
+    """  # noqa: E501
 
     def of_leaf(path: Any, p: jax.Array, u: jax.Array) -> jax.Array:
         exact = p.astype(jnp.float32) + u

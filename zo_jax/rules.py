@@ -1,7 +1,8 @@
-"""What primitives do with perturbed arrays without forming them: a registry of rules, by primitive and class of array.
+"""What primitives do with perturbed arrays without forming them: a registry of rules, by primitive
+and class of array.
 
-The library's own rules are in `zo_jax.entries` (casts, scalars, and what moves entries about), `zo_jax.lookups` and
-`zo_jax.products`.
+The library's own rules are in `zo_jax.entries` (casts, scalars, and what moves entries about),
+`zo_jax.lookups` and `zo_jax.products`.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,13 +18,15 @@ _rules: dict[tuple[core.Primitive, type[Perturbed]], Rule] = {}
 
 
 def register_rule(primitive: core.Primitive, kind: type[Perturbed]) -> Callable[[Rule], Rule]:
-    """A decorator that makes a function what `primitive` does with perturbed arrays of a class, and of classes derived from it.
+    """A decorator that makes a function what `primitive` does with perturbed arrays of a class, and
+    of classes derived from it.
 
-    The function is called as `rule(*operands, **params)`: the operands as they stand, one of which is of that class and the
-    others arrays, and the parameters of the primitive. It returns the result, an array or a `Perturbed` one (a sequence of them
-    if the primitive has several results), of the shape and dtype that the primitive gives; or NotImplemented, upon which the
-    rule of the next class in the order of inheritance is asked, and where there is none the array is formed. The rules of the
-    library can be replaced in the same way.
+    The function is called as `rule(*operands, **params)`: the operands as they stand, one of which
+    is of that class and the others arrays, and the parameters of the primitive. It returns the
+    result, an array or a `Perturbed` one (a sequence of them if the primitive has several results),
+    of the shape and dtype that the primitive gives; or NotImplemented, upon which the rule of the
+    next class in the order of inheritance is asked, and where there is none the array is formed.
+    The rules of the library can be replaced in the same way.
 
     Args:
       primitive: such as `jax.lax.conv_general_dilated_p`.
@@ -32,7 +35,8 @@ def register_rule(primitive: core.Primitive, kind: type[Perturbed]) -> Callable[
     Raises:
       ValueError: one of the two is something else.
 
-    A convolution over single pixels is a product over channels, for which a low-rank kernel need not be formed:
+    A convolution over single pixels is a product over channels, for which a low-rank kernel need
+    not be formed:
 
     >>> import jax, jax.numpy as jnp, zo_jax
     >>> from jax import lax
@@ -52,10 +56,11 @@ def register_rule(primitive: core.Primitive, kind: type[Perturbed]) -> Callable[
     ...     lazy = zo_jax.lazily(loss)(kernel, jnp.ones((1, 3, 3, 4)))
     >>> formed, bool(jnp.allclose(lazy, loss(kernel.form(), jnp.ones((1, 3, 3, 4))), rtol=1e-5))
     ([], True)
-    """
+    """  # noqa: E501
     if not isinstance(primitive, core.Primitive):
         raise ValueError(
-            f"a rule needs a primitive such as jax.lax.dot_general_p, got {primitive!r}; jax.make_jaxpr shows "
+            f"a rule needs a primitive such as jax.lax.dot_general_p, got {primitive!r}; "
+            f"jax.make_jaxpr shows "
             "which ones a function uses"
         )
     if not (isinstance(kind, type) and issubclass(kind, Perturbed)):

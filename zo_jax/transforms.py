@@ -1,4 +1,6 @@
-"""The estimator as an optax gradient transformation: the first link of a chain, in place of backpropagation."""
+"""The estimator as an optax gradient transformation: the first link of a chain, in place of
+backpropagation.
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -16,7 +18,8 @@ class ZerothOrderState(NamedTuple):
     """State of `zeroth_order`.
 
     Attributes:
-      key: uint32 [2], the words of the key that was given; the key of a step is `fold_in(key, count)`.
+      key: uint32 [2], the words of the key that was given; the key of a step is `fold_in(key,
+        count)`.
       count: int32, steps taken.
       loss: float32, of the last step (inf before the first).
       projections: float32 [num_queries], of the last step; nan where the loss was not finite.
@@ -36,23 +39,24 @@ def zeroth_order(
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the updates, whatever they are, with a zeroth-order estimate of the gradient.
 
-    `update(updates, state, params, value_fn=..., batch=())` evaluates `value_fn(params, *batch)`. Each step draws fresh
-    directions, from the key and its own count. The updates may be None, unless a transformation around this one
-    looks at them: to `optax.masked`, `optax.partition`, `optax.apply_if_finite` and `optax.MultiSteps` hand any
-    pytree like the parameters, and see `fill_frozen` for the first two.
+    `update(updates, state, params, value_fn=..., batch=())` evaluates `value_fn(params, *batch)`.
+    Each step draws fresh directions, from the key and its own count. The updates may be None,
+    unless a transformation around this one looks at them: to `optax.masked`, `optax.partition`,
+    `optax.apply_if_finite` and `optax.MultiSteps` hand any pytree like the parameters, and see
+    `fill_frozen` for the first two.
 
     Args:
       key: a PRNG key of the threefry implementation.
       estimator: an `Estimator`; default `Estimator()`.
-      **options: fields of `Estimator`, which replace those of `estimator`. `epsilon` may be an optax schedule of the steps taken, or
-        a number that `optax.inject_hyperparams` injects.
+      **options: fields of `Estimator`, which replace those of `estimator`. `epsilon` may be an
+        optax schedule of the steps taken, or a number that `optax.inject_hyperparams` injects.
 
     Returns:
       The transformation; its state is a `ZerothOrderState`.
 
     Raises:
-      ValueError: as `Estimator`; `has_aux` is set, which a transformation has no place for; or, from `update`, `params` or
-        `value_fn` is missing.
+      ValueError: as `Estimator`; `has_aux` is set, which a transformation has no place for; or,
+        from `update`, `params` or `value_fn` is missing.
 
     >>> import jax, jax.numpy as jnp, optax, zo_jax
     >>> loss_fn = lambda p: jnp.sum((p - 1) ** 2)
@@ -69,11 +73,13 @@ def zeroth_order(
     configured = make_estimator(estimator, options)
     if configured.has_aux:
         raise ValueError(
-            "zeroth_order returns updates alone: set has_aux=False, and return the loss from value_fn"
+            "zeroth_order returns updates alone: set has_aux=False, and return the loss from "
+            "value_fn"
         )
 
     def init_fn(params: Any) -> ZerothOrderState:
-        # Of a float64 loss the state is float64, and all losses are unless JAX is told to have such.
+        # Of a float64 loss the state is float64, and all losses are unless JAX is told to have
+        # such.
         dtypes = [jnp.float32, *(x.dtype for x in jax.tree.leaves(params) if hasattr(x, "dtype"))]
         dtype = jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32
         return ZerothOrderState(
@@ -124,8 +130,8 @@ def zeroth_order(
 def fill_frozen(value_fn: Callable[..., jax.Array], params: Any) -> Callable[..., jax.Array]:
     """`value_fn` for a transformation inside `optax.masked` or `optax.partition`.
 
-    Those hand the estimator only the parameters that it trains, with an `optax.MaskedNode` in the place of every
-    other; here the others come from `params`. They are neither perturbed nor copied.
+    Those hand the estimator only the parameters that it trains, with an `optax.MaskedNode` in the
+    place of every other; here the others come from `params`. They are neither perturbed nor copied.
 
     Args:
       value_fn: `value_fn(params, *batch)` of the whole parameters.
@@ -140,7 +146,7 @@ def fill_frozen(value_fn: Callable[..., jax.Array], params: Any) -> Callable[...
     >>> updates, _ = tx.update(params, tx.init(params), params, value_fn=zo_jax.fill_frozen(loss_fn, params))
     >>> float(jnp.abs(updates["body"]).max()), bool(jnp.all(updates["head"] > 0))
     (0.0, True)
-    """
+    """  # noqa: E501
     is_frozen = lambda x: isinstance(x, optax.MaskedNode)
 
     def filled(trained: Any, *batch: Any) -> jax.Array:

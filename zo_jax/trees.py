@@ -1,4 +1,6 @@
-"""Pytrees of parameters: which leaves count, what they are called, and a part of them as a tree of its own."""
+"""Pytrees of parameters: which leaves count, what they are called, and a part of them as a tree of
+its own.
+"""
 
 from typing import Any, NamedTuple
 
@@ -14,13 +16,16 @@ class Subset(NamedTuple):
     """A part of parameters: whole leaves, or layers of a stack.
 
     Attributes:
-      indices: for each leaf the indices of its chosen layers, or ALL of it, or None for none of it; None for all leaves.
+      indices: for each leaf the indices of its chosen layers, or ALL of it, or None for none of it;
+        None for all leaves.
     """
 
     indices: tuple[Any, ...] | None
 
     def select(self, params: Any) -> Any:
-        """The part: `params` with None for a leaf outside; of a stack in part the chosen layers [k, ...]."""
+        """The part: `params` with None for a leaf outside; of a stack in part the chosen layers [k,
+        ...].
+        """
         if self.indices is None:
             return params
         leaves, treedef = jax.tree.flatten(params)
@@ -51,7 +56,9 @@ WHOLE = Subset(None)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """The names of a leaf's path joined by slashes, like "blocks/fc/kernel"; of indices their numbers."""
+    """The names of a leaf's path joined by slashes, like "blocks/fc/kernel"; of indices their
+    numbers.
+    """
     return "/".join(_names(path))
 
 
@@ -75,12 +82,14 @@ def as_arrays(params: Any) -> Any:
         where = path_name(path) or "params"
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
             raise ValueError(
-                f"params must hold arrays alone, got {type(leaf).__name__} at {where}; split off what is none, as by "
+                f"params must hold arrays alone, got {type(leaf).__name__} at {where}; split off "
+                f"what is none, as by "
                 "eqx.partition(model, eqx.is_inexact_array) or nnx.split(model, nnx.Param, ...)"
             )
         if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
             raise ValueError(
-                f"params must be real, got {jnp.result_type(leaf)} at {where}; hand in its real and imaginary parts, "
+                f"params must be real, got {jnp.result_type(leaf)} at {where}; hand in its real "
+                f"and imaginary parts, "
                 "and put them together in loss_fn"
             )
     if not any(is_floating(leaf) for _, leaf in flat):
@@ -91,16 +100,18 @@ def as_arrays(params: Any) -> Any:
 def matrices(params: Any) -> Any:
     """Which leaves are matrices [A, B] or stacks of them [..., A, B], by shape: a pytree of bools.
 
-    A leaf [L, B] is a stack of vectors if it stands in a subtree in which every leaf is a stack of L and some leaf has three axes
-    or more: then the subtree is a stack of layers, as a scan over them or a vmapped constructor makes it.
+    A leaf [L, B] is a stack of vectors if it stands in a subtree in which every leaf is a stack of
+    L and some leaf has three axes or more: then the subtree is a stack of layers, as a scan over
+    them or a vmapped constructor makes it.
 
     Args:
       params: pytree of arrays or their shapes.
 
     >>> import jax.numpy as jnp
-    >>> blocks = {"fc": {"kernel": jnp.ones((3, 4, 5)), "bias": jnp.ones((3, 5))}, "norm": {"scale": jnp.ones((3, 4))}}
-    >>> matrices({"blocks": blocks, "head": jnp.ones((4, 7)), "bias": jnp.ones(7)})
-    {'bias': False, 'blocks': {'fc': {'bias': False, 'kernel': True}, 'norm': {'scale': False}}, 'head': True}
+    >>> fc = {"kernel": jnp.ones((3, 4, 5)), "bias": jnp.ones((3, 5))}
+    >>> blocks = {"fc": fc, "norm": jnp.ones((3, 4))}
+    >>> matrices({"blocks": blocks, "head": jnp.ones((4, 7))})
+    {'blocks': {'fc': {'bias': False, 'kernel': True}, 'norm': False}, 'head': True}
     """
     flat, treedef = jax.tree.flatten_with_path(params)
     subtrees: dict[tuple[str, ...], list[Any]] = {}

@@ -46,7 +46,8 @@ class UpdateMetrics(NamedTuple):
 
     Attributes:
       loss, grad_norm: float32.
-      num_updates: int32, steps of the optimiser before this one, of which its schedule is a function.
+      num_updates: int32, steps of the optimiser before this one, of which its schedule is a
+        function.
       num_skipped, skipped_in_row: as in `TrainState`, after this step.
     """
 
@@ -61,7 +62,8 @@ class UpdateMetrics(NamedTuple):
 class Update:
     """The optimisation of a step: pure functions of the state.
 
-    The optimiser works in float32 whatever the dtype of the parameters: a second moment in bfloat16 could not decay.
+    The optimiser works in float32 whatever the dtype of the parameters: a second moment in bfloat16
+    could not decay.
 
     Attributes:
       optimizer: an optax transformation, of gradients.
@@ -91,7 +93,8 @@ class Update:
         loss: jax.Array,
         projections_q: jax.Array,
     ) -> tuple[TrainState, UpdateMetrics]:
-        """A step along ĝ = 1/q Σ cᵢ zᵢ, summed again from the key: of the data only the projections c have a part in it.
+        """A step along ĝ = 1/q Σ cᵢ zᵢ, summed again from the key: of the data only the projections
+        c have a part in it.
 
         If none of them is finite the step changes nothing, but is counted.
         """
@@ -109,7 +112,9 @@ class Update:
     def from_gradient(
         self, state: TrainState, key: jax.Array, loss: jax.Array, gradient: Any
     ) -> tuple[TrainState, UpdateMetrics]:
-        """A step along a gradient of the trained parameters; if it or the loss is not finite, only the count of it."""
+        """A step along a gradient of the trained parameters; if it or the loss is not finite, only
+        the count of it.
+        """
         norm = optax.global_norm(gradient)
         usable = jnp.isfinite(loss) & jnp.isfinite(norm)
         return self._descend(state, key, loss, gradient, norm, usable)
@@ -147,7 +152,8 @@ class Update:
 def make_update(
     optimizer: optax.GradientTransformation, perturbation: Family, **options: Any
 ) -> Callable[..., tuple[TrainState, UpdateMetrics]]:
-    """The jitted optimisation of a step: (state, key, loss, projections [q]) -> (state, metrics), the state donated.
+    """The jitted optimisation of a step: (state, key, loss, projections [q]) -> (state, metrics),
+    the state donated.
 
     Args:
       optimizer: an optax transformation, of gradients.
@@ -163,7 +169,7 @@ def make_update(
     ...     state, _ = update(state, key, *zo_jax.project(loss_fn, state.params, key, num_queries=8))
     >>> bool(loss_fn(state.params) < 1e-2)
     True
-    """
+    """  # noqa: E501
     update = Update(optimizer, **options)
     step = lambda state, *record: update.from_projections(perturbation, state, *record)
     return jax.jit(step, donate_argnums=0)

@@ -1,4 +1,6 @@
-"""Small programs on one array, drawn at random: for the property that perturbing lazily changes nothing."""
+"""Small programs on one array, drawn at random: for the property that perturbing lazily changes
+nothing.
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -19,7 +21,8 @@ INDICES = ([0, 1, 1], [-1, 2, 0, -2], [5, 0, -9], [1, 99])
 
 @dataclasses.dataclass
 class Program:
-    """A function of an array, and the same without `jax.custom_vjp`, which forward mode needs as a reference.
+    """A function of an array, and the same without `jax.custom_vjp`, which forward mode needs as a
+    reference.
 
     Attributes:
       words: what it does, for people.

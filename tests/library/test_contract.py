@@ -1,4 +1,6 @@
-"""What the library promises of the estimator as a value, of families, and of parameters of every kind."""
+"""What the library promises of the estimator as a value, of families, and of parameters of every
+kind.
+"""
 
 import dataclasses
 

@@ -40,7 +40,8 @@ def gpt_loss(params, tokens):
 @pytest.fixture(scope="module")
 def gpt():
     params = init_params(MODEL, jax.random.key(0))
-    # Weights of ordinary size: with GPT-2's small initial ones a finite difference is far from the derivative.
+    # Weights of ordinary size: with GPT-2's small initial ones a finite difference is far from the
+    # derivative.
     params = jax.tree.map(lambda x: 4 * x, params)
     return params, jax.random.randint(jax.random.key(1), (3, 16), 0, 97)
 
@@ -117,7 +118,8 @@ def test_unbiased(family, difference):
         )
     )(params)
     gradient = jax.grad(loss)(params)
-    # Var(c zⱼ) ≤ E[c² zⱼ²] ≤ 3 ‖g‖² for entries of kurtosis 3 at most (‖g‖² + 2 gⱼ² for Gaussian ones).
+    # Var(c zⱼ) ≤ E[c² zⱼ²] ≤ 3 ‖g‖² for entries of kurtosis 3 at most (‖g‖² + 2 gⱼ² for Gaussian
+    # ones).
     error = np.sqrt(3 * dot(gradient, gradient) / q)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5 * error),
@@ -181,7 +183,8 @@ def test_fresh_noise_for_every_leaf_layer_and_query(family):
     tables = [*z0["a"], z0["b"], z0["c"], *z1["a"], z1["b"], z1["c"]]
     for i, x in enumerate(tables):
         for y in tables[:i]:
-            # 256 products of unit variance (rank 1 of 16 + 16 signs: 16 · 16 dependent ones, at most all equal).
+            # 256 products of unit variance (rank 1 of 16 + 16 signs: 16 · 16 dependent ones, at
+            # most all equal).
             assert abs(float(jnp.mean(x * y))) < 0.95
 
 
@@ -229,7 +232,9 @@ def test_low_rank_is_never_formed_in_a_gpt(gpt):
 
 
 def test_any_jax_code():
-    """Convolution, cond, while_loop, checkpoint, custom_jvp and custom_vjp, integer leaves, mixed dtypes."""
+    """Convolution, cond, while_loop, checkpoint, custom_jvp and custom_vjp, integer leaves, mixed
+    dtypes.
+    """
 
     @jax.custom_vjp
     def double(x):

@@ -1,4 +1,6 @@
-"""Any function under `lazily` is what it is on formed arrays: values, derivatives, what is formed and when."""
+"""Any function under `lazily` is what it is on formed arrays: values, derivatives, what is formed
+and when.
+"""
 
 import functools
 import os
@@ -164,7 +166,9 @@ def test_loops_form_once(name):
 
 
 def test_layers_of_a_cell_in_time_are_formed_once():
-    """A stack of layers that is scanned in every turn of an outer loop, each layer with few vectors."""
+    """A stack of layers that is scanned in every turn of an outer loop, each layer with few
+    vectors.
+    """
     stack = values((3, 6, 6))
     layers = lambda w, h: lax.scan(lambda h, layer: (jnp.tanh(h @ layer), None), h, w)[0]
     in_time = lambda w: lax.scan(lambda h, _: (layers(w, h), None), X, length=4)[0]

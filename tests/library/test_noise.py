@@ -51,7 +51,8 @@ def test_any_rows_alone_have_the_same_entries(width):
 
 @pytest.mark.parametrize("draw", [draw_signs, draw_normals])
 def test_moments(draw):
-    # 2²⁰ numbers: the mean has standard error 2⁻¹⁰, and so has any correlation; bounds of five of them.
+    # 2²⁰ numbers: the mean has standard error 2⁻¹⁰, and so has any correlation; bounds of five of
+    # them.
     z = np.array(draw(1024, 1024), np.float64)
     bound = 5 / 1024
     assert abs(z.mean()) < bound
@@ -63,7 +64,8 @@ def test_moments(draw):
 
 
 def test_normals_follow_the_normal_distribution():
-    # Kolmogorov-Smirnov distance of n numbers: above 1.95 / √n with probability 0.001; the key is fixed.
+    # Kolmogorov-Smirnov distance of n numbers: above 1.95 / √n with probability 0.001; the key is
+    # fixed.
     z = np.sort(np.array(draw_normals(256, 256)).ravel())
     cdf = np.array(jax.scipy.stats.norm.cdf(z))
     distance = np.abs(cdf - (np.arange(z.size) + 0.5) / z.size).max()

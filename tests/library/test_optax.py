@@ -1,4 +1,6 @@
-"""The estimator under every transformation of optax, with every family, through the same properties."""
+"""The estimator under every transformation of optax, with every family, through the same
+properties.
+"""
 
 import functools
 
@@ -11,7 +13,8 @@ import pytest
 import zo_jax
 
 KEY = jax.random.key(3)
-# Those that need no more than gradients and parameters, or the value that every one of them is given here.
+# Those that need no more than gradients and parameters, or the value that every one of them is
+# given here.
 OPTIMIZERS = {
     "adabelief": optax.adabelief,
     "adadelta": optax.adadelta,

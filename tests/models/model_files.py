@@ -24,7 +24,9 @@ WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 
 
 def write_folder(folder, fields, change=None):
-    """A Hugging Face folder with the reference weights; `change` alters the tensors before they are written."""
+    """A Hugging Face folder with the reference weights; `change` alters the tensors before they are
+    written.
+    """
     c = config.from_hf(fields)
     functions = architecture(c)
     tensors = {}
@@ -42,7 +44,9 @@ def write_folder(folder, fields, change=None):
 
 
 def write_gguf(path, fields, tensors, kind=F32):
-    """What llama.cpp's converter writes of a Hugging Face model; the matrices in blocks of a kind."""
+    """What llama.cpp's converter writes of a Hugging Face model; the matrices in blocks of a
+    kind.
+    """
     arch = {"mistral": "llama"}.get(fields["model_type"], fields["model_type"])
     c = config.from_hf(fields)
     writer = gguf.GGUFWriter(path, arch)

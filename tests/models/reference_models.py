@@ -1,4 +1,6 @@
-"""Tiny models that a formula fills, whose logits by transformers are frozen in logits.npz (`benchmarks/parity.py --freeze`)."""
+"""Tiny models that a formula fills, whose logits by transformers are frozen in logits.npz
+(`benchmarks/parity.py --freeze`).
+"""
 
 from typing import Any
 import zlib

@@ -7,7 +7,7 @@ from zo_jax.models import tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}\n"
-    "{% if m.role not in ['user', 'assistant'] %}{{ raise_exception('no role ' + m.role) }}{% endif %}"
+    "{% if m.role not in ['user', 'assistant'] %}{{ raise_exception('no role ' + m.role) }}{% endif %}"  # noqa: E501
     "<{{ m.role }}>{{ m.content | trim }}{{ eos_token }}{% endfor %}\n"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )

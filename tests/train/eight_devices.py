@@ -52,7 +52,7 @@ def setup(config, layout=None):
 
 def collectives(compiled):
     """(kind, dtype, number of entries) of what devices exchange."""
-    pattern = r"= \(?(\w+)\[([\d,]*)\]\S* (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)"
+    pattern = r"= \(?(\w+)\[([\d,]*)\]\S* (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)"  # noqa: E501
     return [
         (kind, dtype, int(np.prod([int(n) for n in dims.split(",") if n] or [1])))
         for dtype, dims, kind in re.findall(pattern, compiled.as_text())
@@ -202,7 +202,8 @@ def test_every_mode_on_a_mesh(config, mode):
         np.abs(a - b) > 2e-5 + 1e-3 * np.abs(b)
         for a, b in zip(*map(jax.tree.leaves, results), strict=True)
     ]
-    # A coordinate whose |g| is that of the smallest in the guided set may be in or out of it by rounding.
+    # A coordinate whose |g| is that of the smallest in the guided set may be in or out of it by
+    # rounding.
     assert sum(x.sum() for x in apart) <= (5 if mode == "instruct" else 0)
 
 
@@ -218,7 +219,8 @@ def test_estimator_of_any_loss_on_a_mesh():
     )
     alone = estimate(None)(params, jax.random.key(0))
     placed = jax.device_put(params, layout.shardings(params))
-    # Sharded parameters alone; the queries split too; and the directions drawn where the parameters live.
+    # Sharded parameters alone; the queries split too; and the directions drawn where the parameters
+    # live.
     family = zo_jax.rademacher()
     for mesh, perturbation in (
         (None, family),

@@ -28,7 +28,8 @@ def test_tiny_is_valid(tiny_config):
     [
         (
             dict(mode="zoo"),
-            "mode must be one of zo, fo, calibrate, instruct, feedback, block_local; got 'zoo'; did you mean zo",
+            "mode must be one of zo, fo, calibrate, instruct, feedback, block_local; got 'zoo'; "
+            "did you mean zo",
         ),
         (dict(mode="ZO"), "did you mean zo?"),
         (dict(model__size="1b"), "did you mean 1B?"),

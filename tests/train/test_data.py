@@ -60,7 +60,8 @@ def gpt2_folder(tmp_path_factory) -> Path:
 
 def test_default_corpus_is_shakespeare_and_imports_no_hub_library():
     code = (
-        "import sys; from zo_jax.train import config; from zo_jax.train.data.corpus import load_corpus; c = load_corpus(config.DataConfig());"
+        "import sys; from zo_jax.train import config; from zo_jax.train.data.corpus import "
+        "load_corpus; c = load_corpus(config.DataConfig());"
         "assert not {'datasets', 'tokenizers', 'huggingface_hub'} & set(sys.modules);"
         "print(c.summary); print(repr(c.tokenizer.decode(c.train_NT[0][:14])))"
     )
@@ -210,9 +211,12 @@ def cached_tinystories(cache: Path) -> list[str]:
 
 
 def run_load(fields: dict, cache: Path, **env: str) -> str:
-    """What loading a corpus prints in a fresh process, which reads the environment anew and must end in a minute."""
+    """What loading a corpus prints in a fresh process, which reads the environment anew and must
+    end in a minute.
+    """
     code = (
-        "import sys; from zo_jax.train import config; from zo_jax.train.data.corpus import DataError, load_corpus\n"
+        "import sys; from zo_jax.train import config; from zo_jax.train.data.corpus import "
+        "DataError, load_corpus\n"
         f"try: print(load_corpus(config.DataConfig(**{fields!r})).summary)\n"
         "except DataError as error: print('DataError:', error)"
     )
@@ -280,7 +284,9 @@ def test_hub_data_sets():
 
 
 def test_code_of_a_data_set_is_not_run(monkeypatch, tmp_path):
-    """A data set from the Hub that brings a loading script is refused, and the script is not run."""
+    """A data set from the Hub that brings a loading script is refused, and the script is not
+    run.
+    """
     folder = tmp_path / "stranger"
     folder.mkdir()
     (folder / "stranger.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n")
@@ -415,7 +421,9 @@ def test_splitmix_is_the_published_one():
 
 
 def test_a_block_is_as_likely_at_every_place():
-    """Chi-square of the places of 12 blocks in 6000 epochs: 121 degrees of freedom, bound at 5 standard deviations."""
+    """Chi-square of the places of 12 blocks in 6000 epochs: 121 degrees of freedom, bound at 5
+    standard deviations.
+    """
     n, epochs = 12, 6000
     counts = np.zeros((n, n))
     for epoch in range(epochs):

@@ -1,4 +1,6 @@
-"""Modes feedback and block_local against jax.grad where they are exact, and against what they are said to be where they are not."""
+"""Modes feedback and block_local against jax.grad where they are exact, and against what they are
+said to be where they are not.
+"""
 
 import dataclasses
 
@@ -136,7 +138,9 @@ def output_error(model, params, tokens):
 
 
 def sums_of_errors(gradient, length):
-    """What the gradient says of each writer's error, summed over blocks and tokens (of positions: over blocks)."""
+    """What the gradient says of each writer's error, summed over blocks and tokens (of positions:
+    over blocks).
+    """
     biases = [gradient["blocks"][name]["bias"][i] for i in range(2) for name in ("proj", "fc_proj")]
     return biases, gradient["wpe"]["embedding"][:length]
 
@@ -211,7 +215,9 @@ def test_closed_form_is_the_derivative_of_attention():
 
 @pytest.mark.parametrize("method", ["weights", "qkv"])
 def test_the_mean_of_local_scores_is_the_derivative_of_attention(method):
-    """If ĝ has the mean g and E‖ĝ - g‖² = R ‖g‖², the mean of M has R / M. Twice that, and 1 % for the O(s²), is the bound."""
+    """If ĝ has the mean g and E‖ĝ - g‖² = R ‖g‖², the mean of M has R / M. Twice that, and 1 % for
+    the O(s²), is the bound.
+    """
     num = 2000
     found = attention_errors(method, jax.random.split(jax.random.key(1), num))
     for draws, exact in zip(found, attention_derivative(), strict=True):
@@ -332,7 +338,8 @@ def test_muon_leaves_the_embeddings_to_adam_at_a_rate_of_its_own(feedback_config
     step = steps.make_feedback_step(feedback_config, model)
     after = step(steps.init_state(feedback_config, model), jnp.asarray(tokens))[0].params
     moved = lambda *path: np.abs(_at(after, *path) - _at(before, *path))
-    # Adam's first step (with Nesterov's momentum, as Muon has it) is the same in every entry; Muon's is a nearly orthogonal matrix.
+    # Adam's first step (with Nesterov's momentum, as Muon has it) is the same in every entry;
+    # Muon's is a nearly orthogonal matrix.
     adam = optax.adam(1e-2, nesterov=True)
     first = abs(float(adam.update(1.0, adam.init(1.0))[0]))
     np.testing.assert_allclose(moved("head", "embedding"), first, rtol=1e-3)

@@ -312,7 +312,8 @@ def test_command_line(tiny_config, tmp_path, capsys):
     assert "--out needs --to-step" in capsys.readouterr().err
     assert main([str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
-    # A ledger whose projection was changed with care, checksum and all, leads elsewhere, and that is said.
+    # A ledger whose projection was changed with care, checksum and all, leads elsewhere, and that
+    # is said.
     path = tmp_path / "run/ledger.bin"
     there = ledger.read(path)
     rows = [(r["key"], r["loss"], r["projections"].copy()) for r in there.records]

@@ -25,7 +25,8 @@ def numpy_loss(model, params, tokens):
     return -np.mean(np.log(picked))
 
 
-# Blocks of the 11 words and chunks of the 21 tokens: that hold everything, divide them, leave a remainder, and of one.
+# Blocks of the 11 words and chunks of the 21 tokens: that hold everything, divide them, leave a
+# remainder, and of one.
 @pytest.mark.parametrize("words, tokens", [(1000, 1000), (11, 7), (4, 5), (1, 1)])
 def test_loss_and_gradient_equal_the_whole(monkeypatch, case, words, tokens):
     monkeypatch.setattr("zo_jax.train.losses._BLOCK_WORDS", words)

@@ -23,7 +23,8 @@ def test_ways_of_training_compare_as_they_should():
     rows = {cells[1]: [float(x) for x in cells[3:5]] for cells in
             ([c.strip() for c in line.strip("|").split("|")] for line in lines)}  # fmt: skip
     assert rows["inference"] == [1, 1]
-    # Zeroth order with SGD needs what inference does and some words; backprop needs gradients and activations.
+    # Zeroth order with SGD needs what inference does and some words; backprop needs gradients and
+    # activations.
     assert rows["ZO-SGD"][0] < 1.5 < rows["FO-SGD"][0]
     assert rows["ZO-Adam"][0] > rows["ZO-SGD"][0] + 1
     assert rows["FO-SGD, activations checkpointed"][0] < rows["FO-SGD"][0]

@@ -153,7 +153,8 @@ def test_cosine_target_one_without_noise_is_backprop(tiny_config, method):
 
 
 def test_a_zero_gradient_guides_nothing(tiny_config):
-    # With no parameter in the loss's way but a bias that the last LayerNorm's zero scale hides, backprop gives zero.
+    # With no parameter in the loss's way but a bias that the last LayerNorm's zero scale hides,
+    # backprop gives zero.
     tiny_config.mode, tiny_config.fo.bp_interval = "instruct", 1
     tiny_config.scope = "^blocks/0/fc/bias$"
     config, model, corpus, state = setup(tiny_config)
@@ -301,7 +302,8 @@ def test_a_stack_in_part_is_perturbed_layer_by_layer(tiny_config, perturbation, 
     scope, key = steps.scope_of(config, model), jax.random.key(0)
     with record_formed() as formed:
         _, c = steps.make_project(config, model)(state.params, key, tokens)
-    # No operation but those on one layer forms anything: the stacks are neither formed nor copied whole.
+    # No operation but those on one layer forms anything: the stacks are neither formed nor copied
+    # whole.
     assert not [f for f in formed if f.primitive in ("scatter", "scan")]
     trained = scope.select(state.params)
     loss = jax.jit(lambda t: next_token_loss(model, scope.merge(state.params, t), tokens))

@@ -23,7 +23,8 @@ STARTED: list[subprocess.Popen] = []
 def start(folder, num_processes, *fields, own=(), befores=None):
     """The processes of one run, each with one device.
 
-    `own` [process: arguments] are what some of them are given besides, `befores` what each is started by.
+    `own` [process: arguments] are what some of them are given besides, `befores` what each is
+    started by.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -145,7 +146,9 @@ def test_processes_that_differ_do_not_begin(tmp_path, what):
 
 @pytest.mark.slow
 def test_another_text_behind_the_same_path(tmp_path):
-    """As on two machines: each process sees its own file, or none, at the path that all are given."""
+    """As on two machines: each process sees its own file, or none, at the path that all are
+    given.
+    """
     (tmp_path / "0").mkdir()
     (tmp_path / "1").mkdir()
     (tmp_path / "0/text").write_text("one text " * 100)
@@ -153,7 +156,7 @@ def test_another_text_behind_the_same_path(tmp_path):
         if content:
             (tmp_path / "1/text").write_text(content)
         fields = ("data.source=text", "data.path=text")
-        code = "import os, sys; os.chdir(sys.argv[1]); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+        code = "import os, sys; os.chdir(sys.argv[1]); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"  # noqa: E501
         befores = [[sys.executable, "-c", code, str(tmp_path / str(i))] for i in range(2)]
         codes, outputs = end(start(tmp_path / "run", 2, *fields, befores=befores))
         assert codes == [78, 78], outputs

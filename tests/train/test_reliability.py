@@ -1,4 +1,6 @@
-"""What happens to a run when machines, disks and users do their worst: the real thing each time, in a real process."""
+"""What happens to a run when machines, disks and users do their worst: the real thing each time, in
+a real process.
+"""
 
 import contextlib
 import json
@@ -166,7 +168,8 @@ def test_progress_in_a_log_file(capsys, monkeypatch):
 def test_the_second_signal_ends_at_once():
     code = (
         "import os, signal, time\nfrom zo_jax.train.signals import catch_signals\n"
-        "with catch_signals() as came:\n    os.kill(os.getpid(), signal.SIGTERM)\n    assert came(1) == 'SIGTERM'\n"
+        "with catch_signals() as came:\n    os.kill(os.getpid(), signal.SIGTERM)\n    assert "
+        "came(1) == 'SIGTERM'\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -232,7 +235,7 @@ def test_read_only_folder(tmp_path):
     folder.chmod(0o555)
 
     # Root may write anywhere, until it gives up CAP_DAC_OVERRIDE (1) with PR_CAPBSET_DROP (24).
-    code = "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    code = "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"  # noqa: E501
     process = start(folder, before=(sys.executable, "-c", code))
     _, err = process.communicate(timeout=100)
     folder.chmod(0o755)
@@ -252,7 +255,8 @@ def test_old_and_damaged_checkpoints(tiny_config, tmp_path, text, capsys):
             else:
                 for file in path.rglob("ocdbt*/d/*"):
                     file.write_bytes(b"\0")
-        # Killed before the last record was whole, and all rows but those of a checkpoint that is there were written.
+        # Killed before the last record was whole, and all rows but those of a checkpoint that is
+        # there were written.
         (folder / "ledger.bin").write_bytes((folder / "ledger.bin").read_bytes()[:-3])
         lines = (folder / "metrics.csv").read_text().splitlines(keepends=True)
         num_lines = 3 if "all" in damage else 6

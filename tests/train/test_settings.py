@@ -1,7 +1,8 @@
 """Every setting has an effect where it says so, and is refused where it has none.
 
-A case sets one field away from its default, in a configuration where its condition holds. What changes is looked for where the
-field is read: in the text of the compiled programs, in the blocks that steps read, or in the folder of a run.
+A case sets one field away from its default, in a configuration where its condition holds. What
+changes is looked for where the field is read: in the text of the compiled programs, in the blocks
+that steps read, or in the folder of a run.
 """
 
 import functools
@@ -175,7 +176,8 @@ RUNS = {
         "train.max_skipped": 1,
     },
 }
-# Field: (the run in which it is away from its default, the one in which it is not, where that shows).
+# Field: (the run in which it is away from its default, the one in which it is not, where that
+# shows).
 IN_RUNS = {
     "train.log_interval": ("often", "plain", "rows"),
     "train.eval_interval": ("often", "plain", "evaluated"),

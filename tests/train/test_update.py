@@ -24,7 +24,8 @@ def test_stochastic_rounding_is_unbiased(dtype):
     rounded = jax.jit(rounding.apply)({"w": params}, {"w": moves}, jax.random.key(1))["w"]
     assert rounded.dtype == dtype
     got = np.float64(rounded)
-    # Only the two neighbours occur, and the mean is exact to 5 standard errors and the 2⁻¹⁶ of the random bits.
+    # Only the two neighbours occur, and the mean is exact to 5 standard errors and the 2⁻¹⁶ of the
+    # random bits.
     spread = got.std(axis=1)
     gap = got.max(axis=1) - got.min(axis=1)
     assert all(len(set(row)) <= 2 for row in got)
@@ -45,7 +46,9 @@ def test_rounding_leaves_what_is_exact_and_what_is_not_finite():
 
 
 def test_small_updates_stall_to_nearest_and_not_stochastically():
-    """Gradient descent on a quadratic, whose steps are below half the spacing of bfloat16 near 1."""
+    """Gradient descent on a quadratic, whose steps are below half the spacing of bfloat16 near
+    1.
+    """
 
     def descend(way):
         def step(p, key):

@@ -1,4 +1,6 @@
-"""Pretrained language models as pure functions of pytrees: GPT-2, Llama, SmolLM2, Mistral, Qwen 2 and 3."""
+"""Pretrained language models as pure functions of pytrees: GPT-2, Llama, SmolLM2, Mistral, Qwen 2
+and 3.
+"""
 
 from zo_jax.models import lora
 from zo_jax.models.config import Config

@@ -1,4 +1,6 @@
-"""Weights in Hugging Face's folders: safetensors in one file or in shards, read and written tensor by tensor."""
+"""Weights in Hugging Face's folders: safetensors in one file or in shards, read and written tensor
+by tensor.
+"""
 
 from collections.abc import Iterator
 import json
@@ -54,7 +56,9 @@ class Source(Protocol):
         ...
 
     def blocks(self, name: str) -> Blocks | None:
-        """A tensor as it is quantised there, or None if it is not, or in another way than `Quantized`."""
+        """A tensor as it is quantised there, or None if it is not, or in another way than
+        `Quantized`.
+        """
         ...
 
 
@@ -90,7 +94,8 @@ class Safetensors:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if missing := [name for name in names if not (self._folder / name).is_file()]:
             raise ValueError(
-                f"{self._folder} lacks {len(missing)} of the {len(names)} shards that {INDEX} names, {missing[0]} first; fetch them"
+                f"{self._folder} lacks {len(missing)} of the {len(names)} shards that {INDEX} "
+                f"names, {missing[0]} first; fetch them"
             )
         return [self._folder / name for name in names]
 
@@ -105,7 +110,8 @@ class Safetensors:
         code = self._files[name].get_slice(name).get_dtype()
         if code not in _DTYPES:
             raise ValueError(
-                f"{name} must be of type {', '.join(_DTYPES)}; got {code}; take the original weights, or a GGUF file"
+                f"{name} must be of type {', '.join(_DTYPES)}; got {code}; take the original "
+                f"weights, or a GGUF file"
             )
         return np.dtype(ml_dtypes.bfloat16 if code == "BF16" else _DTYPES[code])
 
@@ -136,14 +142,16 @@ def check(leaves: Any, source: Source, is_tied: bool) -> None:
     }
     if missing := needed.keys() - has.keys():
         raise ValueError(
-            f"the weights lack {len(missing)} of the {len(needed)} tensors of the model, {min(missing)} first; "
+            f"the weights lack {len(missing)} of the {len(needed)} tensors of the model, "
+            f"{min(missing)} first; "
             "its files or its config are not whole"
         )
     # A tied head is sometimes written out.
     heads = {"lm_head.weight", "output.weight"} if is_tied else set()
     if unknown := has.keys() - needed.keys() - heads:
         raise ValueError(
-            f"the weights have {len(unknown)} tensors that the model does not know, {min(unknown)} first; the config must "
+            f"the weights have {len(unknown)} tensors that the model does not know, {min(unknown)} "
+            f"first; the config must "
             "describe them"
         )
     for name, shape in needed.items():
@@ -166,8 +174,10 @@ def read_params(
       leaves: pytree of `Leaf`.
       source: has all of them.
       dtype: of the parameters; None for the file's.
-      sharding: a function of a leaf's path (as `jax.tree.map_with_path` has it) and its shape; None for the default device.
-      keep_quantized: whether what the source has in blocks becomes `Quantized`; its parts are arrays of paths of their own.
+      sharding: a function of a leaf's path (as `jax.tree.map_with_path` has it) and its shape; None
+        for the default device.
+      keep_quantized: whether what the source has in blocks becomes `Quantized`; its parts are
+        arrays of paths of their own.
     """
 
     def put(path: tuple[Any, ...], x: np.ndarray) -> jax.Array:
@@ -199,7 +209,8 @@ def _read_quantized(leaf: Leaf, source: Source, names: list[str]) -> Quantized |
 
 
 def write_params(folder: Path, leaves: Any, params: Any, prefix: str) -> None:
-    """Writes the parameters as safetensors, in files of at most 5 GB; the host holds one of them at a time.
+    """Writes the parameters as safetensors, in files of at most 5 GB; the host holds one of them at
+    a time.
 
     Raises:
       ValueError: the parameters are not those of the model.
@@ -218,7 +229,8 @@ def write_params(folder: Path, leaves: Any, params: Any, prefix: str) -> None:
         safetensors.numpy.save_file(tensors, folder / f"{file}.tmp", metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(x.nbytes for x in tensors.values())
-    # Only now that all is written: the folder may hold the model that these parameters were read from.
+    # Only now that all is written: the folder may hold the model that these parameters were read
+    # from.
     for path in [folder / INDEX, *folder.glob("model*.safetensors")]:
         path.unlink(missing_ok=True)
     for file in files:
@@ -238,7 +250,8 @@ def _shards(leaves: Any, params: Any) -> Iterator[list[tuple[Leaf, Any]]]:
     for (path, leaf), x in zip(flat, jax.tree.leaves(params, is_leaf=is_weight), strict=True):
         if x.shape != leaf.shape:
             raise ValueError(
-                f"{trees.path_name(path)} must have the shape {list(leaf.shape)}; got {list(x.shape)}"
+                f"{trees.path_name(path)} must have the shape {list(leaf.shape)}; got "
+                f"{list(x.shape)}"
             )
         num_bytes = math.prod(x.shape) * np.dtype(x.dtype).itemsize
         if shard and size + num_bytes > _SHARD_BYTES:

@@ -6,7 +6,8 @@ from typing import Any
 from zo_jax.models.rope import Rope
 
 ARCHITECTURES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
-# GPT-2's names of activations. Only these two are Hugging Face's "gelu" by error function and by tanh.
+# GPT-2's names of activations. Only these two are Hugging Face's "gelu" by error function and by
+# tanh.
 _GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 # A window that no context fills.
 NO_WINDOW = 2**30
@@ -32,7 +33,8 @@ class Config:
       qkv_bias, output_bias, mlp_bias: which projections have one.
       query_key_norm: whether queries and keys have an RMSNorm.
       rope: rotary positions; of no account for GPT-2, whose positions are learned.
-      windows: for each layer how many positions it looks back, its own among them; NO_WINDOW for all.
+      windows: for each layer how many positions it looks back, its own among them; NO_WINDOW for
+        all.
       bos_token: begins a text, or None.
       eos_tokens: end a text.
     """
@@ -65,7 +67,8 @@ class Config:
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"the heads must be a multiple of those of keys and values; got {self.num_heads} and {self.num_kv_heads}"
+                f"the heads must be a multiple of those of keys and values; got {self.num_heads} "
+                f"and {self.num_kv_heads}"
             )
         if self.architecture != "gpt2" and self.head_dim % 2:
             raise ValueError(
@@ -80,7 +83,8 @@ def from_hf(fields: dict[str, Any]) -> Config:
       fields: the file's object.
 
     Raises:
-      ValueError: an architecture or an option that this package does not compute, or a field that is not there.
+      ValueError: an architecture or an option that this package does not compute, or a field that
+        is not there.
 
     >>> from zo_jax.models.config import from_hf
     >>> config = from_hf(dict(model_type="llama", vocab_size=8, hidden_size=16, num_hidden_layers=1,
@@ -91,11 +95,13 @@ def from_hf(fields: dict[str, Any]) -> Config:
     architecture = fields.get("model_type")
     if architecture not in ARCHITECTURES:
         raise ValueError(
-            f"model_type in config.json must be one of {', '.join(ARCHITECTURES)}; got {architecture!r}"
+            f"model_type in config.json must be one of {', '.join(ARCHITECTURES)}; got "
+            f"{architecture!r}"
         )
     if fields.get("quantization_config"):
         raise ValueError(
-            "config.json has a quantization_config, whose weights are not read; take the original weights or a GGUF file"
+            "config.json has a quantization_config, whose weights are not read; take the original "
+            "weights or a GGUF file"
         )
     try:
         return _gpt2(fields) if architecture == "gpt2" else _decoder(architecture, fields)
@@ -109,7 +115,8 @@ def _gpt2(fields: dict[str, Any]) -> Config:
     width, num_heads, num_layers = fields["n_embd"], fields["n_head"], fields["n_layer"]
     if fields.get("scale_attn_by_inverse_layer_idx") or not fields.get("scale_attn_weights", True):
         raise ValueError(
-            "scale_attn_by_inverse_layer_idx must be false and scale_attn_weights true; other scales are not computed"
+            "scale_attn_by_inverse_layer_idx must be false and scale_attn_weights true; other "
+            "scales are not computed"
         )
     activation = fields.get("activation_function", "gelu_new")
     if activation not in _GPT2_ACTIVATIONS:
@@ -189,7 +196,9 @@ def _rope(fields: dict[str, Any]) -> Rope:
 
 
 def _windows(architecture: str, fields: dict[str, Any]) -> tuple[int, ...]:
-    """Mistral's layers all have a window; Qwen's have where `use_sliding_window` says so; Llama's have none."""
+    """Mistral's layers all have a window; Qwen's have where `use_sliding_window` says so; Llama's
+    have none.
+    """
     num_layers = fields["num_hidden_layers"]
     window = fields.get("sliding_window")
     uses = {"llama": False, "mistral": True}.get(

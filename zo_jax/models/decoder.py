@@ -1,6 +1,8 @@
-"""The decoder of Llama, Mistral and Qwen: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""The decoder of Llama, Mistral and Qwen: RMSNorm, rotary positions, grouped-query attention,
+SwiGLU.
 
-Axes: B batch, T positions, C width, V vocabulary, L layers, H heads, K heads of keys and values, D width of a head.
+Axes: B batch, T positions, C width, V vocabulary, L layers, H heads, K heads of keys and values, D
+width of a head.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Text from a model: prompts of different lengths at once, with a cache of keys and values.
 
-A row's position s is slot s of its cache, so no row is padded on the left and none sees another's padding: what stands beyond a
-prompt's end is written over before it can be seen.
+A row's position s is slot s of its cache, so no row is padded on the left and none sees another's
+padding: what stands beyond a prompt's end is written over before it can be seen.
 
 Axes: B prompts, P tokens of the longest, S slots of the cache, V vocabulary, N tokens of a chunk.
 """
@@ -33,9 +33,11 @@ class Generated(NamedTuple):
     """What a model wrote.
 
     Attributes:
-      texts: one a prompt, without it, and without the stop string or token; empty texts where there is no tokenizer.
+      texts: one a prompt, without it, and without the stop string or token; empty texts where there
+        is no tokenizer.
       tokens: int32 [num_tokens] each, without the stop token.
-      tokens_per_second: of all rows together, after the prompts are read and everything is compiled.
+      tokens_per_second: of all rows together, after the prompts are read and everything is
+        compiled.
     """
 
     texts: list[str]
@@ -73,8 +75,9 @@ def generate(
 ) -> Generated:
     """Continues prompts, each as if it were alone.
 
-    A token is drawn from the smallest set of the likeliest tokens that holds `top_p` of softmax(logits / temperature) (Holtzman et
-    al., "The Curious Case of Neural Text Degeneration", 2020).
+    A token is drawn from the smallest set of the likeliest tokens that holds `top_p` of
+    softmax(logits / temperature) (Holtzman et al., "The Curious Case of Neural Text Degeneration",
+    2020).
 
     Args:
       model: with a tokenizer, unless all prompts are token ids and there is no stop string.
@@ -88,14 +91,15 @@ def generate(
       seed: of the draws; prompt i draws by key `fold_in(key(seed), i)` and by position.
 
     Raises:
-      ValueError: a prompt is empty or too long, the model has no tokenizer or no chat template, or a setting is out of range.
+      ValueError: a prompt is empty or too long, the model has no tokenizer or no chat template, or
+        a setting is out of range.
 
     >>> import jax, numpy as np
     >>> from zo_jax import models
     >>> m = models.create(dict(model_type="gpt2", vocab_size=11, n_embd=8, n_head=2, n_layer=2), jax.random.key(0))
     >>> models.generate(m, m.params, [[1, 2, 3], [4]], max_tokens=5).tokens[1].shape
     (5,)
-    """
+    """  # noqa: E501
     ids = [_encode(model, prompt) for prompt in prompts]
     _check(model.config, ids, max_tokens, temperature, top_p)
     if stop and model.tokenizer is None:
@@ -169,12 +173,14 @@ def _check(
         )
     if max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(
-            f"max_tokens must be at least 1, temperature at least 0 and top_p in (0, 1]; got {max_tokens}, {temperature}, {top_p}"
+            "max_tokens must be at least 1, temperature at least 0 and top_p in (0, 1]; got "
+            f"{max_tokens}, {temperature}, {top_p}"
         )
     longest = max(map(len, ids))
     if longest + max_tokens > c.context_length:
         raise ValueError(
-            f"a prompt of {longest} tokens and max_tokens {max_tokens} are more than the model's context of {c.context_length}; "
+            f"a prompt of {longest} tokens and max_tokens {max_tokens} are more than the model's "
+            f"context of {c.context_length}; "
             "shorten one"
         )
     if any(np.min(row) < 0 or np.max(row) >= c.vocab_size for row in ids):
@@ -268,7 +274,9 @@ def _likeliest(logits_BV: jax.Array, top_p: jax.Array) -> jax.Array:
 
 
 def _text(tokenizer: Any, prompt: np.ndarray, tokens: np.ndarray) -> str:
-    """The tokens' text where it stands: some tokenizers spell the first token of a text in another way."""
+    """The tokens' text where it stands: some tokenizers spell the first token of a text in another
+    way.
+    """
     return tokenizer.decode(np.concatenate([prompt, tokens]))[len(tokenizer.decode(prompt)) :]
 
 

@@ -1,4 +1,6 @@
-"""The command line of `generate`: a model's continuation of prompts, or its answer in a conversation."""
+"""The command line of `generate`: a model's continuation of prompts, or its answer in a
+conversation.
+"""
 
 import argparse
 from collections.abc import Sequence

@@ -1,4 +1,6 @@
-"""Models in GGUF files, the format of llama.cpp: their configuration, and their tensors as arrays."""
+"""Models in GGUF files, the format of llama.cpp: their configuration, and their tensors as
+arrays.
+"""
 
 from pathlib import Path
 
@@ -55,8 +57,8 @@ class Gguf:
     def in_order(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Rows in Hugging Face's order.
 
-        llama.cpp turns neighbouring coordinates of a head, Hugging Face those that are half a head apart, and so the rows of
-        Llama's queries and keys change places.
+        llama.cpp turns neighbouring coordinates of a head, Hugging Face those that are half a head
+        apart, and so the rows of Llama's queries and keys change places.
         """
         arch = self.metadata["general.architecture"]
         part = name.split(".")[-2]
@@ -72,7 +74,8 @@ def read_config(file: Gguf) -> Config:
     """The configuration that a GGUF file describes, in its metadata and by the tensors that it has.
 
     Raises:
-      ValueError: an architecture or an option that this package does not compute, or a value that is not there.
+      ValueError: an architecture or an option that this package does not compute, or a value that
+        is not there.
     """
     arch = file.metadata.get("general.architecture")
     if arch not in ("gpt2", "llama", "qwen2", "qwen3"):
@@ -127,12 +130,14 @@ def _rope(file: Gguf, arch: str, head_dim: int) -> Rope:
         return Rope(theta, kind, metadata[f"{arch}.rope.scaling.factor"])
     if _ROPE_FACTORS not in file.tensors:
         return Rope(theta)
-    # Of Llama 3's scaling the file has the factors alone; the other numbers are the same for all that were released.
+    # Of Llama 3's scaling the file has the factors alone; the other numbers are the same for all
+    # that were released.
     factors = file.tensors[_ROPE_FACTORS].dequantize()
     rope = Rope(theta, "llama3", float(factors.max()))
     found = frequencies(Rope(theta), head_dim) / frequencies(rope, head_dim)
     if not np.allclose(found, factors, rtol=1e-4):
         raise ValueError(
-            f"{_ROPE_FACTORS} must hold the factors of Llama 3's rotary positions; it holds others; take the Hugging Face folder"
+            f"{_ROPE_FACTORS} must hold the factors of Llama 3's rotary positions; it holds "
+            f"others; take the Hugging Face folder"
         )
     return rope

@@ -1,7 +1,8 @@
-"""The format of GGUF files: metadata by their keys, and tensors as blocks of bytes, mapped from the disk.
+"""The format of GGUF files: metadata by their keys, and tensors as blocks of bytes, mapped from the
+disk.
 
-The package `gguf` knows the types of blocks and what they stand for. Its own reader takes a quarter of a millisecond a token of the
-vocabulary's, and this one none.
+The package `gguf` knows the types of blocks and what they stand for. Its own reader takes a quarter
+of a millisecond a token of the vocabulary's, and this one none.
 """
 
 import mmap

@@ -1,4 +1,6 @@
-"""The tokenizer that the metadata of a GGUF file describes, as Hugging Face's `tokenizers` builds it."""
+"""The tokenizer that the metadata of a GGUF file describes, as Hugging Face's `tokenizers` builds
+it.
+"""
 
 from typing import Any
 
@@ -7,7 +9,8 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers,
 
 from zo_jax.models.tokenizer import Tokenizer
 
-# How text is cut into words before it is encoded, by the name in `tokenizer.ggml.pre`. None: as GPT-2 does.
+# How text is cut into words before it is encoded, by the name in `tokenizer.ggml.pre`. None: as
+# GPT-2 does.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -75,7 +78,8 @@ def _byte_level(metadata: dict[str, Any], pre: str) -> tokenizers.Tokenizer:
     """Byte-level BPE with the file's merges."""
     if pre not in _CUTS:
         raise ValueError(
-            f"tokenizer.ggml.pre must be one of {', '.join(_CUTS)}; got {pre!r}; take the model's Hugging Face folder"
+            f"tokenizer.ggml.pre must be one of {', '.join(_CUTS)}; got {pre!r}; take the model's "
+            f"Hugging Face folder"
         )
     vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
@@ -100,7 +104,9 @@ def _byte_level(metadata: dict[str, Any], pre: str) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece(metadata: dict[str, Any], special: dict[str, str]) -> tokenizers.Tokenizer:
-    """SentencePiece's BPE: a pair is merged before another if what it makes has the better score."""
+    """SentencePiece's BPE: a pair is merged before another if what it makes has the better
+    score.
+    """
     tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
     vocab = {token: i for i, token in enumerate(tokens)}
     ranked = []

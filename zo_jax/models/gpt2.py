@@ -1,6 +1,7 @@
 """GPT-2: LayerNorm, learned positions, one projection for queries, keys and values.
 
-Axes: B batch, T positions, C width, V vocabulary, P positions learned, L layers, H heads, D width of a head.
+Axes: B batch, T positions, C width, V vocabulary, P positions learned, L layers, H heads, D width
+of a head.
 """
 
 from typing import Any
@@ -65,7 +66,8 @@ def hidden(
     start_B: jax.Array | None = None,
     cache: Cache | None = None,
 ) -> tuple[jax.Array, Cache | None]:
-    """Final hidden states [B, T, C] in `dtype`, and the cache; the arguments are those of `decoder.hidden`.
+    """Final hidden states [B, T, C] in `dtype`, and the cache; the arguments are those of
+    `decoder.hidden`.
 
     Raises:
       ValueError: there are more positions than were learned.
@@ -73,7 +75,8 @@ def hidden(
     positions = tokens_BT.shape[1] if cache is None else cache.keys.shape[2]
     if positions > config.context_length:
         raise ValueError(
-            f"GPT-2 has {config.context_length} learned positions; got {positions} tokens; shorten them"
+            f"GPT-2 has {config.context_length} learned positions; got {positions} tokens; shorten "
+            f"them"
         )
     positions_BT = jnp.arange(tokens_BT.shape[1])[None]
     if start_B is not None:

@@ -1,7 +1,7 @@
 """What every architecture is made of: products with weights, norms, attention and its cache.
 
-Axes: B batch, T positions of queries, S positions of keys, C width, H heads of queries, K heads of keys and values, D width of a head,
-L layers.
+Axes: B batch, T positions of queries, S positions of keys, C width, H heads of queries, K heads of
+keys and values, D width of a head, L layers.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +14,9 @@ from zo_jax.models.weights import product
 
 
 class Cache(NamedTuple):
-    """Keys and values of all positions so far, [L, B, S, K, D] each; slot s of a row holds its position s."""
+    """Keys and values of all positions so far, [L, B, S, K, D] each; slot s of a row holds its
+    position s.
+    """
 
     keys: jax.Array
     values: jax.Array
@@ -39,7 +41,9 @@ def rms_norm(x: jax.Array, part: dict[str, Any], epsilon: float) -> jax.Array:
 
 
 def layer_norm(x: jax.Array, part: dict[str, Any], epsilon: float) -> jax.Array:
-    """(x − mean) / √(variance + ε) in float32, scaled and shifted in x's dtype (Ba et al., 2016)."""
+    """(x − mean) / √(variance + ε) in float32, scaled and shifted in x's dtype (Ba et al.,
+    2016).
+    """
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
@@ -60,7 +64,8 @@ def attention(
     cache: Cache | None,
     layer: jax.Array,
 ) -> tuple[jax.Array, Cache | None]:
-    """softmax(q kᵀ / √D) v over the positions up to a query's own and within its window, and the cache with k and v in it.
+    """softmax(q kᵀ / √D) v over the positions up to a query's own and within its window, and the
+    cache with k and v in it.
 
     Args:
       q_BTHD: queries; H is a multiple of K, and each group of heads shares keys and values.

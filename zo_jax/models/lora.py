@@ -1,4 +1,5 @@
-"""Low-rank adapters: the base stays as it is, and W + s · up · down is trained in its place, in the two factors alone.
+"""Low-rank adapters: the base stays as it is, and W + s · up · down is trained in its place, in the
+two factors alone.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021. Files are those of PEFT.
 
@@ -92,8 +93,8 @@ def init(
       targets: regular expression, searched in names like layers/self_attn/q_proj.
 
     Returns:
-      float32 factors by the names of their weights: the parameters to train. The loss is, for example,
-      `lambda factors, base, tokens: model.loss(lora.attach(base, factors), tokens)`.
+      float32 factors by the names of their weights: the parameters to train. The loss is, for
+      example, `lambda factors, base, tokens: model.loss(lora.attach(base, factors), tokens)`.
 
     Raises:
       ValueError: the rank is below 1, or no weight is found.
@@ -104,7 +105,7 @@ def init(
     >>> factors = models.lora.init(jax.random.key(1), m, rank=2)
     >>> {name: (f.down.shape, f.up.shape) for name, f in factors.items()}
     {'h/attn/c_attn': ((2, 2, 8), (2, 24, 2))}
-    """
+    """  # noqa: E501
     if rank < 1:
         raise ValueError(f"the rank must be at least 1; got {rank}")
     leaves = _adaptable(model.config)
@@ -142,7 +143,8 @@ def attach(params: Any, factors: dict[str, Factors]) -> Any:
 
 
 def merge(model: Model, params: Any, factors: dict[str, Factors]) -> Any:
-    """The parameters W + s · up · down, summed in float32; what was quantised becomes of the model's dtype.
+    """The parameters W + s · up · down, summed in float32; what was quantised becomes of the
+    model's dtype.
 
     Args:
       model: the base.
@@ -213,7 +215,8 @@ def load(folder: str | Path, model: Model) -> dict[str, Factors]:
       model: the base.
 
     Raises:
-      ValueError: a file is missing or damaged, the adapter is not a plain LoRA, or its tensors do not fit the model.
+      ValueError: a file is missing or damaged, the adapter is not a plain LoRA, or its tensors do
+        not fit the model.
     """
     folder = Path(folder)
     for name in (_CONFIG, _WEIGHTS):
@@ -240,12 +243,14 @@ def load(folder: str | Path, model: Model) -> dict[str, Factors]:
             down, up = down[0], up[0]
         if (*up.shape[:-1], down.shape[-1]) != leaf.shape:
             raise ValueError(
-                f"the factors of {name} must make {list(leaf.shape)}; got {list(up.shape)} times {list(down.shape)}"
+                f"the factors of {name} must make {list(leaf.shape)}; got {list(up.shape)} times "
+                f"{list(down.shape)}"
             )
         factors[name] = Factors(jnp.asarray(down), jnp.asarray(up), scale)
     if tensors or not factors:
         raise ValueError(
-            f"{folder} must adapt weights of the model alone; it has {min(tensors, default='no tensors')}"
+            f"{folder} must adapt weights of the model alone; it has "
+            f"{min(tensors, default='no tensors')}"
         )
     return factors
 

@@ -1,4 +1,5 @@
-"""A model as its configuration, its parameters and pure functions of them; read from and written to what people have.
+"""A model as its configuration, its parameters and pure functions of them; read from and written to
+what people have.
 
 Axes: B batch, T positions, V vocabulary, C width.
 """
@@ -35,7 +36,9 @@ _TOKENIZER_FILES = (
 
 
 def architecture(config: Config) -> Any:
-    """The module with the functions of an architecture: `leaves`, `hidden`, `head`, and the prefix of its tensors."""
+    """The module with the functions of an architecture: `leaves`, `hidden`, `head`, and the prefix
+    of its tensors.
+    """
     return gpt2 if config.architecture == "gpt2" else decoder
 
 
@@ -45,8 +48,8 @@ class Model:
 
     Attributes:
       config: its sizes and options.
-      params: pytree of arrays named as in Hugging Face's files, with the layers stacked in front; a vector of a norm is called
-        scale, and weights are [out, in].
+      params: pytree of arrays named as in Hugging Face's files, with the layers stacked in front; a
+        vector of a norm is called scale, and weights are [out, in].
       dtype: of the activations.
       tokenizer: text to tokens and back; None where the folder has none.
       folder: where it was read, or None.
@@ -75,7 +78,7 @@ class Model:
         >>> m = models.create(dict(model_type="gpt2", vocab_size=11, n_embd=8, n_head=2, n_layer=2), jax.random.key(0))
         >>> m.logits(m.params, jnp.zeros((1, 4), jnp.int32)).shape
         (1, 4, 11)
-        """
+        """  # noqa: E501
         return product(self.hidden(params, tokens_BT), self.head(params), jnp.float32)
 
     def loss(
@@ -88,7 +91,8 @@ class Model:
         Args:
           params: the parameters.
           tokens_BT: int32.
-          weights_BT: floating, what each token counts as a target (the first has no say); None for 1 each.
+          weights_BT: floating, what each token counts as a target (the first has no say); None for
+            1 each.
         """
         logits_BTV = self.logits(params, tokens_BT[:, :-1])
         targets_BT1 = tokens_BT[:, 1:, None]
@@ -109,19 +113,21 @@ def load(
     """Reads a model from a Hugging Face folder or a GGUF file.
 
     Args:
-      path: a folder with config.json, safetensors (one file, or shards with their index), and perhaps a tokenizer.json; or a
-        file that ends in .gguf.
+      path: a folder with config.json, safetensors (one file, or shards with their index), and
+        perhaps a tokenizer.json; or a file that ends in .gguf.
       dtype: of parameters and activations; None for the folder's, and float32 of a GGUF file.
-      sharding: a function of a leaf's path and shape (`zo_jax.layout.Layout.sharding` is one) that says where it goes; None for
-        the default device.
-      keep_quantized: whether weights in a GGUF file's blocks Q8_0, Q4_0 and Q4_1 stay so, as `Quantized`; others are dequantised.
+      sharding: a function of a leaf's path and shape (`zo_jax.layout.Layout.sharding` is one) that
+        says where it goes; None for the default device.
+      keep_quantized: whether weights in a GGUF file's blocks Q8_0, Q4_0 and Q4_1 stay so, as
+        `Quantized`; others are dequantised.
 
     Returns:
-      A `Model`. While it is read the host holds one leaf, a stack of layers, beside what is on the devices.
+      A `Model`. While it is read the host holds one leaf, a stack of layers, beside what is on the
+      devices.
 
     Raises:
-      ValueError: an architecture or option that is not computed, a missing or unknown tensor, a shape that does not fit the
-        config, a missing shard or a damaged file.
+      ValueError: an architecture or option that is not computed, a missing or unknown tensor, a
+        shape that does not fit the config, a missing shard or a damaged file.
     """
     path = Path(path)
     if path.suffix == ".gguf":
@@ -173,7 +179,7 @@ def create(fields: dict[str, Any], key: jax.Array, dtype: Any = jnp.float32) -> 
     ...     num_attention_heads=2, intermediate_size=16), jax.random.key(0))
     >>> m.params["layers"]["mlp"]["up_proj"]["weight"].shape
     (3, 16, 8)
-    """
+    """  # noqa: E501
     c = config.from_hf(fields)
     leaves, treedef = jax.tree.flatten_with_path(architecture(c).leaves(c))
     keys = jax.random.split(key, len(leaves))
@@ -209,7 +215,8 @@ def quantize(model: Model, bits: int = 8) -> Model:
 
 
 def save(folder: str | Path, model: Model, params: Any) -> None:
-    """Writes a folder that transformers and `load` read: config.json, safetensors, and the tokenizer's files.
+    """Writes a folder that transformers and `load` read: config.json, safetensors, and the
+    tokenizer's files.
 
     Args:
       folder: made where it is not there.

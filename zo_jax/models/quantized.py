@@ -24,12 +24,12 @@ _CACHED = 2**20
 class Quantized(Weight):
     """A weight [..., out, in] in blocks along its rows: each number is scale · code + offset.
 
-    The scales are floating and would be perturbed as parameters: keep it out of what is trained (`zo_jax.models.lora` trains
-    factors beside it).
+    The scales are floating and would be perturbed as parameters: keep it out of what is trained
+    (`zo_jax.models.lora` trains factors beside it).
 
     Attributes:
-      codes: int8 [..., out, N, K]; or uint8 [..., out, N, K / 2], byte i with code i in its low half and code i + K / 2 in its high
-        one, as in GGUF.
+      codes: int8 [..., out, N, K]; or uint8 [..., out, N, K / 2], byte i with code i in its low
+        half and code i + K / 2 in its high one, as in GGUF.
       scales: floating [..., out, N].
       offsets: floating [..., out, N], or None for zero.
 
@@ -62,7 +62,8 @@ class Quantized(Weight):
         """The numbers, float32 [..., out, in]."""
         codes = self.codes
         if codes.dtype == jnp.uint8:
-            # Shifts rather than two halves put together, which XLA would not fuse with what comes after.
+            # Shifts rather than two halves put together, which XLA would not fuse with what comes
+            # after.
             shifts = jnp.array([0, 4], jnp.uint8).reshape((1,) * (codes.ndim - 1) + (2, 1))
             codes = ((codes[..., None, :] >> shifts) & 15).reshape(*codes.shape[:-1], -1)
         numbers = codes.astype(jnp.float32) * self.scales.astype(jnp.float32)[..., None]
@@ -79,7 +80,8 @@ class Quantized(Weight):
         block_rows = -(-num_rows // num_blocks)
 
         def put_block(i: jax.Array, y: jax.Array) -> jax.Array:
-            # The last block starts early enough to be whole; the rows that it shares are computed twice.
+            # The last block starts early enough to be whole; the rows that it shares are computed
+            # twice.
             start = jnp.minimum(i * block_rows, num_rows - block_rows)
             part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, block_rows), self)
             block = product(x, part.dequantize(), out_dtype)
@@ -103,9 +105,11 @@ class Blocks(NamedTuple):
 
 
 def from_gguf(kind: str, data: np.ndarray) -> Blocks | None:
-    """Blocks of a GGUF file, with their scales as they are there, or None if they are of another kind.
+    """Blocks of a GGUF file, with their scales as they are there, or None if they are of another
+    kind.
 
-    Q8_0: a float16 scale d and 32 bytes q, d q. Q4_0: d and 32 halves of bytes, d (q − 8). Q4_1: d, m, and halves, d q + m.
+    Q8_0: a float16 scale d and 32 bytes q, d q. Q4_0: d and 32 halves of bytes, d (q − 8). Q4_1: d,
+      m, and halves, d q + m.
 
     Args:
       kind: GGUF's name.
@@ -127,8 +131,8 @@ def from_gguf(kind: str, data: np.ndarray) -> Blocks | None:
 def quantize(weight: jax.Array, bits: int) -> Quantized:
     """The nearest quantised weight.
 
-    8 bits: rows of int8 with a float32 scale max |w| / 127 each. 4 bits: blocks of 32 with float16 scale (max − min) / 15 and
-    offset min, like GGUF's Q4_1.
+    8 bits: rows of int8 with a float32 scale max |w| / 127 each. 4 bits: blocks of 32 with float16
+    scale (max − min) / 15 and offset min, like GGUF's Q4_1.
 
     Args:
       weight: floating [..., out, in].
@@ -141,7 +145,8 @@ def quantize(weight: jax.Array, bits: int) -> Quantized:
         raise ValueError(f"bits must be 8 or 4; got {bits}")
     if bits == 4 and weight.shape[-1] % _BLOCK:
         raise ValueError(
-            f"4 bits need rows of a multiple of {_BLOCK} numbers; got a weight {list(weight.shape)}; take bits=8"
+            f"4 bits need rows of a multiple of {_BLOCK} numbers; got a weight "
+            f"{list(weight.shape)}; take bits=8"
         )
     return (_to_8_bits if bits == 8 else _to_4_bits)(weight)
 

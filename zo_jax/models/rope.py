@@ -1,4 +1,5 @@
-"""Rotary positions: a query or key at position t is turned by t times the frequencies of its coordinates' pairs.
+"""Rotary positions: a query or key at position t is turned by t times the frequencies of its
+coordinates' pairs.
 
 Axes: B batch, T positions, H heads, D width of a head.
 """
@@ -44,7 +45,8 @@ class Rope:
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     """Radians a position of each pair of coordinates, float32 [D / 2].
 
-    θ^(−2j/D), slowed as `rope.kind` says (Su et al., "RoFormer", 2021; Llama 3.1's interpolation between f and f / factor).
+    θ^(−2j/D), slowed as `rope.kind` says (Su et al., "RoFormer", 2021; Llama 3.1's interpolation
+    between f and f / factor).
 
     >>> frequencies(Rope(theta=100.0), 4).round(3).tolist()
     [1.0, 0.10000000149011612]

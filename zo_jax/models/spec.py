@@ -9,7 +9,8 @@ class Leaf:
 
     Attributes:
       shape: with the axis of layers in front where there is one.
-      hf: the tensor's name in Hugging Face's files, without the prefix of the body; "{}" stands for the layer.
+      hf: the tensor's name in Hugging Face's files, without the prefix of the body; "{}" stands for
+        the layer.
       gguf: its name in a GGUF file.
       transposed: whether Hugging Face has it [in, out] (GPT-2's).
     """

@@ -30,7 +30,9 @@ class Tokenizer:
     special: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def encode(self, text: str, *, special: bool = True) -> np.ndarray:
-        """Token ids, int32 [num_tokens]; with `special` those that the tokenizer puts around a text, like one that begins it."""
+        """Token ids, int32 [num_tokens]; with `special` those that the tokenizer puts around a
+        text, like one that begins it.
+        """
         return np.asarray(self.backend.encode(text, add_special_tokens=special).ids, np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, special: bool = False) -> str:
@@ -104,7 +106,9 @@ def _template(folder: Path, fields: dict[str, Any]) -> str | None:
 
 
 def _compile(template: str) -> jinja2.Template:
-    """With what Hugging Face's templates may call; a template comes with the weights, so it is run in a sandbox."""
+    """With what Hugging Face's templates may call; a template comes with the weights, so it is run
+    in a sandbox.
+    """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )

@@ -1,4 +1,5 @@
-"""What a model does with a weight: products and look-ups, whether it is an array or something that stands for one.
+"""What a model does with a weight: products and look-ups, whether it is an array or something that
+stands for one.
 
 A weight is [out, in], as in Hugging Face's files.
 """

@@ -1,4 +1,6 @@
-"""The flags of an experiment, parsed once: --config, one for every field, and errors that say what was meant."""
+"""The flags of an experiment, parsed once: --config, one for every field, and errors that say what
+was meant.
+"""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -58,7 +60,7 @@ def add_experiment(parser: Parser, default: str) -> None:
         "--config",
         default=default,
         metavar="NAME",
-        help=f"the experiment: {', '.join(experiment.shipped())}, or the path of a Python file with get_config(); "
+        help=f"the experiment: {', '.join(experiment.shipped())}, or the path of a Python file with get_config(); "  # noqa: E501
         f"after a colon, its argument, as in icpram2025:200M (default {default})",
     )
     parser.epilog = help_text()
@@ -78,10 +80,12 @@ def add_experiment(parser: Parser, default: str) -> None:
 
 
 def read_experiment(options: argparse.Namespace) -> Config:
-    """The experiment that the flags of `add_experiment` name, each field one of the values that it may have.
+    """The experiment that the flags of `add_experiment` name, each field one of the values that it
+    may have.
 
-    What the experiment's own file sets but the flags leave without effect, as --config.mode=fo does with its zo.num_queries,
-    is left at its default, with a word about it. What is without effect in the file, or a flag, is left for `validate` to refuse.
+    What the experiment's own file sets but the flags leave without effect, as --config.mode=fo does
+    with its zo.num_queries, is left at its default, with a word about it. What is without effect in
+    the file, or a flag, is left for `validate` to refuse.
 
     Raises:
       ConfigError: there is no such experiment, or a field has a value that it cannot have.
@@ -120,7 +124,9 @@ def _read(one: Setting, text: str) -> Any:
 
 
 def help_text() -> str:
-    """Every field: its type, default, values and meaning, and when it has an effect; a paragraph a section."""
+    """Every field: its type, default, values and meaning, and when it has an effect; a paragraph a
+    section.
+    """
     return "\n".join(_help_lines())
 
 

@@ -1,11 +1,14 @@
-"""The fields of an experiment: each with its default, its meaning, the values it may have, and when it has an effect."""
+"""The fields of an experiment: each with its default, its meaning, the values it may have, and when
+it has an effect.
+"""
 
 import dataclasses
 from typing import Any
 
 from zo_jax.train.settings import ConfigError, declared, section, setting
 
-# Modes whose steps evaluate the loss along directions, and modes whose every step is along some gradient of its batch.
+# Modes whose steps evaluate the loss along directions, and modes whose every step is along some
+# gradient of its batch.
 QUERY_MODES = ("zo", "calibrate", "instruct")
 GRADIENT_MODES = ("fo", "feedback", "block_local")
 MODES = ("zo", "fo", "calibrate", "instruct", "feedback", "block_local")
@@ -95,7 +98,7 @@ class DataConfig:
     text_column: str = setting(
         "",
         "column that holds the text (empty: the usual one)",
-        only_if="data.source is not shakespeare or text or fo.source is not empty or shakespeare or text "
+        only_if="data.source is not shakespeare or text or fo.source is not empty or shakespeare or text "  # noqa: E501
         "or train.eval_source is not empty or shakespeare or text",
     )
     max_samples: int = setting(
@@ -223,7 +226,8 @@ class InstructConfig:
 
     method: str = setting(
         "hybrid",
-        "hybrid: its largest coordinates, noise elsewhere; gram_schmidt: a random direction turned to it",
+        "hybrid: its largest coordinates, noise elsewhere; gram_schmidt: a random direction turned "
+        "to it",
         choices=("hybrid", "gram_schmidt"),
     )
     cosine_target: float = setting(
@@ -285,7 +289,8 @@ class FeedbackConfig:
     )
     errors: str = setting(
         "all",
-        "layers that get it: all, or (a control) the last MLP alone, in mode block_local the last block",
+        "layers that get it: all, or (a control) the last MLP alone, in mode block_local the last "
+        "block",
         choices=("all", "last"),
     )
     attention: str = setting(
@@ -303,7 +308,8 @@ class FeedbackConfig:
     )
     sigma: float = setting(
         0.05,
-        "size of the differences: of weights relative to their roots, of queries, keys, values and the MLP's units "
+        "size of the differences: of weights relative to their roots, of queries, keys, values and "
+        "the MLP's units "
         "relative to their root mean square",
         allowed="above 1e-4 and below 10",
         only_if="mode is feedback",
@@ -368,7 +374,8 @@ class OptimizerConfig:
     )
     rounding: str = setting(
         "stochastic",
-        "of updates to parameters of 16 bits: stochastic (unbiased, from the step's key) or nearest "
+        "of updates to parameters of 16 bits: stochastic (unbiased, from the step's key) or "
+        "nearest "
         "(small updates are lost)",
         choices=("stochastic", "nearest"),
         only_if="model.param_dtype is not float32",
@@ -505,8 +512,10 @@ class Config:
     mode: str = setting(
         "zo",
         "zo (forward passes only), fo (backprop), calibrate (zo, and every fo.bp_interval steps fo "
-        "instead), instruct (zo, and every fo.bp_interval steps along guided directions), feedback (forward "
-        "passes only: the output error handed to every layer, local credit inside) or block_local (the "
+        "instead), instruct (zo, and every fo.bp_interval steps along guided directions), feedback "
+        "(forward "
+        "passes only: the output error handed to every layer, local credit inside) or block_local "
+        "(the "
         "same, with backprop inside every block)",
         choices=MODES,
     )
@@ -539,15 +548,18 @@ class Config:
 
 # Every field, by its dotted name.
 SETTINGS = {one.name: one for one in declared(Config)}
-# Fields in which a run may differ from the one that it continues, and what that changes. All others are fixed.
+# Fields in which a run may differ from the one that it continues, and what that changes. All others
+# are fixed.
 EXTENDABLE = {name: one.may_change for name, one in SETTINGS.items() if one.may_change}
 
 
 def from_dict(fields: Any, kind: Any = Config) -> Any:
-    """The configuration that `dataclasses.asdict` made `fields` of; absent fields have their defaults.
+    """The configuration that `dataclasses.asdict` made `fields` of; absent fields have their
+    defaults.
 
     Raises:
-      ConfigError: it is no dictionary, or has fields that no configuration has. Types are left to `validate`.
+      ConfigError: it is no dictionary, or has fields that no configuration has. Types are left to
+        `validate`.
     """
     if not isinstance(fields, dict):
         raise ConfigError(f"a configuration is a dictionary of its fields; got {fields!r:.80}")

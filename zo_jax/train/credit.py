@@ -1,7 +1,9 @@
-"""How much each number inside a sub-layer has to do with the error of its output, found by evaluating that sub-layer alone.
+"""How much each number inside a sub-layer has to do with the error of its output, found by
+evaluating that sub-layer alone.
 
-Axes: B blocks, T tokens (that ask), S tokens (that are read), H heads, D width of a head. Errors are derivatives of the loss, or what is
-taken for them; an error of an output comes in, and an error of what lies inside goes out.
+Axes: B blocks, T tokens (that ask), S tokens (that are read), H heads, D width of a head. Errors
+are derivatives of the loss, or what is taken for them; an error of an output comes in, and an error
+of what lies inside goes out.
 """
 
 from collections.abc import Callable
@@ -18,7 +20,8 @@ MAX_DRAWS = 32
 def unit_error(
     function: Callable[[jax.Array], jax.Array], u: jax.Array, error: jax.Array, size: float
 ) -> jax.Array:
-    """The error of what goes into a function of single units: error ∘ (f(u + s) - f(u - s)) / 2s, s = size · rms(u).
+    """The error of what goes into a function of single units: error ∘ (f(u + s) - f(u - s)) / 2s, s
+    = size · rms(u).
 
     Args:
       function: of each number by itself.
@@ -64,13 +67,18 @@ def attention_error(
     """The errors of q, k and v, given that of the output of `attention`.
 
     Methods:
-      weights: signs a, times s and the root of each weight w, are added to the weights of a token, which change that token's output z
-        alone: the error of w is the mean of c a / √w, with c = ⟨error, z(w + s √w a) - z(w - s √w a)⟩ / 2s, and w times as large
-        is that of its logit. The rest is linear: q, k and v get theirs through the transposes of q kᵀ and of the weights.
-        The mean over many draws is the derivative of `attention`, but for O(s²).
-      qkv: signs are added to q, to k and to v, each in passes of its own. What later tokens read of k and v is credited with
-        their scores too, `discount` for each token that lies between. Biased.
-      closed_form: the logits' error by the derivative of a softmax, w ∘ (⟨error, v⟩ - ⟨error, z⟩), with no draw.
+      weights: signs a, times s and the root of each weight w, are added to the weights of a token,
+        which change that token's output z
+        alone: the error of w is the mean of c a / √w, with c = ⟨error, z(w + s √w a) - z(w - s √w
+          a)⟩ / 2s, and w times as large
+        is that of its logit. The rest is linear: q, k and v get theirs through the transposes of q
+        kᵀ and of the weights. The mean over many draws is the derivative of `attention`, but for
+        O(s²).
+      qkv: signs are added to q, to k and to v, each in passes of its own. What later tokens read of
+        k and v is credited with their scores too, `discount` for each token that lies between.
+        Biased.
+      closed_form: the logits' error by the derivative of a softmax, w ∘ (⟨error, v⟩ - ⟨error, z⟩),
+        with no draw.
       none: zero.
 
     Args:
@@ -85,7 +93,8 @@ def attention_error(
     Returns:
       Three arrays [B, T, H, D].
 
-    Source: "local scores" are node perturbation (Williams, "Simple statistical gradient-following algorithms", 1992) of a part
+    Source: "local scores" are node perturbation (Williams, "Simple statistical gradient-following
+      algorithms", 1992) of a part
     of the network whose output's error is known.
     """
     if method == "none":

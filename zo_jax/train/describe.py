@@ -1,4 +1,6 @@
-"""What a run is called, what it is about to do in plain words, and what it has done after so many steps."""
+"""What a run is called, what it is about to do in plain words, and what it has done after so many
+steps.
+"""
 
 import hashlib
 import json
@@ -17,9 +19,11 @@ from zo_jax.train.validation import fill_in
 
 
 def default_run_name(config: Config) -> str:
-    """Folder name of a run that is given none: what the reference script's names say, and a hash of all that fixes the run.
+    """Folder name of a run that is given none: what the reference script's names say, and a hash of
+    all that fixes the run.
 
-    Fields in which a run may change are no part of it, so that a run with more steps goes on in its folder.
+    Fields in which a run may change are no part of it, so that a run with more steps goes on in its
+    folder.
     """
     mode, parts = config.mode, [config.mode, re.sub(r"[^A-Za-z0-9_.-]+", "-", config.scope)]
     if mode in QUERY_MODES:
@@ -38,7 +42,9 @@ def default_run_name(config: Config) -> str:
 
 
 def passes_until(config: Config, step: int) -> int:
-    """Evaluations of the loss in the first `step` steps; a backprop gradient counts its micro-batches, any other one."""
+    """Evaluations of the loss in the first `step` steps; a backprop gradient counts its
+    micro-batches, any other one.
+    """
     num_gradient = _num_gradient_steps(config, step)
     num_queries_steps = _num_query_steps(config, step)
     per_step = _evaluations_per_step(config)
@@ -54,7 +60,9 @@ def _evaluations_per_step(config: Config) -> int:
 
 
 def blocks_until(config: Config, step: int) -> int:
-    """Training blocks read in the first `step` steps, each counted once however many queries evaluate it."""
+    """Training blocks read in the first `step` steps, each counted once however many queries
+    evaluate it.
+    """
     num_gradient = _num_gradient_steps(config, step)
     num_queries_steps = _num_query_steps(config, step)
     fo_size = config.fo.batch_size or config.train.batch_size
@@ -112,7 +120,7 @@ def _describe_feedback(config: Config, batch: str) -> str:
     start = f"the output error in closed form, handed to {whom} {way}"
     end = f"a biased direction, no zeroth-order estimate of the gradient; {batch}"
     if config.mode == "block_local":
-        return f"one forward pass a step: {start}; backprop inside every block, none between them; {end}"
+        return f"one forward pass a step: {start}; backprop inside every block, none between them; {end}"  # noqa: E501
     attention = {
         "weights": f"{feedback.num_draws} draws of signs on the weights of attention",
         "qkv": f"{feedback.num_draws} draws of signs on queries, keys and values each",
@@ -120,7 +128,8 @@ def _describe_feedback(config: Config, batch: str) -> str:
         "none": "nothing through attention (a control)",
     }[feedback.attention]
     return (
-        f"forward passes only, no backprop from layer to layer: {start}; inside a layer differences of {feedback.sigma:g}, "
+        f"forward passes only, no backprop from layer to layer: {start}; inside a layer "
+        f"differences of {feedback.sigma:g}, "
         f"{attention}, and linear maps in closed form; {end}"
     )
 
@@ -157,7 +166,7 @@ def describe(
         "fo": backprop,
         "zo": f"forward passes only: {queries}",
         "calibrate": f"{queries}; instead, {every}, {backprop}",
-        "instruct": f"{queries}; {every} {guided} of them guided ({config.instruct.method}) by {backprop}",
+        "instruct": f"{queries}; {every} {guided} of them guided ({config.instruct.method}) by {backprop}",  # noqa: E501
     }[config.mode]
     rate = f"learning rate {optimizer.learning_rate:g}"
     if optimizer.schedule == "cosine":
@@ -169,7 +178,7 @@ def describe(
     devices = f"1 of {jax.device_count()}"
     if layout:
         mesh = layout.mesh.shape
-        devices = f"{layout.mesh.size} of {jax.device_count()}: query={mesh['query']}, data={mesh['data']}, model={mesh['model']}"
+        devices = f"{layout.mesh.size} of {jax.device_count()}: query={mesh['query']}, data={mesh['data']}, model={mesh['model']}"  # noqa: E501
     return "\n".join(
         (
             f"model:     GPT, {count_params(model):,} parameters ({model.num_layers} layers, "

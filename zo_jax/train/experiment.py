@@ -22,7 +22,8 @@ def load(name: str) -> Any:
     """What `get_config()` of an experiment returns, which `validate` has not seen yet.
 
     Args:
-      name: one of `shipped()`, or the path of a Python file; after a colon, an argument for its get_config.
+      name: one of `shipped()`, or the path of a Python file; after a colon, an argument for its
+        get_config.
 
     Raises:
       ConfigError: there is no such file, it has no get_config, or it raises.
@@ -35,8 +36,8 @@ def load(name: str) -> Any:
     if not file.is_file():
         close = difflib.get_close_matches(Path(path).stem, shipped(), n=1)
         raise ConfigError(
-            f"--config must be one of {', '.join(shipped())}, or the path of a Python file; there is no file {path!r}"
-            + (f"; did you mean {close[0]}?" if close else "")
+            f"--config must be one of {', '.join(shipped())}, or the path of a Python file; there "
+            f"is no file {path!r}" + (f"; did you mean {close[0]}?" if close else "")
         )
     if file.suffix != ".py":
         raise ConfigError(f"--config must name a Python file, which ends in .py; got {path!r}")

@@ -1,10 +1,12 @@
-"""Modes feedback and block_local: the error of the output, known in closed form, is handed to every layer as its own.
+"""Modes feedback and block_local: the error of the output, known in closed form, is handed to every
+layer as its own.
 
-A layer that writes into the residual stream has its output added to what the layers above read and write. If these changed little, the error
-of the stream's end would be the error of every layer's output: residual feedback takes it so. It is exact for the last layer alone, and biased
-below. Relatives: feedback alignment (Lillicrap et al., 2016) and its direct form (Nøkland, 2016), which hand errors down by
-random matrices.
-Axes: B blocks, T tokens, C width of the residual stream, L layers.
+A layer that writes into the residual stream has its output added to what the layers above read and
+write. If these changed little, the error of the stream's end would be the error of every layer's
+output: residual feedback takes it so. It is exact for the last layer alone, and biased below.
+Relatives: feedback alignment (Lillicrap et al., 2016) and its direct form (Nøkland, 2016), which
+hand errors down by random matrices. Axes: B blocks, T tokens, C width of the residual stream, L
+layers.
 """
 
 from collections.abc import Callable
@@ -28,18 +30,22 @@ Gradient = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 def make_gradient(config: Config, model: GPT) -> Gradient:
-    """What a step of the configured mode takes for the gradient: (params, key, tokens [B, T]) -> (loss, gradient).
+    """What a step of the configured mode takes for the gradient: (params, key, tokens [B, T]) ->
+    (loss, gradient).
 
-    With e = d loss / d (end of the residual stream), every writer into the stream takes e, or e times a fixed random matrix, as the error
-    of its output. Mode feedback has no derivative but closed forms of single layers; mode block_local differentiates every block by itself
-    (`jax.vjp`), the first together with the embeddings. Neither hands an error from one block to the next.
+    With e = d loss / d (end of the residual stream), every writer into the stream takes e, or e
+    times a fixed random matrix, as the error of its output. Mode feedback has no derivative but
+    closed forms of single layers; mode block_local differentiates every block by itself
+    (`jax.vjp`), the first together with the embeddings. Neither hands an error from one block to
+    the next.
 
     Args:
       config: validated; its section `feedback` says how.
       model: the decoder; in mode feedback of float32.
 
     Returns:
-      A function of the parameters, a key (of the draws; unused without them) and int32 tokens [B, T], whose gradient is like the
+      A function of the parameters, a key (of the draws; unused without them) and int32 tokens [B,
+      T], whose gradient is like the
       parameters: exact for the head and the last layer's writer, biased below.
     """
     make = {"feedback": _make_feedback, "block_local": _make_block_local}[config.mode]
@@ -126,7 +132,9 @@ def _add_head(gradient: Any, head_VC: jax.Array, tied: bool) -> Any:
 
 
 def _make_error_at(config: Config, model: GPT) -> Callable[[jax.Array, Any], jax.Array]:
-    """(output error, site) -> error of a site: 0 the embeddings, 2 l + 1 the attention and 2 l + 2 the MLP of layer l."""
+    """(output error, site) -> error of a site: 0 the embeddings, 2 l + 1 the attention and 2 l + 2
+    the MLP of layer l.
+    """
     feedback: FeedbackConfig = config.feedback
     last = 2 * model.num_layers
     # Of the run, not of a step: feedback stays what it is.

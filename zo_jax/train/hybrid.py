@@ -1,6 +1,8 @@
-"""Mode instruct: steps along directions that a backprop gradient guides, and their adaptive schedule.
+"""Mode instruct: steps along directions that a backprop gradient guides, and their adaptive
+schedule.
 
-Formulas: the reference script of "Zeroth Order Optimization for Pretraining Language Models", ICPRAM 2025.
+Formulas: the reference script of "Zeroth Order Optimization for Pretraining Language Models",
+ICPRAM 2025.
 """
 
 from collections.abc import Callable
@@ -23,7 +25,8 @@ class LossHistory(NamedTuple):
     """What the adaptive schedule remembers.
 
     Attributes:
-      recent: float32 [10], the losses of the last steps, the latest last; inf before there were so many.
+      recent: float32 [10], the losses of the last steps, the latest last; inf before there were so
+        many.
       lowest: float32, the lowest mean of ten so far.
     """
 
@@ -88,8 +91,8 @@ def estimate_guided(
 ) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
     """The estimate of a guided step: (loss, gradient, cosine target, noise scale).
 
-    The first `num_guided` queries go along directions that the backprop gradient guides, the others along random
-    ones. If the gradient is zero all do. The loss is nan if no query's was finite.
+    The first `num_guided` queries go along directions that the backprop gradient guides, the others
+    along random ones. If the gradient is zero all do. The loss is nan if no query's was finite.
 
     Args:
       config: the settings of mode instruct.

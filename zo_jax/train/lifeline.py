@@ -1,6 +1,8 @@
-"""How the processes of a run learn at once that one of them has died: a socket from each to the first, which the kernel closes.
+"""How the processes of a run learn at once that one of them has died: a socket from each to the
+first, which the kernel closes.
 
-JAX's coordination service notices too, but later, and aborts the process with the frames of all its threads.
+JAX's coordination service notices too, but later, and aborts the process with the frames of all its
+threads.
 """
 
 from collections.abc import Callable
@@ -11,22 +13,29 @@ import threading
 from typing import Any
 
 _BYE = b"b"
-# Seconds in which a process must reach the first one; if it does not, JAX's service alone watches over it.
+# Seconds in which a process must reach the first one; if it does not, JAX's service alone watches
+# over it.
 _TIMEOUT = 10
 
 
 class Lifeline:
-    """Sockets between the first process and the others. Who closes one without a goodbye has died."""
+    """Sockets between the first process and the others. Who closes one without a goodbye has
+    died.
+    """
 
     def __init__(self, sockets: list[socket.socket], when_one_dies: Callable[[], Any]):
-        """Watches the sockets, and calls a function, in a thread of its own, once one is closed without a goodbye."""
+        """Watches the sockets, and calls a function, in a thread of its own, once one is closed
+        without a goodbye.
+        """
         self._sockets, self._when_one_dies, self._left = sockets, when_one_dies, False
         for one in sockets:
             one.settimeout(None)
             threading.Thread(target=self._watch, args=(one,), daemon=True).start()
 
     def let_go(self) -> None:
-        """Before this process ends for a reason of its own: it cares no more for the others, which see it die."""
+        """Before this process ends for a reason of its own: it cares no more for the others, which
+        see it die.
+        """
         self._left = True
 
     def say_goodbye(self) -> None:

@@ -1,4 +1,5 @@
-"""What a run needs in memory at the least, by arithmetic; refused where the machine has less, explained where it ran out.
+"""What a run needs in memory at the least, by arithmetic; refused where the machine has less,
+explained where it ran out.
 
 Axes: B blocks of a batch, T tokens of a block, C width, H heads, L layers, V vocabulary.
 """
@@ -34,11 +35,13 @@ class OutOfMemory(RunStopped):
 
 
 def least_memory(config: Config, vocab_size: int, layout: Layout | None = None) -> dict[str, int]:
-    """Bytes that a device needs at the least, by what they are for. No array is made, and no shape traced.
+    """Bytes that a device needs at the least, by what they are for. No array is made, and no shape
+    traced.
 
-    Parameters are V C (twice with a head of its own) + positions C + L (12 C² + 13 C) + 2 C. Of the activations only those are
-    counted that no compiler can avoid: of one layer, the residual stream beside queries, keys, values and scores, or beside the
-    hidden layer of its MLP; of backprop, what the products of all layers read; of feedback, the stream before each sublayer.
+    Parameters are V C (twice with a head of its own) + positions C + L (12 C² + 13 C) + 2 C. Of the
+    activations only those are counted that no compiler can avoid: of one layer, the residual stream
+    beside queries, keys, values and scores, or beside the hidden layer of its MLP; of backprop,
+    what the products of all layers read; of feedback, the stream before each sublayer.
 
     Args:
       config: resolved.
@@ -76,7 +79,9 @@ def least_memory(config: Config, vocab_size: int, layout: Layout | None = None) 
 
 
 def device_memory() -> int:
-    """Bytes that one device can have: a GPU's own, or its part of what the machine or the container has."""
+    """Bytes that one device can have: a GPU's own, or its part of what the machine or the container
+    has.
+    """
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit:
         return limit
@@ -96,7 +101,8 @@ def check_memory(config: Config, vocab_size: int, layout: Layout | None = None) 
     needs, there = least_memory(config, vocab_size, layout), device_memory()
     if sum(needs.values()) > there:
         raise ConfigError(
-            f"{_tell(needs)}, but {jax.devices()[0].device_kind} has {there / 1e9:.1f} GB; {_remedy(config, needs)}"
+            f"{_tell(needs)}, but {jax.devices()[0].device_kind} has {there / 1e9:.1f} GB; "
+            f"{_remedy(config, needs)}"
         )
 
 
@@ -116,7 +122,8 @@ def explain_memory(config: Config, vocab_size: int, layout: Layout | None = None
         needs = least_memory(config, vocab_size, layout)
         raise OutOfMemory(
             f"out of memory ({reason}): {_tell(needs)}, of the {device_memory() / 1e9:.1f} GB of "
-            f"{jax.devices()[0].device_kind}; {_remedy(config, needs)}, in another --workdir or with --restart"
+            f"{jax.devices()[0].device_kind}; {_remedy(config, needs)}, in another --workdir or "
+            f"with --restart"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """The loop: a step, what it tells, and what is due after it.
 
-A run that goes on takes its first steps from the ledger, through the same code: replayed steps get the rows and snapshots that are
-missing, and no others.
+A run that goes on takes its first steps from the ledger, through the same code: replayed steps get
+the rows and snapshots that are missing, and no others.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,8 @@ class Loop:
 
         Raises:
           Interrupted, Diverged: all is saved.
-          OSError: the run folder; `state` and `step` are of the last step taken, and the log has all that they told.
+          OSError: the run folder; `state` and `step` are of the last step taken, and the log has
+            all that they told.
         """
         try:
             self._take_steps()
@@ -128,9 +129,11 @@ class Loop:
         if self.report.diverged:
             optimizer, zo = self.config.optimizer, self.config.zo
             return signals.Diverged(
-                f"the last {self.config.train.max_skipped} steps had no finite loss; the run is saved at step "
+                f"the last {self.config.train.max_skipped} steps had no finite loss; the run is "
+                f"saved at step "
                 f"{self.step} in {folder}. Begin another with a lower optimizer.learning_rate (now "
-                f"{optimizer.learning_rate:g}) or zo.epsilon (now {zo.epsilon:g}), or go on with a higher "
+                f"{optimizer.learning_rate:g}) or zo.epsilon (now {zo.epsilon:g}), or go on with a "
+                f"higher "
                 "train.max_skipped"
             )
         return signals.Interrupted(

@@ -1,4 +1,5 @@
-"""Next-token cross-entropy, block by block over the vocabulary: the logits of a batch never exist at once.
+"""Next-token cross-entropy, block by block over the vocabulary: the logits of a batch never exist
+at once.
 
 Axes: N tokens, C width of the residual stream, V vocabulary, W words of a block.
 """
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 
 from zo_jax.train.model import GPT, head_of
 
-# Words of a block: in cache with the logits of some hundred tokens, and long enough for a fast product.
+# Words of a block: in cache with the logits of some hundred tokens, and long enough for a fast
+# product.
 _BLOCK_WORDS = 1024
 # Tokens whose logits of a block exist at once: 32 MB in float32.
 _CHUNK_TOKENS = 8192
@@ -21,8 +23,9 @@ _CHUNK_TOKENS = 8192
 def cross_entropy(hidden_NC: jax.Array, head_VC: jax.Array, targets_N: jax.Array) -> jax.Array:
     """Cross-entropy of each token, log Σ exp(h W) - h w_target, float32 [N], in nats.
 
-    One pass over the blocks of the vocabulary with a running maximum and sum (Milakov and Gimelshein, "Online normalizer
-    calculation for softmax", 2018); the gradient is a second pass, with the logits computed again.
+    One pass over the blocks of the vocabulary with a running maximum and sum (Milakov and
+    Gimelshein, "Online normalizer calculation for softmax", 2018); the gradient is a second pass,
+    with the logits computed again.
 
     Args:
       hidden_NC: floating; its dtype is that of the products, summed in float32.
@@ -58,7 +61,8 @@ def _backward(residuals, cotangent_N):
 
     def add_block(j, carry):
         d_hidden_NC, d_head_VC = carry
-        # From the last block to the first: the one before overwrites the rows that the last has of it.
+        # From the last block to the first: the one before overwrites the rows that the last has of
+        # it.
         i = num_blocks - 1 - j
         logits_NW, (start, block_WC, words_1W) = _block_logits(hidden_NC, head_VC, i)
         # What the block before has too counts for it alone: the logits there are -inf.
@@ -82,7 +86,9 @@ cross_entropy.defvjp(_forward, _backward)
 def cross_entropy_gradient(
     hidden_NC: jax.Array, head_VC: jax.Array, targets_N: jax.Array, weight: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`cross_entropy` [N], and of `weight` times its sum the gradient by hidden_NC and head_VC, in closed form: softmax - onehot."""
+    """`cross_entropy` [N], and of `weight` times its sum the gradient by hidden_NC and head_VC, in
+    closed form: softmax - onehot.
+    """
     losses_N, kept = _forward(hidden_NC, head_VC, targets_N)
     return losses_N, *_backward(kept, jnp.full_like(losses_N, weight))[:2]
 
@@ -92,7 +98,9 @@ def _num_blocks(head_VC: jax.Array) -> int:
 
 
 def _block_logits(hidden_NC: jax.Array, head_VC: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
-    """Logits of block i, float32 [N, W], and (first word, rows [W, C], words [1, W]) of the block."""
+    """Logits of block i, float32 [N, W], and (first word, rows [W, C], words [1, W]) of the
+    block.
+    """
     V = head_VC.shape[0]
     W = min(V, _BLOCK_WORDS)
     # The last block starts early enough to be whole.

@@ -1,7 +1,7 @@
 """The mesh of a run's devices, and which axes of the GPT's parameters are split over it.
 
-Three axes: `query`, groups of devices that evaluate different queries and exchange scalars alone; `data`, parts of a batch;
-`model`, parts of the parameters and of the optimiser's state.
+Three axes: `query`, groups of devices that evaluate different queries and exchange scalars alone;
+`data`, parts of a batch; `model`, parts of the parameters and of the optimiser's state.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,10 @@ from jax.sharding import AxisType, Mesh
 
 AXES = ("query", "data", "model")
 
-# (regular expression over paths like blocks/fc/kernel, the axis that is split over `model`): the first one that is found
-# decides, and what none finds is replicated. Of an MLP the hidden width is split, of other products the inputs,
-# and of embeddings the width, for vocabularies are seldom even.
+# (regular expression over paths like blocks/fc/kernel, the axis that is split over `model`): the
+# first one that is found decides, and what none finds is replicated. Of an MLP the hidden width is
+# split, of other products the inputs, and of embeddings the width, for vocabularies are seldom
+# even.
 RULES = ((r"(^|/)fc/(kernel|bias)$", -1), (r"kernel$", -2), (r"embedding$", -1))
 
 
@@ -50,7 +51,8 @@ def make_mesh(
         sizes[open_axes[0]] = max(1, len(devices) // product)
     if math.prod(sizes.values()) != len(devices):
         raise MeshError(
-            f"the mesh sizes must multiply to the {len(devices)} devices; got {text}; set one of them to -1 for what is left"
+            f"the mesh sizes must multiply to the {len(devices)} devices; got {text}; set one of "
+            f"them to -1 for what is left"
         )
     shape = tuple(sizes.values())
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)

@@ -1,7 +1,7 @@
 """The GPT-2 decoder in Flax Linen: pure init and apply, layers scanned, output head tied or not.
 
-Axes: B batch, T positions, C width of the residual stream, H heads, D width of a head, V vocabulary,
-L layers. Every parameter of a block is stacked over L.
+Axes: B batch, T positions, C width of the residual stream, H heads, D width of a head, V
+vocabulary, L layers. Every parameter of a block is stacked over L.
 """
 
 import math
@@ -22,8 +22,8 @@ class Size(NamedTuple):
     width: int
 
 
-# The layers and heads of 20M to 1B are those of the reference script; the widths bring the true parameter
-# count, with GPT-2's 50257 tokens and 1024 positions, within 5 % of the label.
+# The layers and heads of 20M to 1B are those of the reference script; the widths bring the true
+# parameter count, with GPT-2's 50257 tokens and 1024 positions, within 5 % of the label.
 SIZES = {
     "20M": Size(6, 4, 280),
     "200M": Size(12, 12, 1008),
@@ -121,7 +121,9 @@ def make_model(config: ModelConfig, vocab_size: int) -> GPT:
 
 
 def head_of(params: Any) -> jax.Array:
-    """The rows of the output head [V, C]: those of the token embedding, if the head is tied to it."""
+    """The rows of the output head [V, C]: those of the token embedding, if the head is tied to
+    it.
+    """
     return params.get("head", params["wte"])["embedding"]
 
 

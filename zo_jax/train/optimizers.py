@@ -12,10 +12,11 @@ from zo_jax.train.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> Callable[[Any], Any]:
-    """Learning rate of a step counted from 0, float32: constant, or warm-up to the peak and cosine decay.
+    """Learning rate of a step counted from 0, float32: constant, or warm-up to the peak and cosine
+    decay.
 
-    With t counted from 1 and w steps of warm-up: η t / w up to t = w, then the cosine of `optax.cosine_decay_schedule` to
-    `min_learning_rate` at the last step.
+    With t counted from 1 and w steps of warm-up: η t / w up to t = w, then the cosine of
+    `optax.cosine_decay_schedule` to `min_learning_rate` at the last step.
 
     Args:
       config: a validated configuration.

@@ -1,6 +1,7 @@
 """Several processes as one program: how they find each other, agree, and end together.
 
-Every process runs the same steps on its own devices; the first one writes the files of the run folder, which all of them see.
+Every process runs the same steps on its own devices; the first one writes the files of the run
+folder, which all of them see.
 """
 
 import argparse
@@ -59,7 +60,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def join_if_asked(args: Sequence[str]) -> None:
     """Joins the other processes if the command line has --distributed, whatever else it has.
 
-    So that a process with a wrong command can tell the others; must come before the first use of a device.
+    So that a process with a wrong command can tell the others; must come before the first use of a
+    device.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_flags(parser)
@@ -76,7 +78,8 @@ def join(
 ) -> None:
     """Joins the other processes; must come before the first use of a device.
 
-    What is None is found out from the cluster (SLURM, GKE, Cloud TPU, Open MPI). On CPUs they exchange numbers by gloo.
+    What is None is found out from the cluster (SLURM, GKE, Cloud TPU, Open MPI). On CPUs they
+    exchange numbers by gloo.
 
     Raises:
       AnotherProcessFailed: they do not all come, or there is no cluster to ask.
@@ -93,8 +96,10 @@ def join(
         )
     except (ValueError, RuntimeError) as error:
         raise AnotherProcessFailed(
-            f"--distributed: the processes did not come together ({str(error).splitlines()[0]}); give "
-            "--coordinator=HOST:PORT, --num_processes and --process_id to each, or start them in a cluster that JAX knows"
+            f"--distributed: the processes did not come together ({str(error).splitlines()[0]}); "
+            f"give "
+            "--coordinator=HOST:PORT, --num_processes and --process_id to each, or start them in a "
+            "cluster that JAX knows"
         ) from error
     global _lifeline
     host = (distributed.global_state.coordinator_address or "").rpartition(":")[0]
@@ -108,7 +113,9 @@ def _end_with_the_others() -> None:
 
 
 def say_goodbye() -> None:
-    """Before this process ends as all of them do: with the run, or for a reason that all of them know."""
+    """Before this process ends as all of them do: with the run, or for a reason that all of them
+    know.
+    """
     if _lifeline:
         _lifeline.say_goodbye()
 
@@ -125,7 +132,9 @@ def explain_failures() -> Iterator[None]:
 
 
 def check_alive(error: Exception) -> None:
-    """Raises AnotherProcessFailed if what several processes did together failed for want of one of them, not of the disk."""
+    """Raises AnotherProcessFailed if what several processes did together failed for want of one of
+    them, not of the disk.
+    """
     chain, text = error, ""
     while chain is not None:
         text, chain = f"{text} {type(chain).__name__} {chain}", chain.__cause__ or chain.__context__
@@ -163,13 +172,16 @@ def say(text: str) -> None:
 
 
 def exchange(mine: Any) -> list[Any]:
-    """What every process gave [JSON], in their order. All of them must call it, and it waits for all.
+    """What every process gave [JSON], in their order. All of them must call it, and it waits for
+    all.
 
-    Over the coordination service, which is there before any device is used and does not care how long a process takes.
+    Over the coordination service, which is there before any device is used and does not care how
+    long a process takes.
     """
     if not jax.distributed.is_initialized():
         return [mine]
-    # Values have no public way between processes but through programs of equal shapes, which differing ones have not.
+    # Values have no public way between processes but through programs of equal shapes, which
+    # differing ones have not.
     client, turn = distributed.global_state.client, next(_turns)
     key = lambda i: f"zo_jax/{turn}/{i}"
     try:
@@ -209,17 +221,21 @@ def agree(prepare: Callable[[], dict[str, Any]]) -> None:
         ]
     else:
         different = [
-            f"{name} is {', '.join(f'{x.get(name)!r} in process {i}' for i, (x, _) in enumerate(told))}"
+            f"{name} is "
+            f"{', '.join(f'{x.get(name)!r} in process {i}' for i, (x, _) in enumerate(told))}"
             for name in dict.fromkeys(name for x, _ in told for name in x)
             if any(x.get(name) != told[0][0].get(name) for x, _ in told)
         ]
     raise ProcessesDiffer(
-        f"the processes of the run differ: {'; '.join(different)}; start all of them with the same command, files and versions"
+        f"the processes of the run differ: {'; '.join(different)}; start all of them with the same "
+        f"command, files and versions"
     ) from failure
 
 
 def agree_on_failure(failure: Exception) -> Exception:
-    """What to end with, for a process that fails before it has anything for the others to `agree` on."""
+    """What to end with, for a process that fails before it has anything for the others to `agree`
+    on.
+    """
 
     def fail() -> dict[str, Any]:
         raise failure
@@ -267,7 +283,9 @@ def first_does(work: Callable[[], Any]) -> None:
 
 
 def leave(code: int) -> None:
-    """Ends this process without waiting for the others, which may be gone or hang; the first one lets them speak before."""
+    """Ends this process without waiting for the others, which may be gone or hang; the first one
+    lets them speak before.
+    """
     if _lifeline:
         _lifeline.let_go()
     sys.stdout.flush()
@@ -279,10 +297,11 @@ def leave(code: int) -> None:
 
 @contextlib.contextmanager
 def forward_interrupts() -> Iterator[Callable[[int], str | None]]:
-    """`stops.catch_signals` for several processes: gives a function that says, after a step, whether all of them stop now.
+    """`stops.catch_signals` for several processes: gives a function that says, after a step,
+    whether all of them stop now.
 
-    JAX's preemption service catches a SIGTERM in any of them, and finds a step that none has passed; a SIGINT is made a
-    SIGTERM. All of them must ask after every step.
+    JAX's preemption service catches a SIGTERM in any of them, and finds a step that none has
+    passed; a SIGINT is made a SIGTERM. All of them must ask after every step.
     """
     before = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:

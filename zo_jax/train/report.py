@@ -1,4 +1,6 @@
-"""What the steps of a run tell: their records in the ledger, their rows, validation losses and snapshots, and the progress."""
+"""What the steps of a run tell: their records in the ledger, their rows, validation losses and
+snapshots, and the progress.
+"""
 
 from collections.abc import Callable
 import contextlib
@@ -19,7 +21,9 @@ from zo_jax.train.steps import RunState, StepMetrics, StepRecord
 
 
 class Taken(NamedTuple):
-    """A step, perhaps still on the device: its number, what it told, and its record unless it was replayed or used backprop."""
+    """A step, perhaps still on the device: its number, what it told, and its record unless it was
+    replayed or used backprop.
+    """
 
     step: int
     metrics: StepMetrics
@@ -61,7 +65,9 @@ class Report:
             self._tell(last, eval_loss)
 
     def evaluate(self, step: int, state: RunState) -> None:
-        """Tells the validation loss, unless that was done before an interruption, and keeps a snapshot if it is due."""
+        """Tells the validation loss, unless that was done before an interruption, and keeps a
+        snapshot if it is due.
+        """
         log = self.run.log
         if step not in log.steps:
             eval_loss = self.evaluate_params(state.params)
@@ -74,7 +80,8 @@ class Report:
         snapshots = self.run.snapshots
         if snapshots and self.run.workdir.reports.has_snapshot(step, log.eval_losses):
             if step not in snapshots.steps:
-                # Several processes cannot write two at once: orbax has one name for the barriers of both.
+                # Several processes cannot write two at once: orbax has one name for the barriers of
+                # both.
                 self.tell_saved(self.run.checkpoints.wait())
                 snapshots.save(step, state)
 
@@ -84,7 +91,9 @@ class Report:
             self.progress.say(f"saved the checkpoint of step {step}")
 
     def settle(self, step: int, state: RunState) -> None:
-        """After a write has failed: what is still to tell of the steps taken goes where it is kept in memory."""
+        """After a write has failed: what is still to tell of the steps taken goes where it is kept
+        in memory.
+        """
         if jax.process_count() > 1:  # the others do not evaluate now
             return
         with contextlib.suppress(OSError):

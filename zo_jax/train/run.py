@@ -89,7 +89,9 @@ def _train(
 
 
 def _prepare(config: Config, folder: Path, restart: bool) -> tuple[Config, Corpus]:
-    """The resolved configuration and the corpus, which are the same in all processes; see `processes.agree`."""
+    """The resolved configuration and the corpus, which are the same in all processes; see
+    `processes.agree`.
+    """
     corpus: list[Corpus] = []
 
     def check() -> dict[str, Any]:
@@ -115,7 +117,9 @@ def _prepare(config: Config, folder: Path, restart: bool) -> tuple[Config, Corpu
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers of a run come from besides its configuration, known before any device is used."""
+    """Of what the numbers of a run come from besides its configuration, known before any device is
+    used.
+    """
     settings = ("jax_enable_x64", "jax_default_matmul_precision", "jax_platforms")
     packages = ("jax", "jaxlib", "numpy", "optax")
     sources = Path(zo_jax.__file__).parent.rglob("*.py")
@@ -178,7 +182,8 @@ def _tell_results(
     )
     if int(state.train.num_skipped):
         print(
-            f"{int(state.train.num_skipped)} of the steps changed nothing: their loss was not finite"
+            f"{int(state.train.num_skipped)} of the steps changed nothing: their loss was not "
+            f"finite"
         )
     if text is not None:
         write_atomic(folder / "sample.txt", text + "\n")

@@ -1,7 +1,8 @@
 """Which parameters a run trains: all of them, or those whose paths a regular expression finds.
 
-The path of a parameter is its names joined by slashes, like "wte/embedding". The parameters of a scanned stack of layers have
-one path a layer, like "blocks/3/fc/kernel", so that a scope can have some layers of a leaf [L, ...] and leave the others.
+The path of a parameter is its names joined by slashes, like "wte/embedding". The parameters of a
+scanned stack of layers have one path a layer, like "blocks/3/fc/kernel", so that a scope can have
+some layers of a leaf [L, ...] and leave the others.
 """
 
 from collections.abc import Iterator
@@ -21,8 +22,8 @@ def make_scope(name: str, params: Any) -> Subset:
     """The scope that a configuration names.
 
     Args:
-      name: "full"; "reduced" (the last block's MLP and second LayerNorm, and the output head); or a regular
-        expression, searched for in every path.
+      name: "full"; "reduced" (the last block's MLP and second LayerNorm, and the output head); or a
+        regular expression, searched for in every path.
       params: pytree of arrays or their shapes.
 
     Raises:

@@ -1,6 +1,8 @@
-"""How a setting declares itself: its default, what it means, the values it may have, and when it has an effect.
+"""How a setting declares itself: its default, what it means, the values it may have, and when it
+has an effect.
 
-Checks, help texts and tests all follow from these declarations, which stand beside the fields in config.py.
+Checks, help texts and tests all follow from these declarations, which stand beside the fields in
+config.py.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,7 +35,8 @@ class Setting(NamedTuple):
       default: of that kind.
       help: what it means.
       choices: the strings that it may be; none: any.
-      allowed: the numbers that it may be, like "at least 0 and below 1", "from 0 to 1" or "at least 1, or -1"; empty: any.
+      allowed: the numbers that it may be, like "at least 0 and below 1", "from 0 to 1" or "at least
+        1, or -1"; empty: any.
       only_if: when it has an effect, as in `unmet_part`; empty: always.
       may_change: what another value changes in a run that goes on; empty: it may not have one.
     """
@@ -54,7 +57,9 @@ def setting(default: Any, help: str, **declared: Any) -> Any:
 
 
 def section(kind: type, help: str, only_if: str = "") -> Any:
-    """A field of a dataclass that holds a dataclass of settings; `only_if` is a condition of all of them."""
+    """A field of a dataclass that holds a dataclass of settings; `only_if` is a condition of all of
+    them.
+    """
     return dataclasses.field(default_factory=kind, metadata={"help": help, "only_if": only_if})
 
 
@@ -110,8 +115,8 @@ def is_allowed(value: float, allowed: str) -> bool:
 def unmet_part(condition: str, values: Mapping[str, Any]) -> str:
     """The first part of a condition that does not hold, or the empty string if all do.
 
-    Parts are joined by "and". A part is "NAME is VALUE" or "NAME is not VALUE", with more values after "or", and other
-    such parts after "or". An empty string is written empty.
+    Parts are joined by "and". A part is "NAME is VALUE" or "NAME is not VALUE", with more values
+    after "or", and other such parts after "or". An empty string is written empty.
 
     >>> values = {"mode": "zo", "zo.difference": "jvp", "fo.source": ""}
     >>> unmet_part("mode is not fo and zo.difference is central or forward", values)

@@ -1,4 +1,6 @@
-"""How a run ends before its last step: with everything saved, a word, and an exit code of its own."""
+"""How a run ends before its last step: with everything saved, a word, and an exit code of its
+own.
+"""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -20,7 +22,9 @@ class RunStopped(Exception):
 
 
 class Interrupted(RunStopped):
-    """A signal or a preemption notice came; EX_TEMPFAIL of sysexits.h says: run the same command again."""
+    """A signal or a preemption notice came; EX_TEMPFAIL of sysexits.h says: run the same command
+    again.
+    """
 
     exit_code, together = 75, True
 
@@ -41,8 +45,8 @@ class CannotWrite(RunStopped):
 def catch_signals() -> Iterator[Callable[[int], str | None]]:
     """Inside, the first SIGTERM or SIGINT is only noted, and a second one ends the process at once.
 
-    Gives a function that returns, after a step, the name of the signal that came, or None. In a thread other than the main one,
-    where Python allows no handlers, signals do what they did.
+    Gives a function that returns, after a step, the name of the signal that came, or None. In a
+    thread other than the main one, where Python allows no handlers, signals do what they did.
     """
     came: list[str] = []
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,5 @@
-"""One step of training, in each mode: `project`, all the forward passes, then `update`, all the optimisation.
+"""One step of training, in each mode: `project`, all the forward passes, then `update`, all the
+optimisation.
 
 Axes: B blocks of a batch, T tokens of a block, q queries.
 """
@@ -135,7 +136,9 @@ def init_state(config: Config, model: GPT, layout: Layout | None = None) -> RunS
 
 
 def make_loss(model: GPT, scope: Subset) -> Callable[[Any], Callable[..., jax.Array]]:
-    """(parameters) -> loss of (trained parameters, tokens [B, T]): the frozen ones are neither perturbed nor copied."""
+    """(parameters) -> loss of (trained parameters, tokens [B, T]): the frozen ones are neither
+    perturbed nor copied.
+    """
     return lambda params: (
         lambda trained, tokens_BT: next_token_loss(model, scope.merge(params, trained), tokens_BT)
     )
@@ -163,7 +166,8 @@ def make_project(
 def make_update(
     config: Config, model: GPT, layout: Layout | None = None
 ) -> Callable[..., tuple[RunState, StepMetrics]]:
-    """The jitted optimisation of a step without backprop: (state, key, loss, projections [q]) -> (state, metrics).
+    """The jitted optimisation of a step without backprop: (state, key, loss, projections [q]) ->
+    (state, metrics).
 
     The state is donated. Replay calls the same function.
     """
@@ -196,7 +200,9 @@ def make_fo_step(
 def make_feedback_step(
     config: Config, model: GPT, layout: Layout | None = None
 ) -> Callable[..., tuple[RunState, StepMetrics]]:
-    """The jitted step of modes feedback and block_local: (state, tokens [B, T]) -> (state, metrics), the state donated."""
+    """The jitted step of modes feedback and block_local: (state, tokens [B, T]) -> (state,
+    metrics), the state donated.
+    """
     rules, tell = make_rules(config, model, layout), _make_tell(config)
     loss_and_gradient = feedback.make_gradient(config, model)
 
@@ -212,7 +218,9 @@ def make_feedback_step(
 def make_guided_step(
     config: Config, model: GPT, layout: Layout | None = None
 ) -> Callable[..., tuple[RunState, StepMetrics]]:
-    """The jitted step of mode instruct with a backprop gradient: (state, key, tokens, fo_tokens [B, T]) -> (state, metrics)."""
+    """The jitted step of mode instruct with a backprop gradient: (state, key, tokens, fo_tokens [B,
+    T]) -> (state, metrics).
+    """
     rules, tell = make_rules(config, model, layout), _make_tell(config)
     loss = make_loss(model, rules.subset)
     loss_and_grad = _make_loss_and_grad(config, model, rules.subset)
@@ -249,9 +257,11 @@ def make_guided_step(
 def make_train_step(
     config: Config, model: GPT, layout: Layout | None = None
 ) -> Callable[..., tuple[RunState, StepMetrics, StepRecord | None]]:
-    """The step of the configured mode: (state, step from 0, tokens, fo_tokens) -> (state, metrics, record).
+    """The step of the configured mode: (state, step from 0, tokens, fo_tokens) -> (state, metrics,
+    record).
 
-    Each of the two batches is None where the step does not read it; see `batches.reads`. A step along a gradient has no record.
+    Each of the two batches is None where the step does not read it; see `batches.reads`. A step
+    along a gradient has no record.
     """
     step_key = make_step_key(config, layout)
     words = jax.jit(jax.random.key_data)
@@ -290,7 +300,9 @@ def make_step_key(config: Config, layout: Layout | None) -> Callable[[int], jax.
 
 
 def _make_tell(config: Config) -> Callable[..., tuple[RunState, StepMetrics]]:
-    """(state before, updated state and metrics, of guided directions cosine and noise) -> the state after, and what is told."""
+    """(state before, updated state and metrics, of guided directions cosine and noise) -> the state
+    after, and what is told.
+    """
     schedule = make_schedule(config.optimizer, config.train.num_steps)
 
     def tell(
@@ -315,7 +327,9 @@ def _make_tell(config: Config) -> Callable[..., tuple[RunState, StepMetrics]]:
 
 
 def _make_loss_and_grad(config: Config, model: GPT, scope: Subset) -> Callable[..., Any]:
-    """(params, tokens [B, T]) -> (loss, gradient of the trained parameters), in micro-batches, summed in float32."""
+    """(params, tokens [B, T]) -> (loss, gradient of the trained parameters), in micro-batches,
+    summed in float32.
+    """
     num_parts = config.fo.gradient_accumulation_steps
     loss = make_loss(model, scope)
 

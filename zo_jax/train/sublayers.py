@@ -1,8 +1,10 @@
-"""The parts of the GPT as functions of arrays, each with the gradient of its parameters from the error of its own output.
+"""The parts of the GPT as functions of arrays, each with the gradient of its parameters from the
+error of its own output.
 
-No part is differentiated with another: what leaves a part is the gradient of its parameters alone. Linear maps and the scales of LayerNorm
-have it in closed form; attention and the MLP's units as `credit.py` finds it.
-Axes: B blocks, T tokens, C width of the residual stream, H heads, D width of a head, U units of the MLP, N tokens of all blocks, V vocabulary.
+No part is differentiated with another: what leaves a part is the gradient of its parameters alone.
+Linear maps and the scales of LayerNorm have it in closed form; attention and the MLP's units as
+`credit.py` finds it. Axes: B blocks, T tokens, C width of the residual stream, H heads, D width of
+a head, U units of the MLP, N tokens of all blocks, V vocabulary.
 """
 
 import functools
@@ -48,7 +50,9 @@ def feed_forward(params: Any, x_BTC: jax.Array) -> jax.Array:
 
 
 def output(params: Any, head_VC: jax.Array, x_BTC: jax.Array, targets_BT: jax.Array) -> Output:
-    """The loss, the output error and the gradient of the head, in closed form: softmax - onehot, through the head and the last LayerNorm."""
+    """The loss, the output error and the gradient of the head, in closed form: softmax - onehot,
+    through the head and the last LayerNorm.
+    """
     h_BTC, normed_BTC = _norm(params, x_BTC)
     N, C = targets_BT.size, x_BTC.shape[-1]
     losses_N, d_hidden_NC, d_head_VC = cross_entropy_gradient(

@@ -1,4 +1,6 @@
-"""What a configuration must be, checked before anything is compiled: the declarations of its settings, and their combinations."""
+"""What a configuration must be, checked before anything is compiled: the declarations of its
+settings, and their combinations.
+"""
 
 from collections.abc import Mapping
 import copy
@@ -20,7 +22,9 @@ from zo_jax.train.settings import (
 
 
 def fill_in(config: Config) -> Config:
-    """A copy of a valid configuration with what its names and types say filled in: the shape of a named size, numbers as floats."""
+    """A copy of a valid configuration with what its names and types say filled in: the shape of a
+    named size, numbers as floats.
+    """
     config = copy.deepcopy(config)
     for name, value in walk(config):
         if (
@@ -57,8 +61,8 @@ def validate(config: Any) -> None:
     """Checks everything that can be checked without reading the data.
 
     Raises:
-      ConfigError: the first problem found, with the field, what it must be, and what it is; or a field that was changed,
-        but that nothing reads.
+      ConfigError: the first problem found, with the field, what it must be, and what it is; or a
+        field that was changed, but that nothing reads.
     """
     check_values(config)
     check_effects(config)
@@ -90,7 +94,9 @@ def check_values(config: Any) -> None:
 
 
 def without_effect(config: Config) -> dict[str, str]:
-    """The fields that were changed from their defaults, but that nothing reads, each with the condition that does not hold."""
+    """The fields that were changed from their defaults, but that nothing reads, each with the
+    condition that does not hold.
+    """
     values = dict(walk(config))
     changed = [one for one in SETTINGS.values() if values[one.name] != one.default]
     parts = {one.name: unmet_part(one.only_if, values) for one in changed}
@@ -114,7 +120,8 @@ def check_effects(config: Config) -> None:
     now = ", ".join(f"{name} is {as_word(values[name])}" for name in causes)
     one = len(names) == 1
     raise ConfigError(
-        f"{given} {'has' if one else 'have'} no effect: {'it is' if one else 'they are'} read only if {part}, but "
+        f"{given} {'has' if one else 'have'} no effect: {'it is' if one else 'they are'} read only "
+        f"if {part}, but "
         f"{now}; change {' or '.join(causes)}, or leave {'it' if one else 'them'} at {defaults}"
     )
 
@@ -173,13 +180,15 @@ def _check_model(config: Config) -> None:
         )
     if "float16" in (model.param_dtype, model.compute_dtype) and zo.epsilon < 2**-14:
         raise ConfigError(
-            f"zo.epsilon={zo.epsilon:g} underflows in float16, whose least normal number is 6.1e-05; use a larger "
+            f"zo.epsilon={zo.epsilon:g} underflows in float16, whose least normal number is "
+            f"6.1e-05; use a larger "
             "one, such as 1e-2, or bfloat16"
         )
     width = SIZES[model.size].width if model.size in SIZES else model.width
     if zo.rank > width:
         raise ConfigError(
-            f"zo.rank={zo.rank} is no low rank for matrices of width {width}; make it at most that, or set "
+            f"zo.rank={zo.rank} is no low rank for matrices of width {width}; make it at most "
+            f"that, or set "
             "zo.perturbation=gaussian"
         )
 
@@ -188,7 +197,8 @@ def _check_feedback(config: Config) -> None:
     dtypes = config.model.param_dtype, config.model.compute_dtype
     if config.mode == "feedback" and set(dtypes) != {"float32"}:
         raise ConfigError(
-            "mode feedback needs model.param_dtype=float32 and model.compute_dtype=float32, whose differences it takes; "
+            "mode feedback needs model.param_dtype=float32 and model.compute_dtype=float32, whose "
+            "differences it takes; "
             f"got {dtypes[0]} and {dtypes[1]}"
         )
 
@@ -252,6 +262,7 @@ def check_mesh(config: Config, sizes: Mapping[str, int]) -> None:
     for name, size in batches.items():
         if size % sizes["data"]:
             raise ConfigError(
-                f"{name} must be divisible by mesh.data; got {size} and {sizes['data']}; set a batch that is, or a "
+                f"{name} must be divisible by mesh.data; got {size} and {sizes['data']}; set a "
+                f"batch that is, or a "
                 "smaller mesh.data"
             )

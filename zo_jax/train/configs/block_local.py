@@ -1,4 +1,5 @@
-"""default.py with backprop inside every block, and none between them: each takes the output error for its own.
+"""default.py with backprop inside every block, and none between them: each takes the output error
+for its own.
 
 Command: python main.py --config=block_local
 Time and loss: docs/learning.md.

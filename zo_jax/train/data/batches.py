@@ -19,10 +19,11 @@ def read_batches(
     fo_NT: np.ndarray | None = None,
     layout: Layout | None = None,
 ) -> tuple[Any, Any]:
-    """The tokens of a step (from 0): int32 [B, T] for its queries, or [q, B, T] with `zo.batch_per_query`, and for backprop.
+    """The tokens of a step (from 0): int32 [B, T] for its queries, or [q, B, T] with
+    `zo.batch_per_query`, and for backprop.
 
-    None where the step does not read them. With a layout they are on its devices, and each process reads the blocks of its
-    own devices alone.
+    None where the step does not read them. With a layout they are on its devices, and each process
+    reads the blocks of its own devices alone.
     """
     read = layout.put_blocks if layout else lambda blocks_NT, indices: blocks_NT[indices]
     for_queries, for_backprop = reads(config, step)
@@ -49,7 +50,9 @@ def split_corpus(config: Config, train_NT: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def load_corpora(config: Config) -> Corpus:
-    """The run's corpus, with those that backprop and evaluation have of their own in their places."""
+    """The run's corpus, with those that backprop and evaluation have of their own in their
+    places.
+    """
     corpus, fo, train = load_corpus(config.data), config.fo, config.train
     load = lambda *source: load_blocks(config.data, *source, corpus.tokenizer)
     texts = [corpus.text]
@@ -63,7 +66,9 @@ def load_corpora(config: Config) -> Corpus:
 
 
 def reads(config: Config, step: int) -> tuple[bool, bool]:
-    """Whether a step (from 0) reads a batch for its queries, and whether it reads one for backprop."""
+    """Whether a step (from 0) reads a batch for its queries, and whether it reads one for
+    backprop.
+    """
     interval = {"zo": 0}.get(config.mode, config.fo.bp_interval)
     if config.mode in GRADIENT_MODES:
         interval = 1

@@ -52,7 +52,9 @@ class Corpus(NamedTuple):
 
     @property
     def digests(self) -> dict[str, Any]:
-        """What makes this corpus and the order of its batches what they are; equal only for equal ones."""
+        """What makes this corpus and the order of its batches what they are; equal only for equal
+        ones.
+        """
         ids = 0  # the same text can have other ids: a tokenizer's files can change too
         for blocks_NT in (self.train_NT, self.validation_NT, self.fo_NT):
             ids = ids if blocks_NT is None else zlib.crc32(blocks_NT.astype("<i4").tobytes(), ids)
@@ -107,7 +109,8 @@ def load_corpus(config: DataConfig) -> Corpus:
 def load_blocks(
     config: DataConfig, source: str, path: str, max_samples: int, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, str]:
-    """Another corpus in the blocks and the tokens of a run, whole: int32 [num_blocks, block_size], and a digest of its text.
+    """Another corpus in the blocks and the tokens of a run, whole: int32 [num_blocks, block_size],
+    and a digest of its text.
 
     Args:
       config: of the run's own corpus.

@@ -1,7 +1,8 @@
 """Where text comes from: the embedded corpus, local files, saved data sets, the Hugging Face Hub.
 
-`datasets` and `huggingface_hub` are imported inside the functions that need them: importing `datasets` takes more than a
-second and freezes its settings from the environment, and the default run (embedded text) needs neither.
+`datasets` and `huggingface_hub` are imported inside the functions that need them: importing
+`datasets` takes more than a second and freezes its settings from the environment, and the default
+run (embedded text) needs neither.
 """
 
 from collections.abc import Iterator, Sequence

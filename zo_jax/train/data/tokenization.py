@@ -1,6 +1,7 @@
 """Tokenizers: characters, a byte-level BPE trained on the corpus, GPT-2's BPE.
 
-`tokenizers` and `huggingface_hub` are imported inside the functions that need them; the default run needs neither.
+`tokenizers` and `huggingface_hub` are imported inside the functions that need them; the default run
+needs neither.
 """
 
 from collections.abc import Sequence

@@ -25,13 +25,16 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """The checkpoints of a folder. Each appears as a whole, when it is complete, and carries a seal; see `restore`.
+    """The checkpoints of a folder. Each appears as a whole, when it is complete, and carries a
+    seal; see `restore`.
 
-    What killed runs left behind is removed on opening. Nothing in a checkpoint is executed: it is arrays and JSON.
+    What killed runs left behind is removed on opening. Nothing in a checkpoint is executed: it is
+    arrays and JSON.
     """
 
     def __init__(self, folder: Path, keep: int | None = 2, identity: str = ""):
-        """Opens a folder, made if it is not there, of which the latest `keep` checkpoints are kept, or all.
+        """Opens a folder, made if it is not there, of which the latest `keep` checkpoints are kept,
+        or all.
 
         What is saved is sealed with the run's identity.
         """
@@ -52,7 +55,8 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> int | None:
         """Writes the state [pytree of arrays] as the checkpoint of a step, in the background.
 
-        It is copied before this returns, so that it may be donated. Waits for the one before it, and returns the step of that one.
+        It is copied before this returns, so that it may be donated. Waits for the one before it,
+        and returns the step of that one.
 
         Raises:
           OSError: the one before it, or this one, cannot be written.
@@ -92,7 +96,9 @@ class Checkpoints:
         return step
 
     def close(self) -> None:
-        """Waits, and closes. Errors of the disk were raised before, or are not worth hiding those that led here."""
+        """Waits, and closes. Errors of the disk were raised before, or are not worth hiding those
+        that led here.
+        """
         with contextlib.suppress(Exception):
             self._checkpointer.close()
 
@@ -110,18 +116,21 @@ def open_checkpoints(
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints of a folder, which another process may be writing to, ascending."""
+    """Steps of the complete checkpoints of a folder, which another process may be writing to,
+    ascending.
+    """
     return _steps(folder, "(0|[1-9][0-9]*)")
 
 
 def find_whole(folder: Path, like: Any, identity: str = "") -> tuple[list[int], list[int], Any]:
-    """Reads all checkpoints of a folder, puts aside those that are damaged or of another run, and tells of them.
+    """Reads all checkpoints of a folder, puts aside those that are damaged or of another run, and
+    tells of them.
 
     Must come before the folder is opened.
 
     Returns:
-      (steps of those that are whole; of those that have been put aside, now or before; the state of the latest that is
-      whole, or None).
+      (steps of those that are whole; of those that have been put aside, now or before; the state of
+      the latest that is whole, or None).
     """
     whole, latest = [], None
     # What the first process finds is what all of them read together.
@@ -148,7 +157,8 @@ def _steps(folder: Path, pattern: str) -> list[int]:
 def restore(folder: Path, step: int, like: Any, identity: str = "") -> Any:
     """The state of a step, placed as the arrays of `like` are.
 
-    Its seal must be right: the fingerprint of its bits, the identity of the run (unless none is given), and the step.
+    Its seal must be right: the fingerprint of its bits, the identity of the run (unless none is
+    given), and the step.
 
     Raises:
       CheckpointError: it is not, or a file is damaged.
@@ -187,7 +197,8 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     return "/orbax/" not in record.pathname
 
 
-# What goes wrong, orbax raises too, and that is told in one line; its log has the frames of every thread besides.
+# What goes wrong, orbax raises too, and that is told in one line; its log has the frames of every
+# thread besides.
 logging.getLogger("absl").addFilter(_is_not_of_orbax)
 
 
@@ -205,7 +216,9 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """What orbax and tensorstore raise when they cannot write is a ValueError, or anything else; here an OSError."""
+    """What orbax and tensorstore raise when they cannot write is a ValueError, or anything else;
+    here an OSError.
+    """
     try:
         yield
     except OSError:

@@ -26,7 +26,8 @@ RUN_FILES = (*_FILES, *_FOLDERS, "config.json")
 
 
 class Workdir:
-    """A run folder that this process, and those that run with it, have for their own, until it is closed or dies.
+    """A run folder that this process, and those that run with it, have for their own, until it is
+    closed or dies.
 
     Attributes:
       path: of the folder.
@@ -81,7 +82,8 @@ class Workdir:
             raise OSError(f"{self.path} is not the folder that the run began in")
 
     def claim(self, config: Config, corpus: Corpus, restart: bool) -> None:
-        """Locks the folder, and writes config.json, or sees that the one there is this run's. For all processes.
+        """Locks the folder, and writes config.json, or sees that the one there is this run's. For
+        all processes.
 
         Raises:
           ConfigError: the folder holds another run; nothing in it was changed.
@@ -111,7 +113,8 @@ class Workdir:
             self.reports = Reports([Interval(**interval) for interval in there["reports"]])
         elif found := [name for name in RUN_FILES if (self.path / name).exists()]:
             raise ConfigError(
-                f"{self.path} holds {', '.join(found)}, but no config.json to say what run they are of; "
+                f"{self.path} holds {', '.join(found)}, but no config.json to say what run they "
+                f"are of; "
                 "use --restart to delete them, or another --workdir"
             )
         else:  # before all other files, which without it would belong to no run
@@ -145,7 +148,8 @@ class Workdir:
         if different:
             free = ", ".join(sorted(identities.extendable(config)))
             raise ConfigError(
-                f"{self.path} holds a run with a different configuration: {', '.join(different)}; a run may go on with "
+                f"{self.path} holds a run with a different configuration: {', '.join(different)}; "
+                f"a run may go on with "
                 f"another {free} alone; use another --workdir, or --restart to delete that run"
             )
         for note in notes:
@@ -177,11 +181,13 @@ def _read_config(file: Path) -> dict[str, Any]:
             raise ValueError(f"it is a {type(there).__name__}")
     except (ValueError, RecursionError, OSError) as error:
         raise ConfigError(
-            f"{file} is not the JSON of a configuration ({error}); use --restart, or another --workdir"
+            f"{file} is not the JSON of a configuration ({error}); use --restart, or another "
+            f"--workdir"
         ) from error
     if there.get("check") != _check(there):
         raise ConfigError(
-            f"{file} is damaged, was changed by hand, or is of a version that ordered batches otherwise (its check is "
+            f"{file} is damaged, was changed by hand, or is of a version that ordered batches "
+            f"otherwise (its check is "
             "missing or wrong): put the former one back, or use --restart, or another --workdir"
         )
     return there

@@ -1,4 +1,6 @@
-"""Which run a folder holds: a short name for what makes a run what it is, and what it may go on with."""
+"""Which run a folder holds: a short name for what makes a run what it is, and what it may go on
+with.
+"""
 
 import hashlib
 import json
@@ -12,10 +14,12 @@ from zo_jax.train.settings import walk
 
 
 def identify(config: Config, corpus: Corpus) -> str:
-    """The identity of a run that begins: 64 bits, in hexadecimal, of the fixed configuration and the text.
+    """The identity of a run that begins: 64 bits, in hexadecimal, of the fixed configuration and
+    the text.
 
-    The same command gives the same one on every machine, for nothing that is computed in floating point has a part in it. A field
-    at its default has none either, so that a later version, with more fields, finds the same.
+    The same command gives the same one on every machine, for nothing that is computed in floating
+    point has a part in it. A field at its default has none either, so that a later version, with
+    more fields, finds the same.
     """
     fixed, default = flatten(fixed_fields(config)), dict(walk(Config()))
     changed = {name: x for name, x in fixed.items() if x != default[name]}

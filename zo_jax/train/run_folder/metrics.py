@@ -1,6 +1,7 @@
 """The rows of a run: metrics.csv, and what is derived from it.
 
-Each row ends with a check, a CRC-32 of the run's identity and the row: a changed digit, and a row of another run, are noticed.
+Each row ends with a check, a CRC-32 of the run's identity and the row: a changed digit, and a row
+of another run, are noticed.
 """
 
 import contextlib
@@ -50,12 +51,15 @@ Row = dict[str, str]
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a metrics.csv as they stand, less what has not all its cells; their checks are not looked at."""
+    """The rows of a metrics.csv as they stand, less what has not all its cells; their checks are
+    not looked at.
+    """
     return [row for line in _lines(path) if (row := _parse(line))]
 
 
 def read_checked(path: Path, identity: str) -> tuple[list[Row], list[str]]:
-    """The rows of a run's metrics.csv that are as they were written, by step, and what is wrong with the rest.
+    """The rows of a run's metrics.csv that are as they were written, by step, and what is wrong
+    with the rest.
 
     A last line without an end is what a killed run leaves, and nothing wrong.
     """
@@ -94,7 +98,8 @@ def _parse(line: str) -> Row | None:
 
 
 def format_row(row: dict[str, Any], identity: str) -> Row:
-    """The cells of a row, stamped with the time if it has none, and its check; columns that it lacks are empty.
+    """The cells of a row, stamped with the time if it has none, and its check; columns that it
+    lacks are empty.
 
     Floats get nine digits, with which a float32 reads back exactly.
     """
@@ -117,9 +122,11 @@ def _line(cells: Row) -> str:
 
 
 class Files:
-    """What a run writes while it trains: metrics.csv, and, derived from its rows, evaluations.jsonl and TensorBoard events.
+    """What a run writes while it trains: metrics.csv, and, derived from its rows, evaluations.jsonl
+    and TensorBoard events.
 
-    They are made anew when a run is opened, so that a killed one leaves nothing missing and nothing twice.
+    They are made anew when a run is opened, so that a killed one leaves nothing missing and nothing
+    twice.
     """
 
     def __init__(self, workdir: Path, rows: list[Row]):
@@ -134,13 +141,16 @@ class Files:
         self._table, self._evaluations = AppendFile(table), AppendFile(evaluations)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        # Its EventsWriter, not its SummaryWriter, whose thread would wait for ever once the disk is full.
+        # Its EventsWriter, not its SummaryWriter, whose thread would wait for ever once the disk is
+        # full.
         self._events = EventsWriter(str(folder / "events"))
         for row in rows:
             self._derive(row)
 
     def write(self, row: Row) -> None:
-        """Appends a row, whole; if the disk has no room, metrics.csv is as before and OSError is raised."""
+        """Appends a row, whole; if the disk has no room, metrics.csv is as before and OSError is
+        raised.
+        """
         self._table.append(f"{_line(row)}\n".encode())
         self._derive(row)
 

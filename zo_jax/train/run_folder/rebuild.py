@@ -1,4 +1,6 @@
-"""Rows and snapshots that a run has lost, made again by replay: from its seed or its checkpoints, and its ledger."""
+"""Rows and snapshots that a run has lost, made again by replay: from its seed or its checkpoints,
+and its ledger.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -31,7 +33,8 @@ class Past(NamedTuple):
     def visit(
         self, steps: list[int], call: Callable[[int, RunState, StepMetrics | None], None]
     ) -> None:
-        """Calls a function with (step, the state after it, what it told or None before the first) where replay reaches.
+        """Calls a function with (step, the state after it, what it told or None before the first)
+        where replay reaches.
 
         Args:
           steps: ascending.

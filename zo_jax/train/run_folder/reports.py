@@ -1,4 +1,6 @@
-"""What a run writes at which step: rows, validation losses, snapshots. Known exactly, so that what is missing is known too."""
+"""What a run writes at which step: rows, validation losses, snapshots. Known exactly, so that what
+is missing is known too.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -21,7 +23,9 @@ class Interval(NamedTuple):
 
 
 class Reports:
-    """What the steps of a run write: its settings, and those that it had before it went on with others."""
+    """What the steps of a run write: its settings, and those that it had before it went on with
+    others.
+    """
 
     def __init__(self, intervals: list[Interval]):
         self.intervals = intervals
@@ -45,7 +49,9 @@ class Reports:
         return step % self._at(step).log_interval == 0 or self.has_evaluation(step)
 
     def has_snapshot(self, step: int, eval_losses: Mapping[int, float]) -> bool:
-        """Whether the validation loss [by step] has at this step fallen by as much more as makes a snapshot."""
+        """Whether the validation loss [by step] has at this step fallen by as much more as makes a
+        snapshot.
+        """
         delta = self._at(step).snapshot_delta
         if not delta or step not in eval_losses:
             return False
@@ -63,7 +69,9 @@ def make_row(
     last: StepMetrics | None,
     eval_loss: float | None,
 ) -> dict[str, Any]:
-    """The row of a step, whose training blocks have a shape [N, T], from what it told (None: before the first)."""
+    """The row of a step, whose training blocks have a shape [N, T], from what it told (None: before
+    the first).
+    """
     row = describe.make_row(config, step, *shape_NT)
     if last is not None:
         row |= {

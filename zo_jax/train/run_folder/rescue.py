@@ -16,10 +16,12 @@ from zo_jax.train.steps import RunState
 
 
 def rescue(run: Run, state: RunState, error: OSError) -> str:
-    """Says what became of a run whose folder failed, after saving it elsewhere if it would lose more than the step in flight."""
+    """Says what became of a run whose folder failed, after saving it elsewhere if it would lose
+    more than the step in flight.
+    """
     step, folder = int(state.step), run.workdir.path
     if jax.process_count() > 1:  # a state that several hold together cannot be saved by one
-        return f"{error}; put that right and start all processes again: the run goes on from what is saved"
+        return f"{error}; put that right and start all processes again: the run goes on from what is saved"  # noqa: E501
     start = max(checkpoint.complete_steps(folder / "checkpoints"), default=0)
     if run.writer:
         with contextlib.suppress(OSError, ledger.LedgerError):
@@ -27,7 +29,8 @@ def rescue(run: Run, state: RunState, error: OSError) -> str:
             kept = ledger.read(run.writer.path)
             if kept.replayable(start) >= step - 1:
                 return (
-                    f"{error}; the ledger holds steps up to {kept.replayable(start)}: put that right and run the same "
+                    f"{error}; the ledger holds steps up to {kept.replayable(start)}: put that "
+                    f"right and run the same "
                     "command again"
                 )
     try:
@@ -43,6 +46,7 @@ def rescue(run: Run, state: RunState, error: OSError) -> str:
     except OSError as second:
         return f"{error}; and the state of step {step} cannot be saved elsewhere either: {second}"
     return (
-        f"{error}; the run at step {step} was saved in {safe} instead of {folder}: the same command with "
+        f"{error}; the run at step {step} was saved in {safe} instead of {folder}: the same "
+        f"command with "
         f"--workdir={safe} goes on"
     )

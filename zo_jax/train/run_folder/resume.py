@@ -1,7 +1,7 @@
 """Where a run goes on: what its folder holds, mended and opened for writing.
 
-The state is that of the latest checkpoint that is whole, or of the seed, and the ledger has the steps after it. What else is
-missing is made again where that can be, and told.
+The state is that of the latest checkpoint that is whole, or of the seed, and the ledger has the
+steps after it. What else is missing is made again where that can be, and told.
 """
 
 from collections.abc import Callable, Iterator
@@ -163,7 +163,8 @@ def _find_last(
     last = there.replayable(start) if there else start
     if damaged and last == 0:
         raise CheckpointError(
-            f"no checkpoint in {folder / 'checkpoints'} can be used; use --restart to delete the run and train from "
+            f"no checkpoint in {folder / 'checkpoints'} can be used; use --restart to delete the "
+            f"run and train from "
             "scratch, or another --workdir"
         )
     if last > num_steps:
@@ -180,7 +181,8 @@ def _open_ledger(path: Path, header: dict[str, Any], last: int) -> Iterator[ledg
     writer = ledger.Writer(path, header, last)
     if writer.lost:
         print(
-            f"the ledger lacks {len(writer.lost)} of the steps up to {last}: no replay can pass step "
+            f"the ledger lacks {len(writer.lost)} of the steps up to {last}: no replay can pass "
+            f"step "
             f"{writer.lost[-1]} but from a later checkpoint"
         )
     try:
@@ -203,7 +205,9 @@ def _share_rows(workdir: Workdir, start: int, last: int) -> tuple[list[metrics.R
 
 
 def _find_rows(workdir: Workdir, start: int, last: int) -> tuple[list[metrics.Row], list[int]]:
-    """The rows of a run up to its last step, and the steps up to `start` whose rows are missing; tells what is damaged."""
+    """The rows of a run up to its last step, and the steps up to `start` whose rows are missing;
+    tells what is damaged.
+    """
     path, reports = workdir.path / "metrics.csv", workdir.reports
     there, wrong = metrics.read_checked(path, workdir.identity)
     if wrong:
@@ -232,7 +236,8 @@ def _tell_missing(
         )
     if lost:
         processes.say(
-            f"{path}: the rows of {_steps(lost)} are lost: replay does not reach them, and nothing is guessed"
+            f"{path}: the rows of {_steps(lost)} are lost: replay does not reach them, and nothing "
+            f"is guessed"
         )
     due = [step for step in log.eval_losses if workdir.reports.has_snapshot(step, log.eval_losses)]
     if gone := [step for step in due if step <= start and step not in snapshots]:
@@ -250,7 +255,9 @@ def _steps(steps: list[int]) -> str:
 
 
 def _read_ledger(path: Path, header: dict[str, Any]) -> ledger.Ledger | None:
-    """The ledger of a run folder; one that is not this run's is put aside, for the run goes on without it."""
+    """The ledger of a run folder; one that is not this run's is put aside, for the run goes on
+    without it.
+    """
     if not path.exists():
         return None
     try:
@@ -265,7 +272,8 @@ def _read_ledger(path: Path, header: dict[str, Any]) -> ledger.Ledger | None:
     before, now = there.header.get("versions"), header["versions"]
     if before != now:
         print(
-            f"the run began with {before}, and goes on with {now}: its numbers may differ in their last bits",
+            f"the run began with {before}, and goes on with {now}: its numbers may differ in their "
+            f"last bits",
             file=sys.stderr,
         )
     return there

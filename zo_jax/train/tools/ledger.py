@@ -1,8 +1,8 @@
 """What the ledger of a run holds, and the run's state at any step rebuilt from it.
 
 zo-jax ledger RUN                          what the ledger of a run folder holds
-zo-jax ledger RUN --to-step=N              rebuilds step N from the seed, and compares it with the run's checkpoints
-zo-jax ledger RUN --to-step=N --out=DIR    and writes it to DIR as a checkpoint
+zo-jax ledger RUN --to-step=N              rebuilds step N from the seed, and compares it with the
+run's checkpoints zo-jax ledger RUN --to-step=N --out=DIR    and writes it to DIR as a checkpoint
 """
 
 from collections.abc import Sequence
@@ -49,14 +49,16 @@ def _rebuild(run: Path, to_step: int | None, out: Path | None) -> int:
     header, size = ledger.header, ledger.records.itemsize
     last = len(ledger.records)
     print(
-        f"{run / LEDGER}: {last} steps of {header['num_queries']} {header.get('perturbation')} queries, {size} bytes each"
+        f"{run / LEDGER}: {last} steps of {header['num_queries']} {header.get('perturbation')} "
+        f"queries, {size} bytes each"
     )
     identity = str(header.get("identity", ""))
     if not re.fullmatch("[0-9a-f]{0,16}", identity):
         raise LedgerError(f"the header's identity is {identity!r:.40}, which is none")
     if (of_folder := read_identity(run)) not in (None, identity):
         raise LedgerError(
-            f"the ledger is of another run ({identity!r:.40}) than the folder ({of_folder}); put it in a folder of its own "
+            f"the ledger is of another run ({identity!r:.40}) than the folder ({of_folder}); put "
+            f"it in a folder of its own "
             "to replay it"
         )
     if ledger.corrupt:
@@ -65,7 +67,8 @@ def _rebuild(run: Path, to_step: int | None, out: Path | None) -> int:
     check_possible(config)
     if (num_backprop := int(np.sum(ledger.records["kind"] == BACKPROP))) or config.mode != "zo":
         print(
-            f"mode {config.mode}: {num_backprop} steps have a backprop gradient and cannot be replayed; replay goes from the "
+            f"mode {config.mode}: {num_backprop} steps have a backprop gradient and cannot be "
+            f"replayed; replay goes from the "
             "seed or a checkpoint to the step before the next of them"
         )
     print(f"replay from the seed reaches step {ledger.replayable(0)}")
@@ -80,7 +83,8 @@ def _rebuild(run: Path, to_step: int | None, out: Path | None) -> int:
     state = steps.init_state(config, model)
     if not check_start(state, ledger):
         print(
-            f"the run began with {header.get('versions')}, and is replayed with {versions()}: last bits may differ"
+            f"the run began with {header.get('versions')}, and is replayed with {versions()}: last "
+            f"bits may differ"
         )
     folder = run / "checkpoints"
     saved = {}

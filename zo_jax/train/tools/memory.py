@@ -1,10 +1,12 @@
-"""What training needs in memory: the model sizes of the reference script, each way of training, against plain inference.
+"""What training needs in memory: the model sizes of the reference script, each way of training,
+against plain inference.
 
 zo-jax memory                                    the four sizes
 zo-jax memory --config=default --sizes=config --vocab_size=65 --config.model.param_dtype=bfloat16
 
-Steps are compiled for shapes alone: no parameter is allocated. Memory is argument + temp + output - alias of XLA's memory analysis; of a
-zeroth-order step, the larger of `project` and `update`, which are two programs.
+Steps are compiled for shapes alone: no parameter is allocated. Memory is argument + temp + output -
+alias of XLA's memory analysis; of a zeroth-order step, the larger of `project` and `update`, which
+are two programs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -99,7 +101,9 @@ STEPS = {
 
 
 def table(config: Config, vocab_size: int, sizes: Sequence[str]) -> Iterator[str]:
-    """The lines of a Markdown table, each once it is known: GB of each size and step, and the factor to inference."""
+    """The lines of a Markdown table, each once it is known: GB of each size and step, and the
+    factor to inference.
+    """
     yield "| model | step | GB | over inference | without optimiser state |"
     yield "|---|---|---|---|---|"
     for size in sizes:
@@ -141,14 +145,14 @@ def main(args: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     parser = Parser(
         prog="zo-jax memory",
-        usage="zo-jax memory [--sizes=SIZE,...] [--vocab_size=N] [--config=NAME] [--config.FIELD=VALUE ...]",
+        usage="zo-jax memory [--sizes=SIZE,...] [--vocab_size=N] [--config=NAME] [--config.FIELD=VALUE ...]",  # noqa: E501
         description=__doc__,
     )
     parser.add_argument(
         "--sizes",
         default=",".join(DEFAULT_SIZES),
         metavar="SIZE,...",
-        help=f"named sizes, of {', '.join(SIZES)}; or config, the experiment's own (default: %(default)s)",
+        help=f"named sizes, of {', '.join(SIZES)}; or config, the experiment's own (default: %(default)s)",  # noqa: E501
     )
     parser.add_argument(
         "--vocab_size",
@@ -172,7 +176,8 @@ def main(args: Sequence[str]) -> int:
         return fail(error)
     zo, data = config.zo, config.data
     print(
-        f"{config.train.batch_size} blocks of {data.block_size} tokens, {zo.num_queries} {zo.perturbation} queries, "
+        f"{config.train.batch_size} blocks of {data.block_size} tokens, {zo.num_queries} "
+        f"{zo.perturbation} queries, "
         f"{zo.parallel_batch_size} at once; parameters {config.model.param_dtype}, products "
         f"{config.model.compute_dtype}; on {jax.default_backend()}\n"
     )

@@ -1,7 +1,7 @@
 """Trains a GPT language model from scratch, with forward passes only or with backprop.
 
-zo-jax train                                     the default experiment, in a folder of its own under runs/
-zo-jax train --config=gpt2_20m --workdir=DIR --config.zo.num_queries=16
+zo-jax train                                     the default experiment, in a folder of its own
+under runs/ zo-jax train --config=gpt2_20m --workdir=DIR --config.zo.num_queries=16
 """
 
 import argparse
@@ -34,7 +34,9 @@ def main(args: Sequence[str]) -> int:
 
 
 def _read(parser: Parser, args: Sequence[str]) -> tuple[argparse.Namespace, Config]:
-    """The flags, and the experiment that they name; what is wrong with them is told to the other processes."""
+    """The flags, and the experiment that they name; what is wrong with them is told to the other
+    processes.
+    """
     try:
         options = parse(parser, args)
         config = read_experiment(options)
@@ -55,7 +57,7 @@ def _make_parser() -> Parser:
         "--workdir",
         default="",
         metavar="DIR",
-        help="run folder (default: runs/ and a name that says and hashes the settings); a run that is there goes on",
+        help="run folder (default: runs/ and a name that says and hashes the settings); a run that is there goes on",  # noqa: E501
     )
     parser.add_argument(
         "--restart",
