@@ -48,6 +48,8 @@ def _labels(lhs_ndim: int, rhs_ndim: int, dimension_numbers: Any) -> _Labels:
 def _product_with_factors(lhs, rhs, **params):
     """x (W + s u vᵀ) = x W + s (x u) vᵀ, if the change costs less than the product."""
     x, other = (lhs, rhs) if is_perturbed(lhs) else (rhs, lhs)
+    if x is lhs and other.ndim - 1 in params["dimension_numbers"][0][1]:
+        return _with_matrix_last(lhs, rhs, **params)
     labels = _labels(lhs.ndim, rhs.ndim, params["dimension_numbers"])
     x_labels, other_labels = (labels.lhs, labels.rhs) if x is lhs else (labels.rhs, labels.lhs)
     # What is rounded to fewer than 16 bits is another array than its terms.
@@ -79,6 +81,22 @@ def _product_with_factors(lhs, rhs, **params):
     change = x.scale * _contract(inner_product, inner, second, second_labels, present)
     change = _spread(change, present, labels.out)
     return (product.astype(change.dtype) + change).astype(product.dtype)
+
+
+def _with_matrix_last(lhs, rhs, *, dimension_numbers, precision, **params):
+    """W x where the vectors x are rows of an array (a function of one vector, mapped): as x Wᵀ, transposed.
+
+    What comes after mostly transposes it back. XLA does that in the product alone, but not in a sum of it and another.
+    """
+    contract, batch = dimension_numbers
+    precision = precision[::-1] if isinstance(precision, tuple) else precision
+    numbers = contract[::-1], batch[::-1]
+    out = _product_with_factors(rhs, lhs, dimension_numbers=numbers, precision=precision, **params)
+    if out is NotImplemented:
+        return NotImplemented
+    n, num_batch = out.ndim, len(batch[0])
+    middle = rhs.ndim - len(contract[1])
+    return lax.transpose(out, (*range(num_batch), *range(middle, n), *range(num_batch, middle)))
 
 
 def _union(*of: Sequence[int]) -> list[int]:
