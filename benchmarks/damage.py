@@ -30,8 +30,7 @@ sys.path.insert(0, str(ROOT / "tests/train"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="zo_jax_damage_"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-import logging
-
+from absl import logging
 import jax
 import jax.numpy as jnp
 from kill import differences, state_like
@@ -62,18 +61,26 @@ def configure(mode: str, folder: Path, seed: int = 0) -> Config:
     return config
 
 
-def prepare(mode: str, folder: Path) -> None:
-    """Makes the reference, a run killed after a step and not yet damaged, and another run of the
-    same settings but for the seed.
+def prepare(task: tuple[str, Path]) -> None:
+    """Makes the runs of a mode: one killed after a step, one complete, which is the reference, and
+    one of another seed.
+
+    Besides them it keeps what a run says that nothing has happened to.
     """
-    (folder / "bottles.txt").write_text(tiny.TEXT)
-    for name, seed in (("killed", 0), ("other", 1)):
-        config = configure(mode, folder, seed)
-        config.train.num_steps = KILLED_AT
-        run.train_and_evaluate(config, folder / mode / name)
-        shutil.rmtree(folder / mode / name / "checkpoints" / str(KILLED_AT))
-    shutil.copytree(folder / mode / "killed", folder / mode / "complete")
-    run.train_and_evaluate(configure(mode, folder), folder / mode / "complete")
+    mode, folder = task
+    with captured(folder / f"{mode}.log"):
+        for name, seed in (("killed", 0), ("other", 1)):
+            config = configure(mode, folder, seed)
+            config.train.num_steps = KILLED_AT
+            run.train_and_evaluate(config, folder / mode / name)
+            shutil.rmtree(folder / mode / name / "checkpoints" / str(KILLED_AT))
+        shutil.copytree(folder / mode / "killed", folder / mode / "complete")
+        run.train_and_evaluate(configure(mode, folder), folder / mode / "complete")
+    work = folder / f"usual_{mode}" / "run"
+    shutil.copytree(folder / mode / "complete", work)
+    _, text = go_on(mode, folder, work)
+    (folder / mode / "usual.log").write_text(text.replace(str(work), ""))
+    shutil.rmtree(work)
 
 
 def damage(base: Path, other: Path, rng: random.Random) -> str:
@@ -212,7 +219,7 @@ def try_one(task: tuple[str, Path, int]) -> tuple[str, str, str]:
 
 
 def begin_worker() -> None:
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    logging.set_verbosity(logging.WARNING)
     compile_once()
 
 
@@ -226,15 +233,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="zo_jax_damage_"))
     modes = [options.mode] if options.mode else list(MODES)
-    begin_worker()
-    for mode in modes:
-        with captured(folder / "prepare.log"):
-            prepare(mode, folder)
-        work = folder / "usual" / "run"
-        shutil.copytree(folder / mode / "complete", work)
-        _, text = go_on(mode, folder, work)
-        (folder / mode / "usual.log").write_text(text.replace(str(work), ""))
-        shutil.rmtree(folder / "usual")
+    (folder / "bottles.txt").write_text(tiny.TEXT)
     tasks = [
         (mode, folder, options.seed * 1_000_000 + i)
         for i in range(options.count)
@@ -243,6 +242,7 @@ def main() -> None:
     counts, failed = {mode: collections.Counter() for mode in modes}, 0
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.workers, begin_worker) as pool:
+        pool.map(prepare, [(mode, folder) for mode in modes], chunksize=1)
         for task, (outcome, what, said) in zip(tasks, pool.imap(try_one, tasks), strict=True):
             counts[task[0]][outcome] += 1
             failed += outcome.isupper()

@@ -84,9 +84,11 @@ def _product_with_factors(lhs, rhs, **params):
 
 
 def _with_matrix_last(lhs, rhs, *, dimension_numbers, precision, **params):
-    """W x where the vectors x are rows of an array (a function of one vector, mapped): as x Wᵀ, transposed.
+    """W x where the vectors x are rows of an array (a function of one vector, mapped): as x Wᵀ,
+    transposed.
 
-    What comes after mostly transposes it back. XLA does that in the product alone, but not in a sum of it and another.
+    What comes after mostly transposes it back. XLA does that in the product alone, but not in a sum
+    of it and another.
     """
     contract, batch = dimension_numbers
     precision = precision[::-1] if isinstance(precision, tuple) else precision
