@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT / "tests/train"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="zo_jax_damage_"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-from absl import logging
+import logging
+
 import jax
 import jax.numpy as jnp
 from kill import differences, state_like
@@ -219,7 +220,7 @@ def try_one(task: tuple[str, Path, int]) -> tuple[str, str, str]:
 
 
 def begin_worker() -> None:
-    logging.set_verbosity(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.WARNING)
     compile_once()
 
 
