@@ -297,7 +297,7 @@ def leave(code: int) -> None:
 
 @contextlib.contextmanager
 def forward_interrupts() -> Iterator[Callable[[int], str | None]]:
-    """`stops.catch_signals` for several processes: gives a function that says, after a step,
+    """`signals.catch_signals` for several processes: gives a function that says, after a step,
     whether all of them stop now.
 
     JAX's preemption service catches a SIGTERM in any of them, and finds a step that none has
