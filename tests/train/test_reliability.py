@@ -19,7 +19,7 @@ import tiny
 
 from zo_jax import ledger
 from zo_jax.train import steps
-from zo_jax.train.config import EXTENDABLE, ConfigError
+from zo_jax.train.config import EXTENDABLE, ConfigError, ZOConfig
 from zo_jax.train.data import batches
 from zo_jax.train.model import make_model
 from zo_jax.train.progress import Progress
@@ -186,7 +186,8 @@ def test_handlers_are_put_back():
 
 @pytest.mark.slow
 def test_full_disk_takes_no_row_of_backprop(tiny_config, tmp_path, small_disk, text, capfd):
-    tiny_config.mode, tiny_config.train.num_steps = "fo", 100_000
+    tiny_config.mode, tiny_config.zo = "fo", ZOConfig()
+    tiny_config.train.num_steps = 100_000
     tiny_config.train.checkpoint_interval, tiny_config.train.eval_interval = 0, 7
     free = os.statvfs(small_disk).f_bavail * 4096
     (small_disk / "filler").write_bytes(b"x" * (free - 60_000))
@@ -439,6 +440,8 @@ def test_lost_rows_are_made_again_by_replay_or_told(tiny_config, tmp_path, text,
     tiny_config.train.snapshot_delta = 1e-4
     for mode in ("zo", "fo"):
         tiny_config.mode = mode
+        if mode == "fo":
+            tiny_config.zo = ZOConfig()
         whole, folder = tmp_path / f"{mode}_whole", tmp_path / mode
         train_and_evaluate(tiny_config, whole)
         shutil.copytree(whole, folder)
@@ -529,7 +532,8 @@ def test_a_run_goes_on_under_other_numerics(tiny_config, tmp_path, text, capsys)
 
 @pytest.mark.slow
 def test_an_older_run_and_changed_memory_settings_go_on(tiny_config, tmp_path, text, capsys):
-    tiny_config.mode, path = "fo", tmp_path / "run/config.json"
+    path = tmp_path / "run/config.json"
+    tiny_config.mode, tiny_config.fo.bp_interval = "calibrate", 3
     train_and_evaluate(tiny_config, tmp_path / "run")
     there = json.loads(path.read_text())
     del there["zo"]["batch_chunks"], there["fo"]["corpus_fraction"]
@@ -555,7 +559,7 @@ def test_an_older_run_and_changed_memory_settings_go_on(tiny_config, tmp_path, t
 
 @pytest.mark.slow
 def test_damaged_configurations_are_refused_in_one_line(tiny_config, tmp_path, text):
-    tiny_config.mode, path = "fo", tmp_path / "run/config.json"
+    path = tmp_path / "run/config.json"
     train_and_evaluate(tiny_config, tmp_path / "run")
     content = path.read_text()
     for damaged in (content.replace("0.01", "0.02"), content[:-20], "[]", "\0", "[" * 100_000):
