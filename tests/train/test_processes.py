@@ -1,7 +1,9 @@
 """Several real processes on this machine, which exchange numbers over gloo."""
 
 import concurrent.futures
+import os
 from pathlib import Path
+import shutil
 import signal
 import socket
 import subprocess
@@ -211,6 +213,80 @@ def test_a_lifeline_tells_of_a_death_and_not_of_a_goodbye():
         while 0 not in told and time.monotonic() < deadline:
             time.sleep(0.01)
         assert (0 in told) == dies and 2 not in told
+
+
+@pytest.fixture
+def two_machines():
+    """Two network namespaces and a cable between them: (commands that run in them, a function that
+    cuts the cable). Needs the right to make them.
+    """
+    names = [f"zo_jax_{os.getpid()}_{i}" for i in range(2)]
+    run = lambda line: subprocess.run(line.split(), capture_output=True).returncode == 0
+    ends = [f"zo{os.getpid() % 100_000}_{i}" for i in range(2)]
+    lines = [f"ip netns add {name}" for name in names]
+    lines.append(
+        f"ip link add {ends[0]} netns {names[0]} type veth peer {ends[1]} netns {names[1]}"
+    )
+    for i, (name, one) in enumerate(zip(names, ends, strict=True)):
+        lines += [f"ip -n {name} addr add 10.9.0.{i + 1}/24 dev {one}"]
+        lines += [f"ip -n {name} link set {one} up"]
+    try:
+        if not shutil.which("ip") or not all(run(line) for line in lines):
+            pytest.skip("no right to make network namespaces")
+        commands = [["ip", "netns", "exec", name, sys.executable] for name in names]
+        yield commands, lambda: run(f"ip -n {names[1]} link set {ends[1]} down")
+    finally:
+        for name in names:
+            run(f"ip netns del {name}") if shutil.which("ip") else None
+
+
+@pytest.mark.slow
+def test_a_machine_that_vanishes_is_noticed_before_jax_aborts(two_machines):
+    commands, cut = two_machines
+    code = """if True:
+        import socket, sys, time
+        from zo_jax.train.lifeline import Lifeline
+        if sys.argv[1] == "0":
+            server = socket.create_server(("10.9.0.1", 7777))
+            print("listening", flush=True)
+            one, _ = server.accept()
+        else:
+            one = socket.create_connection(("10.9.0.1", 7777), 10)
+        Lifeline([one], lambda: print("gone", flush=True))
+        print("connected", flush=True)
+        time.sleep(60)
+    """
+    processes = []
+    for i in range(2):
+        one = subprocess.Popen(
+            [*commands[i], "-c", code, str(i)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        processes.append(one)
+        STARTED.append(one)
+        assert one.stdout.readline() == ("listening\n", "connected\n")[i]
+    assert processes[0].stdout.readline() == "connected\n"
+    assert cut()
+    told = [one.stdout.readline() for one in processes]
+    assert told == ["gone\n", "gone\n"]
+
+
+@pytest.mark.slow
+def test_who_waits_for_one_that_never_comes_ends_in_one_line(tmp_path):
+    code = """if True:
+        import sys
+        from zo_jax.train import processes
+        processes._JOIN_TIMEOUT = 1
+        processes.join(*sys.argv[1:2], 2, int(sys.argv[2]))
+    """
+    for i in (0, 1):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            where = f"localhost:{free.getsockname()[1]}"
+        command = [sys.executable, "-c", code, where, str(i)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+        assert done.returncode == 76, done
+        assert done.stderr.startswith("stopped: --distributed: not all processes came within 1 s")
+        assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

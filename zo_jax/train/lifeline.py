@@ -30,6 +30,7 @@ class Lifeline:
         self._sockets, self._when_one_dies, self._left = sockets, when_one_dies, False
         for one in sockets:
             one.settimeout(None)
+            _keep_alive(one)
             threading.Thread(target=self._watch, args=(one,), daemon=True).start()
 
     def let_go(self) -> None:
@@ -51,6 +52,17 @@ class Lifeline:
             heard = one.recv(1)
         if heard != _BYE and not self._left:
             self._when_one_dies()
+
+
+def _keep_alive(one: socket.socket) -> None:
+    """Has the kernel close a connection whose other machine is gone without closing it, before
+    JAX's service (10 s) aborts the process.
+    """
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # Where the system has them: seconds of silence, seconds between questions, questions.
+    for name, value in (("TCP_KEEPIDLE", 3), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            one.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def connect(

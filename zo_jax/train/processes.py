@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from typing import Any
 import zlib
@@ -85,12 +86,16 @@ def join(
       AnotherProcessFailed: they do not all come, or there is no cluster to ask.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Who has not come cannot be told from who comes late, and JAX would abort with frames.
+    too_late = threading.Timer(_JOIN_TIMEOUT, _end_alone)
+    too_late.daemon = True
+    too_late.start()
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
-            initialization_timeout=_JOIN_TIMEOUT,
+            initialization_timeout=_JOIN_TIMEOUT + 60,
             heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
             shutdown_timeout_seconds=_JOIN_TIMEOUT,
         )
@@ -101,14 +106,29 @@ def join(
             "--coordinator=HOST:PORT, --num_processes and --process_id to each, or start them in a "
             "cluster that JAX knows"
         ) from error
+    finally:
+        too_late.cancel()
     global _lifeline
     host = (distributed.global_state.coordinator_address or "").rpartition(":")[0]
     _lifeline = lifeline.connect(index(), count(), host, exchange, _end_with_the_others)
 
 
+def _end_alone() -> None:
+    """The others have not come."""
+    _end_now(
+        f"--distributed: not all processes came within {_JOIN_TIMEOUT} s; start all of them, with "
+        "the same --coordinator=HOST:PORT and --num_processes"
+    )
+
+
 def _end_with_the_others() -> None:
     """Another process has died, and what this one waits for may never come."""
-    print(f"stopped: {_gone('its connection is closed')}", file=sys.stderr, flush=True)
+    _end_now(_gone("its connection is closed"))
+
+
+def _end_now(reason: Any) -> None:
+    """From a thread of its own, while the main one waits for what may never come."""
+    print(f"stopped: {reason}", file=sys.stderr, flush=True)
     os._exit(AnotherProcessFailed.exit_code)
 
 
@@ -183,15 +203,18 @@ def exchange(mine: Any) -> list[Any]:
     # Values have no public way between processes but through programs of equal shapes, which
     # differing ones have not.
     client, turn = distributed.global_state.client, next(_turns)
-    key = lambda i: f"zo_jax/{turn}/{i}"
+    key = lambda turn, i: f"zo_jax/{turn}/{i}"
     try:
-        client.key_value_set_bytes(key(index()), zlib.compress(json.dumps(mine).encode()))
-        return [
+        client.key_value_set_bytes(key(turn, index()), zlib.compress(json.dumps(mine).encode()))
+        told = [
             json.loads(
-                zlib.decompress(client.blocking_key_value_get_bytes(key(i), 1000 * _PATIENCE))
+                zlib.decompress(client.blocking_key_value_get_bytes(key(turn, i), 1000 * _PATIENCE))
             )
             for i in range(count())
         ]
+        if turn:  # all of them have read the turn before, or they would not have written this one
+            client.key_value_delete(key(turn - 1, index()))
+        return told
     except jax.errors.JaxRuntimeError as error:
         raise _gone(error) from error
 
