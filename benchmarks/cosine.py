@@ -1,8 +1,8 @@
 """Cosine of the estimate to the true gradient against the number of queries, for each family of
 directions.
 
-  python benchmarks/cosine.py        prints the table and writes docs/cosine.png, about a minute on
-  2 CPU cores
+  python benchmarks/cosine.py    prints the table and writes docs/cosine.png, about a minute on 2
+                                 CPU cores
 
 A small GPT at its initial parameters, a batch of Shakespeare, exact directional derivatives
 (difference "jvp"), several keys.

@@ -53,6 +53,8 @@ def configure(mode: str, folder: Path, seed: int = 0) -> Config:
     """The tiny experiment, on a text of its own."""
     config = tiny.get_config()
     config.mode, config.seed = mode, seed
+    if mode == "fo":
+        tiny.to_backprop(config)
     config.data.source, config.data.path = "text", str(folder / "bottles.txt")
     config.train.num_steps, config.train.keep_checkpoints = NUM_STEPS, 3
     config.train.checkpoint_interval, config.train.snapshot_delta = 4, 1e-3

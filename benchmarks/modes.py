@@ -1,7 +1,7 @@
 """All modes and optimisers on the embedded corpus, at equal forward passes and at equal wall time.
 
-  python benchmarks/modes.py        writes the table of docs/modes.md and docs/modes.png, some
-  twenty minutes on 2 CPU cores
+  python benchmarks/modes.py    writes the table of docs/modes.md and docs/modes.png, some twenty
+                                minutes on 2 CPU cores
 
 Every pair of a mode and an optimiser is run with each learning rate of its grid; the best by the
 loss at equal passes is run with two more seeds. A forward pass is one evaluation of the loss on a

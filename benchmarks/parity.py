@@ -1,9 +1,10 @@
 """Whether models compute what transformers computes, and how fast.
 
-  python benchmarks/parity.py                 logits of every architecture and option against
-  transformers', adapters against PEFT's python benchmarks/parity.py --freeze        also writes the
-  logits that tests/models compares with python benchmarks/parity.py --speed         the time of a
-  forward pass, in turn with transformers' on the same cores
+  python benchmarks/parity.py             logits of every architecture and option against
+                                          transformers', adapters against PEFT's
+  python benchmarks/parity.py --freeze    also writes the logits that tests/models compares with
+  python benchmarks/parity.py --speed     the time of a forward pass, in turn with transformers' on
+                                          the same cores
 
 On a machine that does other work too, OMP_NUM_THREADS=1 taskset -c 0 makes the times of --speed
 comparable: threads that wait for each other lose more than their share.
