@@ -1,8 +1,8 @@
 """Kills real runs with SIGKILL at random moments until they have ended all the same, and compares
 them with ones left alone.
 
-  python benchmarks/kill.py                  200 kills over every mode and optimiser, and runs of two
-                                             processes
+  python benchmarks/kill.py                  200 kills over every mode and optimiser, and runs of
+                                             two processes
   python benchmarks/kill.py --count=3 --only=zo-adam --num-steps=200 --seed=1
 
 What must be equal to the bit: parameters, optimiser state and all else of the final checkpoint, the

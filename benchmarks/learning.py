@@ -1,7 +1,7 @@
 """Learning past what pairs of characters tell, with forward passes only, and what each part of it
 gives: the table of docs/learning.md.
 
-  python benchmarks/learning.py                  all rows, three seeds, the steps of configs/default.py
+  python benchmarks/learning.py                  all rows, three seeds, steps of configs/default.py
   python benchmarks/learning.py --methods=feedback,backprop --seeds=0 --steps=400
   python benchmarks/learning.py --depths=2,4,8 --methods=feedback,block_local,backprop
 

@@ -157,14 +157,15 @@ class Entries:
 
 
 class _Leaf(NamedTuple):
-    """A floating leaf: its place among all leaves, its path, itself, and its share of a
-    direction.
+    """A floating leaf: its place among all leaves, its path, itself, its share of a direction, and
+    the index in the stream of its first word.
     """
 
     index: int
     path: tuple[Any, ...]
     value: Any
     entries: Entries
+    first: int = 0
 
     @property
     def words_shape(self) -> tuple[int, ...]:
@@ -174,21 +175,27 @@ class _Leaf(NamedTuple):
     def num_words(self) -> int:
         return math.prod(self.words_shape)
 
+    @property
+    def is_large(self) -> bool:
+        return self.num_words > _LARGE_WORDS
+
 
 class _Span(NamedTuple):
-    """Consecutive words of the stream, and the leaves that own them, one after the other.
-
-    Attributes:
-      leaves: in order.
-      starts: where the words of each begin in the span.
-      first: index in the stream of the first word, even, as words come in blocks of two.
-      size: number of words.
+    """Consecutive words of the stream, which are drawn at once, and the leaves that own them, in
+    order.
     """
 
     leaves: list[_Leaf]
-    starts: list[int]
-    first: int
-    size: int
+
+    @property
+    def first(self) -> int:
+        """Index in the stream of the first word."""
+        return self.leaves[0].first
+
+    @property
+    def size(self) -> int:
+        """Number of words."""
+        return self.leaves[-1].first + self.leaves[-1].num_words - self.first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,15 +221,10 @@ class WordFamily(Family):
         return dataclasses.replace(self, layout=layout)
 
     def draw(self, params: Any, key: jax.Array) -> Direction:
-        spans = self._spans(params)
         words: list[jax.Array | None] = [None] * len(jax.tree.leaves(params))
         key = key_words(key)
-        # In one call, which compiles faster than one for each span, unless they are placed.
-        stream = None
-        if self.layout is None:
-            stream = noise.stream(key, spans[-1].first + spans[-1].size)
-        for span in spans:
-            for leaf, part in zip(span.leaves, self._draw(key, span, stream), strict=True):
+        for span in _spans(self._leaves(params)):
+            for leaf, part in zip(span.leaves, self._draw(key, span), strict=True):
                 words[leaf.index] = part
         return Direction(words, self._factor(params, words))
 
@@ -260,7 +262,7 @@ class WordFamily(Family):
         in_one = len(weights_kn) == 1
         few = with_norm and in_one and len(weights) <= UNROLLED
         squared = jnp.zeros((), jnp.float32) if few else None
-        for span in self._spans(params):
+        for span in _spans(self._leaves(params), large_alone=True):
             totals = [_widened(leaf.value) for leaf in span.leaves]
             if in_one:
                 keys_n2 = keys_kn2[0]
@@ -292,38 +294,29 @@ class WordFamily(Family):
         return keys_q2.reshape(-1, n, 2), jnp.pad(weights, (0, pad)).reshape(-1, n)
 
     def _leaves(self, params: Any) -> list[_Leaf]:
+        """The floating leaves in the order of the stream: the small ones without a gap, then the
+        large ones, each from a whole block of two words on.
+        """
         flat = jax.tree.leaves_with_path(params)
         of_leaf = zip(range(len(flat)), flat, self.entries(params), strict=True)
-        return [_Leaf(i, *x, entries) for i, x, entries in of_leaf if is_floating(x[1])]
+        leaves = [_Leaf(i, *x, entries) for i, x, entries in of_leaf if is_floating(x[1])]
+        placed, first = [], 0
+        for leaf in sorted(leaves, key=lambda leaf: leaf.is_large):
+            first += first % 2 if leaf.is_large else 0
+            placed.append(leaf._replace(first=first))
+            first += leaf.num_words
+        return placed
 
-    def _spans(self, params: Any) -> list[_Span]:
-        """The stream, span by span: first the small leaves together, then every large one alone."""
-        leaves = self._leaves(params)
-        small = [leaf for leaf in leaves if leaf.num_words <= _LARGE_WORDS]
-        large = [[leaf] for leaf in leaves if leaf.num_words > _LARGE_WORDS]
-        spans, first = [], 0
-        for together in filter(None, [small, *large]):
-            *starts, size = itertools.accumulate((x.num_words for x in together), initial=0)
-            spans.append(_Span(together, starts, first, size))
-            first += size + size % 2
-        return spans
-
-    def _draw(
-        self, key: jax.Array, span: _Span, stream: jax.Array | None = None
-    ) -> list[jax.Array]:
-        """The words of each leaf of a span, cut from the stream if there is one, each where its
-        leaf lives.
-        """
-        if stream is None:
-            own = self._everywhere(noise.stream(key, span.size, span.first))
-        else:
-            own = stream[span.first : span.first + span.size]
+    def _draw(self, key: jax.Array, span: _Span) -> list[jax.Array]:
+        """The words of each leaf of a span, each where its leaf lives."""
+        own = self._everywhere(noise.stream(key, span.size, span.first))
         words = []
-        for leaf, start in zip(span.leaves, span.starts, strict=True):
+        for leaf in span.leaves:
             shape, place = leaf.words_shape, self._words_place(leaf)
             if place is not None:
-                words.append(noise.table(key, shape, span.first + start, place))
+                words.append(noise.table(key, shape, leaf.first, place))
             else:
+                start = leaf.first - span.first
                 words.append(own[start : start + leaf.num_words].reshape(shape))
         return words
 
@@ -358,6 +351,30 @@ class WordFamily(Family):
         """The factors of many directions: 1, or float32 [q]."""
         del params, keys
         return 1
+
+
+def _spans(leaves: list[_Leaf], large_alone: bool = False) -> list[_Span]:
+    """The stream in parts, each of which is drawn at once.
+
+    A part is all leaves, or those of one subtree, as it takes the fewest programs: XLA compiles one
+    for each draw and each leaf, but the same one for the leaves of subtrees that are alike, such as
+    layers written out. Large leaves can be parts of their own, so that their words need not exist
+    together.
+    """
+    if large_alone:
+        small = [leaf for leaf in leaves if not leaf.is_large]
+        return [*_spans(small), *(_Span([leaf]) for leaf in leaves if leaf.is_large)]
+
+    def num_programs(spans: list[_Span]) -> int:
+        kinds = {tuple(leaf.words_shape for leaf in span.leaves) for span in spans}
+        return len(spans) + sum(map(len, kinds))
+
+    def subtrees(depth: int) -> list[_Span]:
+        parts = itertools.groupby(leaves, key=lambda leaf: leaf.path[:depth])
+        return [_Span(list(part)) for _, part in parts]
+
+    depths = range(1 + max((len(leaf.path) for leaf in leaves), default=0))
+    return min(map(subtrees, depths), key=num_programs)
 
 
 def _add_span(

@@ -64,10 +64,12 @@ def stream(key: jax.Array, size: int, first: int = 0) -> jax.Array:
     Args:
       key: uint32 [2].
       size: number of words.
-      first: index of the first word, even.
+      first: index of the first word.
     """
-    index = jnp.arange(-(-size // 2), dtype=jnp.uint32) + jnp.uint32(first // 2)
-    return jnp.stack(_blocks(key, index), axis=-1).reshape(-1)[:size]
+    before = first % 2  # words of the first block that come before it
+    count = -(-(before + size) // 2)
+    index = jnp.arange(count, dtype=jnp.uint32) + jnp.uint32(first // 2)
+    return jnp.stack(_blocks(key, index), axis=-1).reshape(-1)[before : before + size]
 
 
 def table(
