@@ -66,9 +66,13 @@ def _run(run: Path, to_step: int | None, base: str | None, out: Path | None) -> 
     config = from_dict(ledger.header.get("config"))
     config.model.path = base or config.model.path
     _tell(path, ledger, config)
-    check_possible(config)
     if to_step is None and base is None:
         return 0
+    if "base" in ledger.header and not config.model.path:
+        raise LedgerError("the run fine-tuned a pretrained model: give it as --base=MODEL")
+    if base and "base" not in ledger.header:
+        raise LedgerError("the run began from scratch, and has no base; leave --base out")
+    check_possible(config)
     to_step = len(ledger.records) if to_step is None else to_step
     model = _make_model(config, ledger)
     state = steps.init_state(config, model)
@@ -120,10 +124,6 @@ def _tell(path: Path, ledger: Ledger, config: Config) -> None:
 
 
 def _make_model(config: Config, ledger: Ledger) -> Any:
-    if "base" in ledger.header and not config.model.path:
-        raise LedgerError("the run fine-tuned a pretrained model: give it as --base=MODEL")
-    if config.model.path and "base" not in ledger.header:
-        raise LedgerError("the run began from scratch, and has no base")
     if config.model.path:
         return open_pretrained(config)
     vocab_size = ledger.header.get("vocab_size")
