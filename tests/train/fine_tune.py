@@ -30,7 +30,7 @@ FIELDS = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
     intermediate_size=32,
-    max_position_embeddings=48,
+    max_position_embeddings=80,
     tie_word_embeddings=True,
     eos_token_id=0,
 )

@@ -14,6 +14,7 @@ from zo_jax.layout import Layout
 from zo_jax.models.generate import generate
 from zo_jax.train.config import Config
 from zo_jax.train.data.batches import reads
+from zo_jax.train.data.sources import DataError
 from zo_jax.train.tasks import answers, encode, scores
 from zo_jax.train.tasks.encode import Chosen, Encoded, Labelled, Written
 from zo_jax.train.tasks.example import CHOICE, Example, Examples
@@ -52,7 +53,7 @@ class PromptedTask:
           examples: of `load_examples`.
 
         Raises:
-          DataError: an example is too long.
+          DataError: an example is too long, or the answers that are to be written.
         """
         self.config, self.model, self.examples = config, model, examples
         self.unit = "token of an answer" if examples.is_written else "example"
@@ -72,6 +73,11 @@ class PromptedTask:
         self.validation = part(examples.validation, measured)
         self.test = part(examples.test, measured) if examples.test else None
         self.writes = examples.is_written and config.task.answer_tokens > 0
+        if self.writes and config.task.answer_tokens >= model.context_length:
+            raise DataError(
+                f"task.answer_tokens={config.task.answer_tokens} leaves no room for a prompt in the "
+                f"model's context of {model.context_length}; lower it"
+            )
         self.measure = "eval_f1" if self.writes else "eval_accuracy"
         if examples.is_written and not self.writes:
             self.measure = "eval_loss"
