@@ -75,8 +75,8 @@ class PromptedTask:
         self.writes = examples.is_written and config.task.answer_tokens > 0
         if self.writes and config.task.answer_tokens >= model.context_length:
             raise DataError(
-                f"task.answer_tokens={config.task.answer_tokens} leaves no room for a prompt in the "
-                f"model's context of {model.context_length}; lower it"
+                f"task.answer_tokens={config.task.answer_tokens} leaves no room for a prompt in "
+                f"the model's context of {model.context_length}; lower it"
             )
         self.measure = "eval_f1" if self.writes else "eval_accuracy"
         if examples.is_written and not self.writes:

@@ -3,6 +3,9 @@ against plain inference.
 
 zo-jax memory                                    the four sizes
 zo-jax memory --config=default --sizes=config --vocab_size=65 --config.model.param_dtype=bfloat16
+zo-jax memory --config=finetune_lora:MODEL --config.model.quantized=file
+
+A pretrained model is measured as it is, on the next token of blocks of text.
 
 Steps are compiled for shapes alone: no parameter is allocated. Memory is argument + temp + output -
 alias of XLA's memory analysis; of a zeroth-order step, the larger of `project` and `update`, which
@@ -21,9 +24,10 @@ import tqdm
 
 from zo_jax.train import steps
 from zo_jax.train.arguments import Parser, add_experiment, fail, parse, read_experiment
-from zo_jax.train.config import Config, ConfigError, OptimizerConfig
+from zo_jax.train.config import Config, ConfigError, OptimizerConfig, TaskConfig
 from zo_jax.train.losses import next_token_loss
 from zo_jax.train.model import SIZES, make_model
+from zo_jax.train.pretrained import open_pretrained
 from zo_jax.train.validation import resolve, validate
 
 DEFAULT_SIZES = ("20M", "200M", "500M", "1B")
@@ -61,15 +65,15 @@ def measure(function: Callable[..., Any], *args: Any, donate: Sequence[int] = ()
 
 def inference(config: Config, vocab_size: int) -> Need:
     """The loss of one batch, and nothing else."""
-    model = make_model(config.model, vocab_size)
-    params = _state(config, vocab_size).params
+    model = _model(config, vocab_size)
+    params = model.shapes()
     loss = lambda params, tokens_BT: next_token_loss(model, params, tokens_BT)
     return Need(measure(loss, params, _tokens(config, config.train.batch_size)), _bytes(params))
 
 
 def zeroth_order(config: Config, vocab_size: int) -> Need:
     """A step of mode zo."""
-    model, state = make_model(config.model, vocab_size), _state(config, vocab_size)
+    model, state = _model(config, vocab_size), _state(config, vocab_size)
     key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
     tokens = _tokens(config, config.train.batch_size, per_query=config.zo.batch_per_query)
     loss = jax.ShapeDtypeStruct((), jnp.float32)
@@ -83,7 +87,7 @@ def zeroth_order(config: Config, vocab_size: int) -> Need:
 
 def backprop(config: Config, vocab_size: int) -> Need:
     """A step of mode fo."""
-    model, state = make_model(config.model, vocab_size), _state(config, vocab_size)
+    model, state = _model(config, vocab_size), _state(config, vocab_size)
     tokens = _tokens(config, config.fo.batch_size or config.train.batch_size)
     return Need(measure(steps.make_fo_step(config, model), state, tokens), _bytes(state.params))
 
@@ -109,6 +113,8 @@ def table(config: Config, vocab_size: int, sizes: Sequence[str]) -> Iterator[str
     for size in sizes:
         plain = inference(_sized(config, size), vocab_size)
         for name, (measure_step, mode, optimizer, checkpointed) in STEPS.items():
+            if checkpointed and config.model.path:
+                continue
             one = _sized(config, size)
             one.mode, one.model.checkpoint_activations = mode or one.mode, checkpointed
             one.optimizer = dataclasses.replace(OptimizerConfig(), name=optimizer)
@@ -128,7 +134,11 @@ def _sized(config: Config, size: str) -> Config:
 
 
 def _state(config: Config, vocab_size: int) -> Any:
-    return steps.state_shapes(config, make_model(config.model, vocab_size))
+    return steps.state_shapes(config, _model(config, vocab_size))
+
+
+def _model(config: Config, vocab_size: int) -> Any:
+    return open_pretrained(config) or make_model(config.model, vocab_size)
 
 
 def _tokens(config: Config, num_blocks: int, per_query: bool = False) -> jax.ShapeDtypeStruct:
@@ -164,7 +174,10 @@ def main(args: Sequence[str]) -> int:
     try:
         options = parse(parser, args)
         config, sizes = read_experiment(options), options.sizes.split(",")
+        config.task = TaskConfig()
         validate(config)
+        if config.model.path:
+            sizes = ["config"]
         if unknown := [size for size in sizes if size not in (*SIZES, "config")]:
             raise ConfigError(
                 f"--sizes must be of {', '.join((*SIZES, 'config'))}; got {unknown[0]!r}"
