@@ -38,8 +38,8 @@ def test_fresh_factors_change_nothing(model):
     )
     adapted = model.logits(lora.attach(model.params, factors), reference.TOKENS)
     expected = model.logits(model.params, reference.TOKENS)
-    # They add zero; XLA may sum in another order all the same.
-    assert np.max(np.abs(adapted - expected)) < 1e-6 * np.std(expected)
+    # They add zero, but XLA may sum in another order: a few last bits.
+    assert np.max(np.abs(adapted - expected)) < 4e-6 * np.std(expected)
 
 
 def test_attached_is_merged(model):

@@ -22,7 +22,6 @@ from zo_jax.fingerprint import fingerprint
 from zo_jax.train import processes
 from zo_jax.train.run_folder import identity as identities
 
-
 # In each checkpoint: its other files, as they were written.
 _FILES = "files.json"
 
