@@ -32,17 +32,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import logging
 
-import jax
-import jax.numpy as jnp
-from kill import differences, state_like
+from kill import differences, read_states, state_like
+import shared_programs
 import tiny
 
-from zo_jax.train import evaluate, loop, run
+from zo_jax.train import run
 from zo_jax.train.config import Config
-from zo_jax.train.run_folder import resume
 from zo_jax.train.signals import RunStopped
 
-state_like_cached = functools.cache(state_like)
 MODES = ("zo", "calibrate", "instruct", "fo")
 NUM_STEPS, KILLED_AT = 12, 9
 # Lines of a run that say nothing of a damage.
@@ -144,6 +141,13 @@ def damage(base: Path, other: Path, rng: random.Random) -> str:
     return f"{name}: {how}"
 
 
+@functools.cache
+def reference(whole: Path) -> tuple[Any, dict]:
+    """A state like those of a run that nothing happened to, and its states."""
+    like = state_like(whole)
+    return like, read_states(whole, like)
+
+
 @contextlib.contextmanager
 def captured(path: Path):
     """Everything that is written to stdout and stderr, by whatever it is."""
@@ -157,29 +161,6 @@ def captured(path: Path):
             sys.stdout.flush(), sys.stderr.flush()
             os.dup2(saved[0], 1), os.dup2(saved[1], 2)
             os.close(saved[0]), os.close(saved[1])
-
-
-def compile_once() -> None:
-    """Equal configurations share their compiled functions: what is tried is files, and tracing
-    takes most of a tiny run.
-    """
-
-    def share(module: Any, name: str, copy: bool = False) -> None:
-        make, made = getattr(module, name), {}
-
-        @functools.wraps(make)
-        def shared(*arguments: Any) -> Any:
-            key = repr(arguments)
-            made[key] = made[key] if key in made else make(*arguments)
-            return jax.tree.map(jnp.copy, made[key]) if copy else made[key]
-
-        setattr(module, name, shared)
-
-    for module, name in ((loop, "make_train_step"), (loop, "make_update"), (resume, "make_update")):
-        share(module, name)
-    share(evaluate, "make_evaluate")
-    share(run, "count_trained")
-    share(resume, "init_state", copy=True)  # what a step donates
 
 
 def go_on(mode: str, folder: Path, work: Path) -> tuple[str, str]:
@@ -211,7 +192,8 @@ def try_one(task: tuple[str, Path, int]) -> tuple[str, str, str]:
     if how:
         return how, what, text
     whole = folder / mode / "complete"
-    found = differences(whole, work, state_like_cached(whole), NUM_STEPS, NUM_STEPS + 1)
+    like, states = reference(whole)
+    found = differences(whole, work, states, like, NUM_STEPS, NUM_STEPS + 1)
     told = [line for line in text.splitlines() if not line.startswith(USUAL)]
     usual = (folder / mode / "usual.log").read_text().splitlines()
     told = [line for line in told if line.strip() and line.replace(str(work), "") not in usual]
@@ -223,7 +205,7 @@ def try_one(task: tuple[str, Path, int]) -> tuple[str, str, str]:
 
 def begin_worker() -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)
-    compile_once()
+    shared_programs.share()
 
 
 def main() -> None:

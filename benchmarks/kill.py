@@ -151,13 +151,30 @@ def state_like(run: Path) -> Any:
     return init_state(config, model)
 
 
-def differences(one: Path, other: Path, like: Any, num_steps: int, num_rows: int) -> list[str]:
-    """What two finished runs, with states like one, do not have in common; `one` is as it should
-    be, with so many rows.
+def read_states(run: Path, like: Any) -> dict[tuple[str, int], list[bytes] | None]:
+    """{(folder, step): the bits of a state like one} of what a run has saved; None of what cannot
+    be read.
     """
-    found = []
-    same_state = lambda name, step: _same_state(one / name, other / name, step, like)
-    if not same_state("checkpoints", num_steps):
+    found = {}
+    for name in ("checkpoints", "snapshots"):
+        for step in checkpoint.complete_steps(run / name):
+            try:
+                state = checkpoint.restore(run / name, step, like)
+                found[name, step] = [np.asarray(x).tobytes() for x in jax.tree.leaves(state)]
+            except checkpoint.CheckpointError:
+                found[name, step] = None
+    return found
+
+
+def differences(
+    one: Path, other: Path, states: dict, like: Any, num_steps: int, num_rows: int
+) -> list[str]:
+    """What two finished runs do not have in common; `one` is as it should be, with these states
+    and so many rows.
+    """
+    found, there = [], read_states(other, like)
+    last = "checkpoints", num_steps
+    if not states[last] or there.get(last) != states[last]:
         found.append("state")
     rows = lambda run: [_without_time(row) for row in metrics.read(run / "metrics.csv")]
     if rows(one) != rows(other) or len(rows(one)) != num_rows:
@@ -170,23 +187,10 @@ def differences(one: Path, other: Path, like: Any, num_steps: int, num_rows: int
     for name in ("ledger.bin", "sample.txt"):
         if _content(one / name) != _content(other / name):
             found.append(name)
-    for name in ("checkpoints", "snapshots"):
-        steps = checkpoint.complete_steps(one / name)
-        if checkpoint.complete_steps(other / name) != steps:
-            found.append(f"{name}: {steps}, {checkpoint.complete_steps(other / name)}")
-        elif different := [step for step in steps if not same_state(name, step)]:
-            found.append(f"{name} {different}")
+    for name, step in sorted(states | there):
+        if not there.get((name, step)) or there[name, step] != states.get((name, step)):
+            found.append(f"{name}/{step}")
     return found
-
-
-def _same_state(one: Path, other: Path, step: int, like: Any) -> bool:
-    """Whether two folders hold the same state of a step."""
-    try:
-        states = [checkpoint.restore(folder, step, like) for folder in (one, other)]
-    except checkpoint.CheckpointError:
-        return False
-    a, b = ([np.asarray(x).tobytes() for x in jax.tree.leaves(state)] for state in states)
-    return a == b
 
 
 def _without_time(row: dict) -> dict:
@@ -229,7 +233,8 @@ def main() -> None:
         finish(folder / "whole", arguments, num_processes)
         hit = kill_until_done(folder / "killed", arguments, num_processes, steps, kills, rng)
         like = state_like(folder / "whole")
-        found = differences(folder / "whole", folder / "killed", like, steps, steps + 1)
+        runs = folder / "whole", folder / "killed"
+        found = differences(*runs, read_states(runs[0], like), like, steps, steps + 1)
         counts = ", ".join(f"{count} {what}" for what, count in hit.items())
         print(
             f"{name}: {counts}: "

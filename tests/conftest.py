@@ -12,6 +12,10 @@ os.environ.setdefault(
 )
 # Small programs are worth keeping too: the tests compile little else.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Compiled three times faster, to slower programs. What depends on XLA's optimisations, such as sums
+# that are equal to the bit in different programs, is tested without.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 
 import jax
 import pytest

@@ -29,28 +29,44 @@ def normal(*shape):
 W, S, X = normal(6, 8), normal(3, 6, 8), normal(5, 6)
 
 
+def form(tree):
+    is_perturbed = lambda x: isinstance(x, zo_jax.Perturbed)
+    return jax.tree.map(lambda x: x.form() if is_perturbed(x) else x, tree, is_leaf=is_perturbed)
+
+
 def both(function, params, family, scale=0.1):
-    """(the value lazily, the value of the formed array, what was formed of matrices)."""
-    perturbed = family.perturb(params, KEY, scale)
+    """(the value lazily, the value of the formed arrays, what was formed of matrices), in one
+    program whose casts round.
+    """
+
+    def run(params):
+        perturbed = family.perturb(params, KEY, scale)
+        return zo_jax.lazily(function)(perturbed), function(form(perturbed))
+
+    run = jax.jit(run, compiler_options={"xla_allow_excess_precision": False})
     with zo_jax.record_formed() as formed:
-        lazy = zo_jax.lazily(function)(perturbed)
-    return lazy, function(perturbed.form()), formed
+        lazy, whole = run(params)
+    return lazy, whole, formed
 
 
 @families
 @pytest.mark.parametrize("narrow", ["bfloat16", "float16", "float8_e4m3fn"])
 def test_a_cast_to_fewer_bits_rounds(family, narrow):
     round_trip = lambda w: w.astype(narrow).astype(jnp.float32)
-    lazy, formed, _ = both(round_trip, W, family)
-    np.testing.assert_array_equal(lazy, formed)
-    assert not np.array_equal(lazy, family.perturb(W, KEY, 0.1).form())
-    lazy, formed, _ = both(lambda w: X @ round_trip(w), W, family)
-    np.testing.assert_allclose(lazy, formed, rtol=1e-5, atol=1e-5)
-    # A parameter's own dtype rounds too.
-    lazy, formed, _ = both(lambda w: w.astype(jnp.float32), W.astype(narrow), family)
-    np.testing.assert_array_equal(lazy, formed)
-    lazy, formed, _ = both(lambda w: X @ w.astype(jnp.float32), W.astype("bfloat16"), family)
-    np.testing.assert_allclose(lazy, formed, rtol=1e-5, atol=1e-5)
+    widen = lambda w: w.astype(jnp.float32)
+    params = {"w": W, "of its own": W.astype(narrow), "half": W.astype("bfloat16")}
+    lazy, formed, _ = both(
+        lambda p: {
+            "exact": (round_trip(p["w"]), widen(p["of its own"])),
+            "near": (X @ round_trip(p["w"]), X @ widen(p["half"])),
+        },
+        params,
+        family,
+    )
+    jax.tree.map(np.testing.assert_array_equal, lazy["exact"], formed["exact"])
+    assert not np.array_equal(lazy["exact"][0], form(family.perturb(params, KEY, 0.1))["w"])
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, lazy["near"], formed["near"])
 
 
 def test_a_cast_that_loses_nothing_is_undone():
@@ -69,34 +85,33 @@ def test_look_ups_out_of_bounds(family, mode):
         else jnp.array([[0, 5, -1]])
     )
     fill = dict(fill_value=0) if mode == "fill" else {}
-    for table in (W, S, normal(6)):
-        for axis in range(table.ndim):
-            where = (*(slice(None),) * axis, ids)
-            look_up = lambda w: w.at[where].get(mode=mode, **fill)
-            lazy, formed, _ = both(look_up, table, family)
-            np.testing.assert_allclose(lazy, formed, rtol=1e-6, atol=1e-6)
+    look_up = lambda w: [
+        w.at[(*(slice(None),) * axis, ids)].get(mode=mode, **fill) for axis in range(w.ndim)
+    ]
+    lazy, formed, _ = both(lambda tables: [look_up(w) for w in tables], [W, S, normal(6)], family)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    jax.tree.map(close, lazy, formed)
 
 
 @families
 def test_padding_has_no_gradient(family):
     ids = jnp.array([0, 99, 2, -100])
     loss = lambda w: jnp.sum(w.at[ids].get(mode="fill", fill_value=0) * 5)
-    slope = jax.grad(lambda s: zo_jax.lazily(loss)(family.perturb(W, KEY, s)))(0.0)
-    z = family.direction(W, KEY)
+    slope = jax.jit(jax.grad(lambda s: zo_jax.lazily(loss)(family.perturb(W, KEY, s))))(0.0)
+    z = jax.jit(family.direction)(W, KEY)
     np.testing.assert_allclose(slope, 5 * jnp.sum(z[jnp.array([0, 2])]), rtol=1e-5)
 
 
 @families
 @pytest.mark.parametrize("mode", ["drop", "clip", "promise_in_bounds"])
-@pytest.mark.parametrize("indices", [[2, 0], [1, 1], [7, 1], [-1, 0], [-9, 2]])
-def test_layers_put_in_a_stack(family, mode, indices):
-    if mode == "promise_in_bounds" and not all(-3 <= i < 3 for i in indices):
-        pytest.skip("a promise that is not kept")
-    put = lambda w: jnp.ones(S.shape).at[jnp.array(indices)].set(w, mode=mode)
-    layers = lambda w: lax.scan(lambda carry, layer: (carry, X @ layer), 0, put(w))[1]
-    for function in (put, layers):
-        lazy, formed, _ = both(function, S[:2], family)
-        np.testing.assert_allclose(lazy, formed, rtol=1e-5, atol=1e-5)
+def test_layers_put_in_a_stack(family, mode):
+    is_kept = lambda indices: mode != "promise_in_bounds" or all(-3 <= i < 3 for i in indices)
+    places = [i for i in ([2, 0], [1, 1], [7, 1], [-1, 0], [-9, 2]) if is_kept(i)]
+    put = lambda w, i: jnp.ones(S.shape).at[jnp.array(i)].set(w, mode=mode)
+    layers = lambda w, i: lax.scan(lambda carry, layer: (carry, X @ layer), 0, put(w, i))[1]
+    lazy, formed, _ = both(lambda w: [(put(w, i), layers(w, i)) for i in places], S[:2], family)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, lazy, formed)
 
 
 def test_layers_of_low_rank_in_a_stack_are_not_formed():
@@ -167,27 +182,27 @@ def test_large_tables_are_perturbed_in_parts(kind, monkeypatch):
     monkeypatch.setattr(products, "_BLOCK_ENTRIES", 16)
     monkeypatch.setattr(products, "MIN_BLOCKED", 32)
     through = lambda w: w.astype(jnp.bfloat16).astype(jnp.float32)
-    for params, function in (
-        (W, lambda w: normal(2, 4, 8) @ w.T),
-        (W, lambda w: w @ normal(8, 3)),
-        (W, lambda w: through(w) @ normal(8, 3)),
-        (S, lambda w: jnp.einsum("bei,eio->beo", normal(5, 3, 6), w)),
-        (S, lambda w: jnp.einsum("eio,bie->ebo", through(w), normal(5, 6, 3))),
-    ):
-        lazy, formed, record = both(function, params, FAMILIES[kind])
-        np.testing.assert_allclose(lazy, formed, rtol=1e-5, atol=1e-5)
-        assert record == []
+    products_of = lambda w, s: [
+        normal(2, 4, 8) @ w.T,
+        w @ normal(8, 3),
+        through(w) @ normal(8, 3),
+        jnp.einsum("bei,eio->beo", normal(5, 3, 6), s),
+        jnp.einsum("eio,bie->ebo", through(s), normal(5, 6, 3)),
+    ]
+    lazy, formed, record = both(lambda p: products_of(*p), (W, S), FAMILIES[kind])
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, lazy, formed)
+    assert record == []
 
 
 @families
 def test_a_dense_table_on_its_side(family):
-    perturbed = family.perturb(S, KEY, 0.1)
-    for permutation in ((0, 2, 1), (2, 0, 1), (1, 2, 0)):
-        function = lambda w, p=permutation: jnp.transpose(jnp.transpose(w, p), np.argsort(p))
-        np.testing.assert_array_equal(zo_jax.lazily(function)(perturbed), perturbed.form())
+    there_and_back = lambda w, p: jnp.transpose(jnp.transpose(w, p), np.argsort(p))
+    turned = lambda w: [there_and_back(w, p) for p in ((0, 2, 1), (2, 0, 1), (1, 2, 0))]
     across = lambda w: jnp.einsum("abc,db->dca", jnp.transpose(w, (2, 1, 0)), normal(4, 6))
-    lazy, formed, _ = both(across, S, family)
-    np.testing.assert_allclose(lazy, formed, rtol=1e-5, atol=1e-5)
+    lazy, formed, _ = both(lambda w: (turned(w), across(w)), S, family)
+    jax.tree.map(np.testing.assert_array_equal, lazy[0], formed[0])
+    np.testing.assert_allclose(lazy[1], formed[1], rtol=1e-5, atol=1e-5)
 
 
 @jax.tree_util.register_dataclass

@@ -37,7 +37,9 @@ def test_fresh_factors_change_nothing(model):
         not np.any(f.up) and np.all(np.std(f.down, axis=(1, 2)) > 0.05) for f in factors.values()
     )
     adapted = model.logits(lora.attach(model.params, factors), reference.TOKENS)
-    np.testing.assert_array_equal(adapted, model.logits(model.params, reference.TOKENS))
+    expected = model.logits(model.params, reference.TOKENS)
+    # They add zero, but XLA may sum in another order: a few last bits.
+    assert np.max(np.abs(adapted - expected)) < 4e-6 * np.std(expected)
 
 
 def test_attached_is_merged(model):

@@ -1,3 +1,4 @@
+from pathlib import Path
 import pickle
 import shutil
 
@@ -62,24 +63,65 @@ def test_those_of_another_run_or_step_are_put_aside(tmp_path, capsys):
     assert "it is of another run" in err and "it is that of step 2" in err and err.count("\n") == 3
 
 
-def test_every_flipped_bit_of_an_array_is_noticed(tmp_path, capsys):
-    # 40 flips of 40 went through orbax and tensorstore unnoticed when this was written.
+@pytest.fixture
+def two(tmp_path):
+    """A folder with two checkpoints of an array, and the largest file of the second."""
     state = {"w": jax.random.normal(jax.random.key(1), (3000,))}
     with checkpoint.open_checkpoints(tmp_path / "c") as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, state)
-    data = max((tmp_path / "c/2").rglob("ocdbt*/d/*"), key=lambda path: path.stat().st_size)
-    whole, rng = data.read_bytes(), np.random.default_rng(0)
-    for _ in range(10):
-        damaged = bytearray(whole)
-        damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
-        data.write_bytes(damaged)
-        shutil.copytree(tmp_path / "c", tmp_path / "d")
-        found, unusable, latest = checkpoint.find_whole(tmp_path / "d", state)
-        assert np.array_equal(latest["w"], state["w"])
-        assert found == [1, 2] or unusable == [2]
-        assert not unusable or "cannot be used" in capsys.readouterr().err
+    largest = max((tmp_path / "c/2").rglob("ocdbt*/d/*"), key=lambda path: path.stat().st_size)
+    return tmp_path / "c", state, largest
+
+
+def flip(path, at, bit):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_every_flipped_bit_of_any_file_is_noticed(two, tmp_path, capsys):
+    folder, state, _ = two
+    rng = np.random.default_rng(0)
+    files = [path.relative_to(folder) for path in (folder / "2").rglob("*") if path.is_file()]
+    assert len(files) > 5 and Path("2/files.json") in files
+    for name in files:
+        shutil.copytree(folder, tmp_path / "d")
+        path = tmp_path / "d" / name
+        flip(path, rng.integers(path.stat().st_size), rng.integers(8))
+        whole, aside, latest = checkpoint.find_whole(tmp_path / "d", state)
+        assert (whole, aside) == ([1], [2]) and np.array_equal(latest["w"], state["w"])
+        assert "is not as it was written" in capsys.readouterr().err
         shutil.rmtree(tmp_path / "d")
+
+
+def test_flipped_bits_of_an_array_are_noticed_without_the_list_of_files(two, capsys):
+    # 40 flips of 40 went through orbax and tensorstore unnoticed when this was written.
+    folder, state, path = two
+    (folder / "2/files.json").unlink()
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(5):
+        flip(path, rng.integers(2000, 8000), rng.integers(8))  # among the numbers
+        with pytest.raises(checkpoint.CheckpointError, match="wrong fingerprint"):
+            checkpoint.restore(folder, 2, state)
+        path.write_bytes(whole)
+    # A run that is killed before the list is written goes on from there.
+    assert np.array_equal(checkpoint.restore(folder, 2, state)["w"], state["w"])
+
+
+def test_files_that_are_strange_to_a_checkpoint_are_noticed(tmp_path, capsys):
+    with checkpoint.open_checkpoints(tmp_path / "c", keep=None) as checkpoints:
+        for step in range(5):
+            checkpoints.save(step, state_of(step))
+    (tmp_path / "c/1/state/_METADATA").unlink()
+    (tmp_path / "c/2/_METADATA").write_text("{}")
+    (tmp_path / "c/3/files.json").unlink()
+    (tmp_path / "c/3/files.json").mkdir()
+    (tmp_path / "c/4/files.json").write_text("[1]")
+    assert found(tmp_path / "c") == ([0], [1, 2, 3, 4])
+    err = capsys.readouterr().err
+    assert "'state/_METADATA' is not as it was written" in err
+    assert err.count("'files.json' is not as it was written") == 2 and err.count("\n") == 4
 
 
 def test_truncated_and_vanished_files(tmp_path):

@@ -1,24 +1,30 @@
 """Checkpoints of the training state. The only module that knows orbax."""
 
 from collections.abc import Iterator
+from concurrent import futures
 import contextlib
-import gc
+import json
 import logging
+import os
 from pathlib import Path
 import re
 import sys
 from typing import Any
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from zo_jax.atomic import set_aside
+from zo_jax.atomic import set_aside, write_atomic
 from zo_jax.fingerprint import fingerprint
 from zo_jax.train import processes
 from zo_jax.train.run_folder import identity as identities
 from zo_jax.trees import WHOLE, Subset
+
+# In each checkpoint: its other files, as they were written.
+_FILES = "files.json"
 
 
 class CheckpointError(ValueError):
@@ -48,7 +54,8 @@ class Checkpoints:
             preservation_policy=policies.LatestN(keep) if keep else policies.PreserveAll(),
             cleanup_tmp_directories=True,
         )
-        self._writing: tuple[int, Any] | None = None
+        self._writing: tuple[int, futures.Future[None]] | None = None
+        self._completer = futures.ThreadPoolExecutor(1)
 
     @property
     def steps(self) -> list[int]:
@@ -76,12 +83,19 @@ class Checkpoints:
                 force=True,
                 overwrite=True,
             )
-        self._writing = step, response
+        self._writing = step, self._completer.submit(self._complete, step, response)
         return before
+
+    def _complete(self, step: int, response: Any) -> None:
+        """Lists the files of a checkpoint once they are written."""
+        response.result()
+        if processes.is_first():
+            folder = self.folder / str(step)
+            write_atomic(folder / _FILES, json.dumps(_list_files(folder)))
 
     def finished(self) -> int | None:
         """The step of a checkpoint that has become complete since `save`, told once."""
-        if self._writing and not self._checkpointer.is_saving_in_progress():
+        if self._writing and self._writing[1].done():
             return self.wait()
         return None
 
@@ -93,15 +107,16 @@ class Checkpoints:
         """
         if not self._writing:
             return None
-        (step, response), self._writing = self._writing, None
+        (step, writing), self._writing = self._writing, None
         with _disk_errors(self.folder):
-            response.result()
+            writing.result()
         return step
 
     def close(self) -> None:
         """Waits, and closes. Errors of the disk were raised before, or are not worth hiding those
         that led here.
         """
+        self._completer.shutdown()
         with contextlib.suppress(Exception):
             self._checkpointer.close()
 
@@ -181,13 +196,15 @@ def restore(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
         {"state": kept, "seal": _seal(kept, *mine, np.uint32(step))},
     )
-    for array in jax.tree.leaves(kept) if give_up else ():
-        array.delete()
-    found, reason = None, ""
-    with _quiet():
+    folder, found = Path(folder).absolute() / str(step), None
+    # Before orbax sees it: of a damaged file its tasks print frames long after it has raised.
+    reason = processes.first_tells(lambda: _find_damage(folder))
+    if not reason:
+        for array in jax.tree.leaves(kept) if give_up else ():
+            array.delete()
         try:
-            found = ocp.load(Path(folder).absolute() / str(step), abstract)
-        except Exception as error:  # a damaged file can raise anything
+            found = ocp.load(folder, abstract)
+        except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     # A file that one of several processes cannot read is lost to all.
     if not processes.all_agree(not reason) or found is None:
@@ -217,16 +234,32 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
 logging.getLogger("absl").addFilter(_is_not_of_orbax)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside, tasks of orbax that nothing awaits any more print no frames."""
-    hook = sys.unraisablehook
+def _list_files(folder: Path) -> dict[str, list[int]]:
+    """{name in a checkpoint: [size, CRC-32]} of all its files but the list itself."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not name.startswith(_FILES):
+            size = crc = 0
+            with path.open("rb") as file:
+                while part := file.read(1 << 20):
+                    size, crc = size + len(part), zlib.crc32(part, crc)
+            found[name] = [size, crc]
+    return found
+
+
+def _find_damage(folder: Path) -> str:
+    """What is wrong with the files of a checkpoint, by its list; "" if nothing is, or it has none
+    because the run was killed before it was written.
+    """
+    if not os.path.lexists(folder / _FILES):
+        return ""
     try:
-        sys.unraisablehook = lambda _: None
-        yield
-        gc.collect()
-    finally:
-        sys.unraisablehook = hook
+        there, listed = _list_files(folder), json.loads((folder / _FILES).read_bytes())
+        wrong = [name for name in {**listed, **there} if there.get(name) != listed.get(name)]
+    except (OSError, ValueError, TypeError, AttributeError):
+        wrong = [_FILES]
+    return f"{wrong[0]!r:.80} is not as it was written" if wrong else ""
 
 
 @contextlib.contextmanager
