@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from zo_jax.train import evaluate, loop, run
+from zo_jax.train import finish, loop, run
 from zo_jax.train.config import Config
 from zo_jax.train.run_folder import resume
+from zo_jax.train.tasks import text
 
 # (where it is looked up, its name, whether what it returns is donated)
 _MAKERS = (
@@ -18,9 +19,9 @@ _MAKERS = (
     (loop, "make_update", False),
     (resume, "make_update", False),
     (resume, "init_state", True),
-    (run, "init_state", True),
+    (finish, "init_state", True),
     (run, "count_trained", False),
-    (evaluate, "make_evaluate", False),
+    (text, "make_evaluate", False),
 )
 
 
@@ -43,7 +44,11 @@ def _once(make: Callable[..., Any], made: dict, is_donated: bool) -> Callable[..
 
 
 def _relevant(argument: Any) -> str:
-    """What tells a program from another: of a configuration neither its data nor its reports."""
+    """What tells a program from another: of a configuration neither its data nor its reports, of
+    the loss of a text its model.
+    """
+    if isinstance(getattr(argument, "__self__", None), text.TextTask):
+        argument = argument.__self__.model
     if not isinstance(argument, Config):
         return repr(argument)
     is_open = argument.optimizer.schedule == "constant"
