@@ -72,6 +72,7 @@ def generate(
     stop: Sequence[str] = (),
     stop_tokens: Sequence[int] | None = None,
     seed: int = 0,
+    streams: Sequence[int] | np.ndarray | None = None,
 ) -> Generated:
     """Continues prompts, each as if it were alone.
 
@@ -88,7 +89,8 @@ def generate(
       top_p: in (0, 1].
       stop: strings that end a text.
       stop_tokens: ids that end a text; None for the model's.
-      seed: of the draws; prompt i draws by key `fold_in(key(seed), i)` and by position.
+      seed: of the draws; prompt i draws by key `fold_in(key(seed), streams[i])` and by position.
+      streams: for each prompt the number of its stream; None for its own number.
 
     Raises:
       ValueError: a prompt is empty or too long, the model has no tokenizer or no chat template, or
@@ -107,7 +109,8 @@ def generate(
     stops = model.config.eos_tokens if stop_tokens is None else stop_tokens
     # At least one, which no token is.
     stops = jnp.asarray([*stops, -1], jnp.int32)
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(ids)))
+    streams = np.arange(len(ids)) if streams is None else np.asarray(streams)
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), streams)
     static = {"config": model.config, "dtype": jnp.dtype(model.dtype)}
 
     lengths_B = np.asarray([len(row) for row in ids], np.int32)

@@ -14,7 +14,7 @@ import numpy as np
 from zo_jax.models.config import Config
 from zo_jax.models.layers import Cache, attention, layer_norm, linear
 from zo_jax.models.spec import Leaf, matrix, norm
-from zo_jax.models.weights import rows
+from zo_jax.models.weights import is_weight, rows
 
 PREFIX = "transformer."
 _ACTIVATIONS = {
@@ -96,6 +96,9 @@ def hidden(
         return (x_BTC, cache), None
 
     x_BTC = rows(params["wte"]["weight"], tokens_BT, dtype)
+    # Of a population the positions of every row are its member's.
+    if is_weight(params["wpe"]["weight"]):
+        positions_BT = jnp.broadcast_to(positions_BT, tokens_BT.shape)
     x_BTC = x_BTC + rows(params["wpe"]["weight"], positions_BT, dtype)
     windows = np.asarray(config.windows, np.int32)
     slices = params["h"], windows, np.arange(config.num_layers)

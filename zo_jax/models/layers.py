@@ -10,7 +10,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from zo_jax.models.weights import product
+from zo_jax.models.weights import is_weight, product
 
 
 class Cache(NamedTuple):
@@ -50,8 +50,10 @@ def layer_norm(x: jax.Array, part: dict[str, Any], epsilon: float) -> jax.Array:
     return y.astype(x.dtype) * along_last(part["scale"], x) + along_last(part["bias"], x)
 
 
-def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
+def along_last(vector: Any, like: jax.Array) -> jax.Array:
     """A vector shaped to go with the last axis of an array, in its dtype."""
+    if is_weight(vector):
+        return vector.along_last(like)
     return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
 
 

@@ -26,6 +26,10 @@ class Weight:
         """The weight itself, float32 or better."""
         raise NotImplementedError
 
+    def along_last(self, like: jax.Array) -> jax.Array:
+        """Of a vector, shaped to go with the last axis of an array, in its dtype."""
+        raise NotImplementedError
+
 
 def product(x: jax.Array, weight: Any, out_dtype: Any = None) -> jax.Array:
     """x Wᵀ, [..., in] to [..., out], in x's dtype or the one asked for."""
