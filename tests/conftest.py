@@ -12,15 +12,31 @@ os.environ.setdefault(
 )
 # Small programs are worth keeping too: the tests compile little else.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Compiled three times faster, to slower programs. What depends on XLA's optimisations, such as sums
-# that are equal to the bit in different programs, is tested without.
+# Compiled three times faster, to slower programs. What rests on XLA's optimisations, such as
+# numbers that different programs compute to the same bit, is tested in processes without.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+os.environ.setdefault("XLA_FLAGS", QUICK)
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# What takes longest begins first, so that the workers end together.
+LONGEST = (
+    "test_reliability",
+    "test_sharding",
+    "test_processes",
+    "test_estimators",
+    "test_modes",
+    "test_settings",
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ said to be where they are not.
 """
 
 import dataclasses
+import functools
 
 from flax import linen as nn
 import jax
@@ -29,26 +30,41 @@ def feedback_config(tiny_config):
     return tiny_config
 
 
-def setup(config):
-    """A model at a point where no bias is zero and no scale one, and tokens [3, 8]."""
-    model = make_model(config.model, VOCAB)
-    params = model.fresh(jax.random.key(0))
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [x + 0.4 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+@functools.cache
+def _setup(model):
+    start = jax.jit(model.fresh)(jax.random.key(0))
+    leaves, treedef = jax.tree.flatten(start)
+    rng = np.random.default_rng(1)
+    moved = [x + 0.4 * rng.standard_normal(x.shape, np.float32) for x in leaves]
     tokens = np.random.default_rng(0).integers(0, VOCAB, (3, 8)).astype(np.int32)
     return model, jax.tree.unflatten(treedef, moved), tokens
 
 
+def setup(config):
+    """A model at a point where no bias is zero and no scale one, and tokens [3, 8]."""
+    return _setup(make_model(config.model, VOCAB))
+
+
+# By configuration: many tests look at the same gradient.
+GRADIENTS = {}
+
+
 def gradient_of(config, key=0):
     model, params, tokens = setup(config)
-    return jax.jit(feedback.make_gradient(config, model))(params, jax.random.key(key), tokens)
+    if repr(config) not in GRADIENTS:
+        GRADIENTS[repr(config)] = jax.jit(feedback.make_gradient(config, model))
+    return GRADIENTS[repr(config)](params, jax.random.key(key), tokens)
+
+
+@functools.cache
+def _true_gradient(model):
+    _, params, tokens = _setup(model)
+    loss = lambda params: next_token_loss(model, params, tokens)
+    return jax.jit(jax.value_and_grad(loss))(params)
 
 
 def true_gradient(config):
-    model, params, tokens = setup(config)
-    loss = lambda params: next_token_loss(model, params, tokens)
-    return jax.jit(jax.value_and_grad(loss))(params)
+    return _true_gradient(make_model(config.model, VOCAB))
 
 
 def assert_close(a, b, rtol=1e-4, atol=1e-6):

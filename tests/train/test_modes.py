@@ -48,6 +48,10 @@ def unflat(vector, like):
     return jax.tree.unflatten(jax.tree.structure(like), out)
 
 
+def gradient(model, params, tokens):
+    return jax.jit(jax.grad(lambda params: next_token_loss(model, params, tokens)))(params)
+
+
 def central(loss, start, directions, epsilon):
     at = lambda v: float(loss(unflat(v, start)))
     theta = flat(start)
@@ -78,15 +82,16 @@ def test_guided_step_equals_numpy(tiny_config, method, num_guided):
     )
 
     loss = jax.jit(lambda params: next_token_loss(model, params, tokens))
-    g_tree = jax.grad(lambda params: next_token_loss(model, params, fo_tokens))(start)
+    g_tree = gradient(model, start, fo_tokens)
     g = flat(g_tree)
     key, k = jax.random.fold_in(steps.base_key(config), 0), num_guided or q
-    made = instruct_directions(g_tree, jax.random.fold_in(key, 0), k, 0.6, 0.5, method)
+    make = lambda g, key: instruct_directions(g, key, k, 0.6, 0.5, method)
+    made = jax.jit(make)(g_tree, jax.random.fold_in(key, 0))
     z = [flat(jax.tree.map(lambda x: x[i], made)) for i in range(k)]
     family = steps.make_estimator(config).family
     z += (
         [
-            flat(family.direction(start, r))
+            flat(jax.jit(family.direction)(start, r))
             for r in jax.random.split(jax.random.fold_in(key, 1), q - k)
         ]
         if k < q
@@ -109,7 +114,7 @@ def test_fo_step_equals_numpy(tiny_config):
     assert len(tokens) == 3
     start = jax.tree.map(np.array, state.params)
     new, info = steps.make_fo_step(config, model)(state, tokens)
-    g = flat(jax.grad(lambda params: next_token_loss(model, params, tokens))(start))
+    g = flat(gradient(model, start, tokens))
     np.testing.assert_allclose(info.grad_norm, np.linalg.norm(g), rtol=1e-5)
     np.testing.assert_allclose(flat(new.params), flat(start) - 1e-2 * g, rtol=1e-5, atol=1e-7)
 
@@ -147,7 +152,7 @@ def test_cosine_target_one_without_noise_is_backprop(tiny_config, method):
     tokens, fo_tokens = batches.read_batches(config, corpus.train_NT, 0)
     start = jax.tree.map(np.array, state.params)
     new, _ = steps.make_guided_step(config, model)(state, steps.base_key(config), tokens, fo_tokens)
-    g = flat(jax.grad(lambda params: next_token_loss(model, params, fo_tokens))(start))
+    g = flat(gradient(model, start, fo_tokens))
     moved = flat(start) - flat(new.params)
     assert moved @ g / np.linalg.norm(moved) / np.linalg.norm(g) >= 0.999
 
@@ -308,9 +313,10 @@ def test_a_stack_in_part_is_perturbed_layer_by_layer(tiny_config, perturbation, 
     trained = scope.select(state.params)
     loss = jax.jit(lambda t: next_token_loss(model, scope.merge(state.params, t), tokens))
     family = steps.make_estimator(config).family
-    z = [flat(family.direction(trained, k)) for k in jax.random.split(key, 3)]
+    z = [flat(jax.jit(family.direction)(trained, k)) for k in jax.random.split(key, 3)]
     if difference == "central":
         expected = central(loss, trained, z, 1e-2)
     else:
-        expected = [zi @ flat(jax.grad(loss)(trained)) for zi in z]
+        g = flat(jax.jit(jax.grad(loss))(trained))
+        expected = [zi @ g for zi in z]
     np.testing.assert_allclose(c, expected, rtol=1e-3, atol=1e-3)

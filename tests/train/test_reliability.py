@@ -31,6 +31,10 @@ from zo_jax.train.signals import CannotWrite, Diverged, Interrupted, catch_signa
 from zo_jax.train.tools.ledger import main as replay_main
 
 ROOT = Path(__file__).parents[2]
+# Seconds for what must end, or must come: many times what it takes.
+PATIENCE = 600
+# A run that does not end by itself.
+ENDLESS = ("train.num_steps=100000", "train.eval_interval=100000", "train.checkpoint_interval=0")
 
 
 def start(folder, *fields, before=()):
@@ -45,15 +49,20 @@ def start(folder, *fields, before=()):
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
 
 
+def wait_until(has_come, process):
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < deadline:
+        if has_come():
+            return
+        time.sleep(0.002)
+    process.kill()
+    raise AssertionError(process.communicate())
+
+
 def wait_for_rows(folder, count, process):
     """Until the process has written `count` rows more."""
     count += len(metrics.read(folder / "metrics.csv"))
-    deadline = time.monotonic() + 100
-    while process.poll() is None and time.monotonic() < deadline:
-        if len(metrics.read(folder / "metrics.csv")) >= count:
-            return
-        time.sleep(0.002)
-    raise AssertionError(process.communicate())
+    wait_until(lambda: len(metrics.read(folder / "metrics.csv")) >= count, process)
 
 
 def losses_of(folder):
@@ -84,69 +93,89 @@ def text(tmp_path, tiny_config):
 
 @pytest.mark.slow
 def test_killed_at_random_and_equal_all_the_same():
-    command = [sys.executable, str(ROOT / "benchmarks/kill.py"), "--count=3", "--only=zo-adam-2"]
-    done = subprocess.run([*command, "--num-steps=120"], capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "benchmarks/kill.py"), "--count=3", "--num-steps=120"]
+    command += ["--only=calibrate-mudamw"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0 and "equal to the bit" in done.stdout, done
 
 
 @pytest.mark.slow
 def test_damaged_at_random_and_never_silent():
     command = [sys.executable, str(ROOT / "benchmarks/damage.py"), "--count=40", "--workers=1"]
-    done = subprocess.run([*command, "--mode=zo"], capture_output=True, text=True)
+    command += ["--mode=zo"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0 and "40 damages, 0 of them" in done.stdout, done
 
 
-@pytest.mark.slow
-def test_signals_lock_and_no_folder(tmp_path):
-    length = ("train.num_steps=100000", "train.eval_interval=100000", "train.checkpoint_interval=0")
-    folder = tmp_path / "run"
-    for number in (signal.SIGTERM, signal.SIGINT):
-        process = start(folder, *length)
-        wait_for_rows(folder, 20, process)
-        if number == signal.SIGTERM:  # the folder is in use meanwhile
-            other = start(folder, *length)
-            _, err = other.communicate(timeout=100)
-            assert other.returncode == 2 and f"is in use by process {process.pid} on" in err
-        process.send_signal(number)
-        out, err = process.communicate(timeout=100)
-        assert process.returncode == Interrupted.exit_code == 75, err
-        assert f"{number.name}: finishing the step" in out
-        saved = checkpoint.complete_steps(folder / "checkpoints")[-1]
-        assert f"stopped: {number.name}: the run is saved at step {saved} in" in err
-        assert len(ledger.read(folder / "ledger.bin").records) == saved
-        assert int(metrics.read(folder / "metrics.csv")[-1]["step"]) == saved
-        shutil.rmtree(folder / "checkpoints")  # the second one goes on from the ledger alone
-    assert "continuing from the seed, replaying steps 1 to" in out
+def assert_stopped_and_saved(folder, process, number):
+    """By a signal, whose step was finished; the step, and what was said on stdout."""
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == Interrupted.exit_code == 75, err
+    assert f"{number.name}: finishing the step" in out and "Traceback" not in out
+    saved = checkpoint.complete_steps(folder / "checkpoints")[-1]
+    told = [line for line in err.splitlines() if line and not line.startswith("step ")]
+    (line,) = told
+    assert line.startswith(f"stopped: {number.name}: the run is saved at step {saved} in")
+    assert len(ledger.read(folder / "ledger.bin").records) == saved
+    assert int(metrics.read(folder / "metrics.csv")[-1]["step"]) == saved
+    return saved, out
 
-    process = start(folder, *length)
+
+@pytest.mark.slow
+def test_signals_lock_and_no_folder(tiny_config, tmp_path, capsys):
+    tiny_config.train.num_steps, tiny_config.train.checkpoint_interval = 100_000, 0
+    tiny_config.train.eval_interval = 100_000
+    folder = tmp_path / "run"
+    process = start(folder, *ENDLESS)
+    wait_for_rows(folder, 20, process)
+    with pytest.raises(ConfigError, match=f"is in use by process {process.pid} on"):
+        train_and_evaluate(tiny_config, folder)
+    process.send_signal(signal.SIGTERM)
+    saved, _ = assert_stopped_and_saved(folder, process, signal.SIGTERM)
+
+    shutil.rmtree(folder / "checkpoints")  # it goes on from the ledger alone
+    process = start(folder, *ENDLESS)
     wait_for_rows(folder, 5, process)
     shutil.rmtree(folder)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert f"continuing from the seed, replaying steps 1 to {saved} from the ledger" in out
     assert process.returncode == CannotWrite.exit_code == 74 and "was saved in" in err
     rescued = Path(err[err.index("was saved in ") :].split()[3])
     kept = checkpoint.complete_steps(rescued / "checkpoints")[-1]
-    assert f"the run at step {kept} was saved in {rescued}" in err
+    assert f"the run at step {kept} was saved in {rescued}" in err and kept > saved
     assert len(ledger.read(rescued / "ledger.bin").records) == kept
-    process = start(rescued, f"train.num_steps={kept + 3}", *length[1:])
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 0 and f"checkpoint of step {kept}" in out, err
-    assert [int(row["step"]) for row in metrics.read(rescued / "metrics.csv")] == list(
-        range(kept + 4)
-    )
+    tiny_config.train.num_steps = kept + 3
+    capsys.readouterr()
+    train_and_evaluate(tiny_config, rescued)
+    assert f"checkpoint of step {kept}" in capsys.readouterr().out
+    steps_there = [int(row["step"]) for row in metrics.read(rescued / "metrics.csv")]
+    assert steps_there == list(range(kept + 4))
     shutil.rmtree(rescued)
 
 
 @pytest.mark.slow
 def test_an_interrupt_at_any_time_is_one_line(tmp_path):
-    for i, seconds in enumerate((0.2, 1, 3, 6, 9)):
-        process = start(tmp_path / str(i), "train.num_steps=100000", "train.eval_interval=100000")
-        time.sleep(seconds)
+    """While the first and the last of the imports are under way, while it compiles, in a step."""
+    has_loaded = lambda process, name: name in Path(f"/proc/{process.pid}/maps").read_text()
+    moments = {
+        "imports": lambda folder, process: has_loaded(process, "jaxlib"),
+        "more": lambda folder, process: has_loaded(process, "tensorstore"),
+        "programs": lambda folder, process: (folder / "config.json").exists(),
+        "a step": lambda folder, process: len(metrics.read(folder / "metrics.csv")) > 1,
+    }
+    for moment, has_come in moments.items():
+        folder = tmp_path / moment
+        process = start(folder, *ENDLESS)
+        wait_until(lambda: has_come(folder, process), process)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=100)
-        assert process.returncode in (75, 130), (seconds, err)
+        if moment == "a step":
+            assert_stopped_and_saved(folder, process, signal.SIGINT)
+            continue
+        out, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode in (75, 130), (moment, err)
         told = [line for line in err.splitlines() if line and not line.startswith("step ")]
-        assert len(told) == 1 and told[0].startswith("stopped: "), (seconds, err)
+        assert len(told) == 1 and told[0].startswith("stopped: "), (moment, err)
         assert "Traceback" not in out
 
 
@@ -238,7 +267,7 @@ def test_read_only_folder(tmp_path):
     # Root may write anywhere, until it gives up CAP_DAC_OVERRIDE (1) with PR_CAPBSET_DROP (24).
     code = "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"  # noqa: E501
     process = start(folder, before=(sys.executable, "-c", code))
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=PATIENCE)
     folder.chmod(0o755)
     assert process.returncode == 2 and "--workdir cannot be written to" in err
     assert "Permission denied" in err and err.count("\n") == 1

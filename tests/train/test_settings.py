@@ -349,29 +349,40 @@ def write_vocabularies(folder):
         (folder / name / "merges.txt").write_text("#version: 0.2\n")
 
 
+# By configuration and function: most cases begin with the same program.
+PROGRAMS = {}
+
+
 def program(config, name):
     """The text of the compiled function that reads a field, for a vocabulary of 20 words."""
     config = resolve(config, 100)
+    is_init = name == "model.embedding_std"
+    is_update = name.startswith("optimizer.") and config.mode == "zo"
+    key = is_init, is_update, repr(config)
+    if key not in PROGRAMS:
+        PROGRAMS[key] = lower(config, is_init, is_update).as_text()
+    return PROGRAMS[key]
+
+
+def lower(config, is_init, is_update):
     gpt = model.make_model(config.model, 20)
     state = steps.state_shapes(config, gpt)
     key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
     q, B, T = config.zo.num_queries, config.train.batch_size, config.data.block_size
     tokens_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
     tokens = jax.ShapeDtypeStruct((q, B, T), jnp.int32) if config.zo.batch_per_query else tokens_BT
-    if name == "model.embedding_std":
-        lowered = jax.jit(gpt.fresh).lower(jax.random.key(0))
-    elif config.mode == "fo":
-        lowered = steps.make_fo_step(config, gpt).lower(state, tokens_BT)
-    elif config.mode == "feedback":
-        lowered = steps.make_feedback_step(config, gpt).lower(state, tokens_BT)
-    elif config.mode == "instruct":
-        lowered = steps.make_guided_step(config, gpt).lower(state, key, tokens, tokens_BT)
-    elif name.startswith("optimizer."):
+    if is_init:
+        return jax.jit(gpt.fresh).lower(jax.random.key(0))
+    if config.mode == "fo":
+        return steps.make_fo_step(config, gpt).lower(state, tokens_BT)
+    if config.mode == "feedback":
+        return steps.make_feedback_step(config, gpt).lower(state, tokens_BT)
+    if config.mode == "instruct":
+        return steps.make_guided_step(config, gpt).lower(state, key, tokens, tokens_BT)
+    if is_update:
         loss, c = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((), (q,)))
-        lowered = steps.make_update(config, gpt).lower(state, key, loss, c)
-    else:
-        lowered = steps.make_project(config, gpt).lower(state.params, key, tokens)
-    return lowered.as_text()
+        return steps.make_update(config, gpt).lower(state, key, loss, c)
+    return steps.make_project(config, gpt).lower(state.params, key, tokens)
 
 
 @pytest.mark.parametrize("name", IN_PROGRAMS)
