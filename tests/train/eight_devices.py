@@ -72,7 +72,7 @@ def alone():
     found = {}
 
     def of(config):
-        key = str(config.zo)
+        key = f"{config.scope} {config.zo}"
         if key not in found:
             found[key] = project_on(config, None)
         return found[key]
@@ -109,6 +109,16 @@ def test_other_estimates(config, alone, shape, perturbation, difference, per_que
     if shape[1:] == (1, 1) and at_once == 1:
         assert c.tobytes() == expected.tobytes()
     np.testing.assert_allclose(c, expected, rtol=5e-3, atol=5e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_what_queries_share_is_evaluated_in_every_group(config, alone, shape):
+    config.model.num_layers, config.scope = 3, "^blocks/2/|^ln_f"
+    loss, c = project_on(config, layout_of(*shape))
+    expected_loss, expected = alone(config)
+    if shape[1:] == (1, 1):
+        assert c.tobytes() == expected.tobytes() and loss == expected_loss
+    np.testing.assert_allclose(c, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
 def test_query_groups_exchange_scalars_alone(config):
