@@ -10,10 +10,11 @@ from zo_jax.estimators import (
 from zo_jax.families import apply_directions, by_name, gaussian, low_rank, rademacher, sphere
 from zo_jax.family import Family
 from zo_jax.guided import guided, instruct_directions
-from zo_jax.interpreter import lazily, record_formed
+from zo_jax.interpreter import record_formed
 from zo_jax.layout import Layout
 from zo_jax.mudamw import MudamwState, mudamw
 from zo_jax.perturbed import Dense, LowRank, Perturbed
+from zo_jax.programs import lazily
 from zo_jax.rules import register_rule
 from zo_jax.transforms import ZerothOrderState, fill_frozen, zeroth_order
 from zo_jax.update import TrainState, Update, UpdateMetrics, make_update

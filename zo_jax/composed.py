@@ -57,17 +57,19 @@ class Transposed(Perturbed):
 @dataclasses.dataclass(frozen=True)
 class Stack(Perturbed):
     """A stack of layers [L, ...] of which some are perturbed: what
-    `stack.at[indices].set(perturbed)` makes.
+    `stack.at[indices].set(perturbed)` makes, or `concatenate([stack, perturbed])`.
 
     Attributes:
       base: the stack; its entries in perturbed layers do not count.
       position: int32 [L], which of the perturbed layers each layer is; -1 where it is none.
       trained: the perturbed layers [k, ...].
+      first: if they are known to be the last ones, in order, the index of the first.
     """
 
     base: jax.Array
     position: jax.Array
     trained: Any
+    first: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def dtype(self) -> Any:  # pyright: ignore
@@ -77,7 +79,12 @@ class Stack(Perturbed):
     def label(self) -> str:
         return self.trained.label
 
+    def rows_from(self, first):
+        return self.trained if first == self.first else None
+
     def form(self) -> jax.Array:
+        if self.first is not None:
+            return lax.concatenate([self.base[: self.first], self.trained.form()], 0)
         is_trained = self.position >= 0
         layers = self.trained.form()[jnp.where(is_trained, self.position, 0)]
         return jnp.where(lax.expand_dims(is_trained, range(1, self.ndim)), layers, self.base)

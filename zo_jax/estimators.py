@@ -15,18 +15,15 @@ import operator
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 from jax.core import Tracer
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 import numpy as np
 
 from zo_jax import families
 from zo_jax.family import Family
-from zo_jax.interpreter import lazily
+from zo_jax.queries import DIFFERENCES, Queries
 from zo_jax.trees import as_arrays
-
-DIFFERENCES = ("central", "forward", "jvp")
 
 
 class Estimate(NamedTuple):
@@ -72,6 +69,13 @@ class Estimator:
     and for every `parallel_batch_size`. A query whose loss is nan or inf is left out of the mean
     and counted; if all are, the gradient is zero.
 
+    What no direction moves and no query has a batch of its own for is evaluated once for all
+    queries and both sides of the difference (with `batch_per_query` once for both sides of a
+    query): the layers below the first one that is trained, if the frozen ones come from outside
+    `params`. A scan over a stack of layers `stack.at[k:].set(trained)`, or a concatenation, is
+    split there. Held for the rest is what it reads of products, sums, look-ups and loops: mostly
+    the activations of a batch at that place. Where nothing is frozen, nothing is.
+
     Attributes:
       num_queries: q, the directions.
       epsilon: ε, the perturbation size; in `zeroth_order` also a schedule of the steps. Where
@@ -89,7 +93,9 @@ class Estimator:
       mesh: devices, of which those along `query_axis` evaluate different queries. They exchange the
         losses alone; the numbers are the same, to the bit. How parameters and batch are split over
         the other axes is theirs to say (`jax.device_put`), and `perturbation.on(zo_jax.Layout(mesh,
-        rules))` draws directions where the parameters live.
+        rules))` draws directions where the parameters live. Frozen parameters are best handed over
+        in a `jax.tree_util.Partial(loss_fn, frozen)`: JAX cannot look up rows of what a function
+        closes over.
       query_axis: the name of that axis.
 
     Raises:
@@ -171,7 +177,15 @@ class Estimator:
             have the axes that `batch_per_query` and `batch_chunks` ask for, or the key is not a
             threefry key.
         """
-        losses, projections, aux = self._evaluate(loss_fn, as_arrays(params), key, batch)
+        if callable(self.epsilon):
+            raise ValueError(
+                "epsilon is a schedule, but only zeroth_order counts steps; give its value"
+            )
+        names = (field.name for field in dataclasses.fields(Queries))
+        queries = Queries(**{name: getattr(self, name) for name in names})
+        losses, projections, aux = queries.evaluate(
+            loss_fn, as_arrays(params), self.keys(key), batch, self.family, self.epsilon
+        )
         finite = jnp.isfinite(losses) & jnp.isfinite(projections)
         total = jnp.sum(jnp.where(finite, losses, 0))
         loss = jnp.where(jnp.any(finite), total / jnp.maximum(jnp.sum(finite), 1), jnp.nan)
@@ -198,150 +212,6 @@ class Estimator:
             num_flat=jnp.sum(projections == 0, dtype=jnp.int32),
             aux=aux[0] if aux else None,
         )
-
-    def _evaluate(
-        self, loss_fn: Callable[..., Any], params: Any, key: jax.Array, batch: tuple[Any, ...]
-    ) -> tuple[jax.Array, jax.Array, Any]:
-        """(losses [q], projections [q], aux [q, ...])."""
-        if callable(self.epsilon):
-            raise ValueError(
-                "epsilon is a schedule, but only zeroth_order counts steps; give its value"
-            )
-        _check_batch(self, batch)
-        family, epsilon = self.family, jnp.float32(self.epsilon)
-        # A family that is no pytree has no arrays, and can be closed over.
-        is_leaf = any(leaf is family for leaf in jax.tree.leaves(family))
-        operands = _Operands(params, batch, self.keys(key), None if is_leaf else family, epsilon)
-        at = _line(self, loss_fn, family)
-        queries = np.arange(self.num_queries)
-
-        def central(operands, query):
-            # A loop over the two sides, so that the loss is compiled once.
-            sides = jnp.stack([operands.epsilon, -operands.epsilon])
-            losses, aux = lax.map(at(operands, query), sides)
-            slope = (losses[0] - losses[1]) / (2 * operands.epsilon)
-            return jnp.mean(losses), slope, jax.tree.map(lambda x: x[0], aux)
-
-        def jvp(operands, query):
-            zero, one = jnp.float32(0), jnp.float32(1)
-            return jax.jvp(at(operands, query), (zero,), (one,), has_aux=True)
-
-        if self.difference == "central":
-            return _map_queries(self, central, operands, queries)
-        if self.difference == "jvp":
-            return _map_queries(self, jvp, operands, queries)
-        # One list of evaluations: the queries after the unperturbed ones (scale 0).
-        n = self.num_queries if self.batch_per_query else 1
-        query = np.concatenate([queries[:n], queries])
-        is_moved = np.concatenate([np.zeros(n, np.float32), np.ones(len(queries), np.float32)])
-        evaluate = lambda operands, query, is_moved: at(operands, query)(
-            is_moved * operands.epsilon
-        )
-        losses, aux = _map_queries(self, evaluate, operands, query, is_moved)
-        base = jnp.broadcast_to(losses[:n], queries.shape)
-        return base, (losses[n:] - base) / epsilon, jax.tree.map(lambda x: x[n:], aux)
-
-
-class _Operands(NamedTuple):
-    """What evaluations read: `shard_map` hands its devices nothing but arguments."""
-
-    params: Any
-    batch: tuple[Any, ...]
-    keys: jax.Array
-    family: Family | None
-    epsilon: jax.Array
-
-
-def _line(
-    estimator: Estimator, loss_fn: Callable[..., Any], static_family: Family
-) -> Callable[[_Operands, jax.Array], Callable[[jax.Array], tuple[jax.Array, Any]]]:
-    """(operands, query) -> the loss along the query's direction: scale -> (loss, aux)."""
-    lazy_loss = lazily(lambda params, batch: _loss_and_aux(estimator, loss_fn, params, batch))
-
-    def line(operands: _Operands, query: jax.Array):
-        family = operands.family or static_family
-        batch = operands.batch
-        if estimator.batch_per_query:
-            batch = jax.tree.map(lambda x: x[query], batch)
-        direction = family.draw(operands.params, operands.keys[query])
-
-        def at(scale: jax.Array) -> tuple[jax.Array, Any]:
-            evaluate = lambda part: lazy_loss(family.move(operands.params, direction, scale), part)
-            if estimator.batch_chunks == 1:
-                return evaluate(batch)
-            losses, aux = lax.map(evaluate, _in_chunks(batch, estimator.batch_chunks))
-            return jnp.mean(losses), aux
-
-        return at
-
-    return line
-
-
-def _in_chunks(batch: Any, num_chunks: int) -> Any:
-    return jax.tree.map(lambda x: x.reshape(num_chunks, -1, *x.shape[1:]), batch)
-
-
-def _loss_and_aux(
-    estimator: Estimator, loss_fn: Callable[..., Any], params: Any, batch: tuple[Any, ...]
-) -> tuple[jax.Array, Any]:
-    """(loss in float32 or better, aux or None), of a loss that is what it should be."""
-    out = loss_fn(params, *batch)
-    if estimator.has_aux:
-        if not isinstance(out, tuple) or len(out) != 2:
-            raise ValueError(
-                f"with has_aux loss_fn must return (loss, aux), got {type(out).__name__}; return a "
-                f"tuple of the two"
-            )
-        loss, aux = out
-    else:
-        loss, aux = out, None
-    if isinstance(loss, tuple):
-        raise ValueError(
-            f"loss_fn must return a floating scalar, got a tuple of {len(loss)}; if it is (loss, "
-            f"aux), set has_aux=True"
-        )
-    if loss is None:
-        raise ValueError("loss_fn must return a floating scalar, got None; return the loss")
-    shape, dtype = jnp.shape(loss), jnp.result_type(loss)
-    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            f"loss_fn must return a floating scalar, got shape {shape} and dtype {dtype}; return "
-            "the mean of the losses of the batch"
-        )
-    return jnp.asarray(loss, jnp.promote_types(dtype, jnp.float32)), aux
-
-
-def _map_queries(
-    estimator: Estimator, function: Callable[..., Any], operands: _Operands, *xs: np.ndarray
-) -> Any:
-    """`function(operands, *x)` of each of `xs`, some at once, on all devices of the query axis."""
-    mesh, axis = estimator.mesh, estimator.query_axis
-    batch_size = min(estimator.parallel_batch_size, estimator.num_queries)
-    here = lambda operands, *xs: _map_here(lambda *x: function(operands, *x), xs, batch_size)
-    if mesh is None:
-        return here(operands, *map(jnp.asarray, xs))
-    n = len(xs[0])
-    # The last groups evaluate the last query again where they have none of their own.
-    pad = -n % mesh.shape[axis]
-    split = PartitionSpec(axis)
-    out = jax.shard_map(
-        here,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), *(split for _ in xs)),
-        out_specs=split,
-        axis_names={axis},
-        check_vma=False,
-    )(operands, *(jnp.asarray(np.pad(x, (0, pad), "edge")) for x in xs))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: lax.with_sharding_constraint(x, everywhere)[:n], out)
-
-
-def _map_here(function: Callable[..., Any], xs: tuple[jax.Array, ...], batch_size: int) -> Any:
-    if batch_size == 1 or xs[0].shape[0] == 1:
-        return lax.map(lambda x: function(*x), xs)
-    if xs[0].shape[0] <= batch_size:
-        return jax.vmap(function)(*xs)
-    return lax.map(lambda x: function(*x), xs, batch_size=batch_size)
 
 
 def takes_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -480,22 +350,3 @@ def _positive_int(name: str, value: Any) -> int:
     if isinstance(value, bool | np.bool_) or number < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     return number
-
-
-def _check_batch(estimator: Estimator, batch: tuple[Any, ...]) -> None:
-    """Whether the leaves of a batch have the axes that the options ask for."""
-    q, chunks = estimator.num_queries, estimator.batch_chunks
-    for leaf in jax.tree.leaves(batch):
-        shape = jnp.shape(leaf)
-        if estimator.batch_per_query and shape[:1] != (q,):
-            raise ValueError(
-                "with batch_per_query every leaf of the batch needs a leading axis of size "
-                f"num_queries = {q}, got shape {shape}"
-            )
-        own = shape[1:] if estimator.batch_per_query else shape
-        if chunks > 1 and (not own or own[0] % chunks):
-            raise ValueError(
-                f"with batch_chunks={chunks} the leading axis of every leaf of a query's batch "
-                f"must be divisible by it, "
-                f"got shape {own}"
-            )

@@ -64,6 +64,12 @@ class Family:
             f"{type(self).__name__} must define move(params, direction, scale)"
         )
 
+    def moves(self, params: Any) -> list[bool]:
+        """For each leaf whether `move` may change it; what depends on no such leaf is evaluated
+        once for all directions.
+        """
+        return [True] * len(jax.tree.leaves(params))
+
     def add(self, params: Any, keys: jax.Array, weights: jax.Array) -> Any:
         """params + Σᵢ weightsᵢ zᵢ, summed in float32 and rounded once: an update without a gradient
         buffer.
@@ -216,6 +222,9 @@ class WordFamily(Family):
     def entries(self, params: Any) -> list[Entries]:
         """The entries of each leaf of the parameters, in order."""
         raise NotImplementedError
+
+    def moves(self, params: Any) -> list[bool]:
+        return [is_floating(leaf) for leaf in jax.tree.leaves(params)]
 
     def on(self, layout: Layout | None) -> "WordFamily":
         return dataclasses.replace(self, layout=layout)

@@ -1,10 +1,9 @@
-"""Run any JAX function on perturbed parameters, each perturbed where it is used.
+"""Jaxprs evaluated with perturbed values among their inputs, each perturbed where it is used.
 
-`lazily(fn)` traces `fn` to a jaxpr, as `jax.jit` would, and evaluates that with `Perturbed` values
-among its inputs. An equation with none of them runs as it stands. For the others the rules of
-`zo_jax.rules` are asked, control flow is entered, and where there is no rule the value is formed:
-the result is right for every function. A stack of layers that is scanned is sliced before it is
-perturbed, so that one layer at a time is formed.
+An equation with none of them runs as it stands. For the others the rules of `zo_jax.rules` are
+asked, control flow is entered, and where there is no rule the value is formed: the result is right
+for every program. A stack of layers that is scanned is sliced before it is perturbed, so that one
+layer at a time is formed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +15,20 @@ import jax
 from jax import lax
 from jax.extend import core, source_info_util
 from jax.extend.core import primitives
+import jax.numpy as jnp
+import numpy as np
 
 from zo_jax import entries, lookups, products  # noqa: F401 (their rules)
-from zo_jax.loops import CALLS, body_of, is_cheap_inside, open_jaxpr, scan_sizes
+from zo_jax.jaxprs import (
+    CALLS,
+    bind,
+    body_of,
+    consts_of,
+    open_jaxpr,
+    scan_sizes,
+)
+from zo_jax.loops import is_cheap_inside
+from zo_jax.plans import Kept, Plan, Turns, layer
 from zo_jax.rules import apply_rule, is_perturbed
 
 
@@ -59,37 +69,7 @@ def record_formed() -> Iterator[list[Formed]]:
         _logs.reset(token)
 
 
-def lazily(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn`, accepting pytrees with `Perturbed` leaves in its positional arguments.
-
-    The result has plain arrays only. `fn` itself sees ordinary tracers of the perturbed arrays'
-    shapes and dtypes. Derivatives are those of the function as it is written: the rules of
-    `jax.custom_vjp` are left out, so that every function has them in forward mode.
-    """
-
-    def wrapped(*args):
-        leaves, treedef = jax.tree.flatten(args, is_leaf=is_perturbed)
-        perturbed = [leaf for leaf in leaves if is_perturbed(leaf)]
-
-        def fn_of_perturbed(*arrays):
-            arrays = iter(arrays)
-            return fn(
-                *jax.tree.unflatten(
-                    treedef, [next(arrays) if is_perturbed(leaf) else leaf for leaf in leaves]
-                )
-            )
-
-        shapes = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in perturbed]
-        closed, out_shape = jax.make_jaxpr(fn_of_perturbed, return_shape=True)(*shapes)
-        jaxpr = _without_custom_vjp(closed.jaxpr, {})
-        out = _Evaluation().outputs(jaxpr, closed.consts, perturbed)
-        out = [_formed(x, "return", "") for x in out]
-        return jax.tree.unflatten(jax.tree.structure(out_shape), out)
-
-    return wrapped
-
-
-def _formed(x: Any, primitive: str, where: str) -> Any:
+def plain(x: Any, primitive: str, where: str) -> Any:
     """x itself, or formed if it is perturbed, of which the record is told."""
     if not is_perturbed(x):
         return x
@@ -98,24 +78,49 @@ def _formed(x: Any, primitive: str, where: str) -> Any:
     return x.form()
 
 
-class _Evaluation:
+class Evaluation:
     """One evaluation of a jaxpr with `Perturbed` values among its inputs."""
 
     def __init__(self):
-        # The bodies of inner jits as functions of such values, by the identity of their jaxprs,
-        # which are kept alive.
-        self._calls: dict[int, tuple[Any, Callable[..., Any]]] = {}
+        # The bodies of inner jits as functions of such values, by the identity of their jaxprs and
+        # plans, which are kept alive.
+        self._calls: dict[tuple[int, int], tuple[Any, Callable[..., Any]]] = {}
 
-    def outputs(self, jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        """Those of a jaxpr, some perhaps perturbed."""
+    def outputs(
+        self,
+        jaxpr: core.Jaxpr,
+        consts: Sequence[Any],
+        args: Sequence[Any],
+        plan: Plan | None = None,
+        kept: Kept | None = None,
+    ) -> list[Any]:
+        """Those of a jaxpr, some perhaps perturbed; with a plan the second half of it, where the
+        results of the first are None unless they were handed over.
+        """
         env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-        read = lambda atom: atom.val if isinstance(atom, core.Literal) else env[atom]
-        for eqn in jaxpr.eqns:
+        read = lambda atom: atom.val if isinstance(atom, core.Literal) else env.get(atom)
+        equations = range(len(jaxpr.eqns)) if plan is None else plan.second
+        if plan is not None and kept is not None:
+            env.update(zip(plan.kept, kept.values, strict=True))
+            env.update(plan.static)
+        for i in equations:
+            eqn = jaxpr.eqns[i]
             operands = [read(atom) for atom in eqn.invars]
             with eqn.ctx.manager:
-                outs = self._equation(eqn, operands)
-            env.update(zip(eqn.outvars, outs, strict=True))
+                if plan is not None and kept is not None and i in plan.parts:
+                    outs = self._rest_of(eqn, operands, plan.parts[i], kept.parts[i])
+                else:
+                    outs = self._equation(eqn, operands)
+            env.update((v, x) for v, x in zip(eqn.outvars, outs, strict=True) if x is not None)
         return [read(atom) for atom in jaxpr.outvars]
+
+    def _rest_of(
+        self, eqn: core.JaxprEqn, operands: list[Any], part: Plan | Turns, kept: Kept
+    ) -> Sequence[Any]:
+        """The second half of a call or a scan."""
+        if isinstance(part, Plan):
+            return self._call(eqn, operands, part, kept)
+        return self._later_turns(eqn, operands, part, kept)
 
     def _plain_outputs(self, eqn, closed: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
         """Those of the body of a loop or a branch: arrays."""
@@ -125,12 +130,12 @@ class _Evaluation:
         if not any(map(is_perturbed, values)):
             return list(values)
         where = source_info_util.summarize(eqn.source_info)
-        return [_formed(x, eqn.primitive.name, where) for x in values]
+        return [plain(x, eqn.primitive.name, where) for x in values]
 
     def _equation(self, eqn: core.JaxprEqn, operands: list[Any]) -> Sequence[Any]:
         perturbed = [x for x in operands if is_perturbed(x)]
         if not perturbed:
-            return _bind(eqn, operands)
+            return bind(eqn, operands)
         if eqn.primitive in CALLS:
             return self._call(eqn, operands)
         if eqn.primitive in _CONTROL_FLOW:
@@ -144,21 +149,27 @@ class _Evaluation:
             result = apply_rule(eqn.primitive, operands, eqn.params)
             if result is not NotImplemented:
                 return _checked(eqn, result)
-        return _bind(eqn, self._form_all(eqn, operands))
+        return bind(eqn, self._form_all(eqn, operands))
 
-    def _call(self, eqn: core.JaxprEqn, operands: list[Any]) -> Sequence[Any]:
+    def _call(
+        self,
+        eqn: core.JaxprEqn,
+        operands: list[Any],
+        plan: Plan | None = None,
+        kept: Kept | None = None,
+    ) -> Sequence[Any]:
         """A call of the body with the operands as they stand; an inner jit stays one, traced once
         for all equal calls.
         """
         body = body_of(eqn)
-        consts = body.consts if isinstance(body, core.ClosedJaxpr) else ()
-        run = lambda *args: self.outputs(open_jaxpr(body), consts, args)
+        run = lambda kept, *args: self.outputs(open_jaxpr(body), consts_of(body), args, plan, kept)
         if eqn.primitive is not primitives.jit_p or eqn.params["inline"]:
-            return run(*operands)
-        if id(body) not in self._calls:
+            return run(kept, *operands)
+        key = id(body), id(plan)
+        if key not in self._calls:
             run.__name__ = eqn.params["name"]
-            self._calls[id(body)] = body, jax.jit(run)
-        return self._calls[id(body)][1](*operands)
+            self._calls[key] = (body, plan), jax.jit(run)
+        return self._calls[key][1](kept, *operands)
 
     def _cond(self, eqn: core.JaxprEqn, operands: list[Any]) -> Sequence[Any]:
         branches = [
@@ -207,6 +218,50 @@ class _Evaluation:
         )
         return [*carry, *ys]
 
+    def _later_turns(
+        self, eqn: core.JaxprEqn, operands: list[Any], part: Turns, kept: Kept
+    ) -> Sequence[Any]:
+        """A scan from its first turn on that is not known."""
+        params, body = eqn.params, eqn.params["jaxpr"]
+        n, num_carry = scan_sizes(params)
+        first, length = part.count, params["length"]
+        consts, layers = operands[:n], operands[n + num_carry :]
+        carry, ys = kept.values[:num_carry], kept.values[num_carry:]
+        turns = [self._layers_from(eqn, x, first) for x in layers]
+        arguments = lambda carry, i: [*consts, *carry, *(at(i) for at in turns)]
+
+        def step(carry, i):
+            out = self._plain_outputs(eqn, body, arguments(carry, i))
+            return out[:num_carry], out[num_carry:]
+
+        if part.last is None:
+            carry, later = lax.scan(
+                step,
+                carry,
+                np.arange(first, length),
+                unroll=min(params["unroll"], length - first),
+            )
+        else:
+            known, inner = kept.parts[0]
+            args = arguments(carry, first)
+            out = self.outputs(body.jaxpr, body.consts, args, part.last, inner)
+            out = [y if y is not None else x for x, y in zip(known, out, strict=True)]
+            out = self._form_all(eqn, out)
+            carry, later = out[:num_carry], [jnp.expand_dims(y, 0) for y in out[num_carry:]]
+        return [*carry, *(jnp.concatenate(pair) for pair in zip(ys, later, strict=True))]
+
+    def _layers_from(self, eqn: core.JaxprEqn, x: Any, first: int) -> Callable[[jax.Array], Any]:
+        """What is layer i of a stack, for i from `first` on."""
+        if not is_perturbed(x):
+            return lambda i: layer([x], i)[0]
+        own = x.rows_from(first)
+        if own is not None:
+            at = self._layers_from(eqn, own, 0)
+            return lambda i: at(i - first)
+        if x.layers() is None:
+            return self._layers_from(eqn, self._form_all(eqn, [x])[0], first)
+        return x.layer
+
     def _before_loop(
         self, eqn: core.JaxprEqn, body: core.Jaxpr, consts: Sequence[Any]
     ) -> list[Any]:
@@ -220,19 +275,10 @@ class _Evaluation:
 
 
 _CONTROL_FLOW = {
-    primitives.cond_p: _Evaluation._cond,
-    primitives.while_p: _Evaluation._while,
-    primitives.scan_p: _Evaluation._scan,
+    primitives.cond_p: Evaluation._cond,
+    primitives.while_p: Evaluation._while,
+    primitives.scan_p: Evaluation._scan,
 }
-
-
-def _bind(eqn: core.JaxprEqn, args: Sequence[Any]) -> Sequence[Any]:
-    """Runs an equation as it stands."""
-    params = eqn.primitive.get_bind_params(eqn.params)
-    # Calls have their functions apart from the rest.
-    subfuns, params = params if isinstance(params, tuple) else ((), params)
-    out = eqn.primitive.bind(*subfuns, *args, **params)
-    return out if eqn.primitive.multiple_results else [out]
 
 
 def _checked(eqn: core.JaxprEqn, result: Any) -> Sequence[Any]:
@@ -247,40 +293,3 @@ def _checked(eqn: core.JaxprEqn, result: Any) -> Sequence[Any]:
             "zo_jax.register_rule"
         )
     return results
-
-
-def _without_custom_vjp(jaxpr: core.Jaxpr, done: dict[int, Any]) -> core.Jaxpr:
-    """The same program with plain calls for those of `jax.custom_vjp`, which would forbid
-    forward-mode differentiation.
-    """
-    if id(jaxpr) not in done:
-        eqns = [_plain_call(eqn, done) for eqn in jaxpr.eqns]
-        is_same = all(new is old for new, old in zip(eqns, jaxpr.eqns, strict=True))
-        # The old one is kept too, so that its identity stays its own.
-        done[id(jaxpr)] = jaxpr if is_same else jaxpr.replace(eqns=eqns), jaxpr
-    return done[id(jaxpr)][0]
-
-
-def _plain_call(eqn: core.JaxprEqn, done: dict[int, Any]) -> core.JaxprEqn:
-    def rewritten(value):
-        if isinstance(value, core.ClosedJaxpr):
-            if id(value) not in done:
-                jaxpr = _without_custom_vjp(value.jaxpr, done)
-                done[id(value)] = (
-                    value if jaxpr is value.jaxpr else value.replace(jaxpr=jaxpr),
-                    value,
-                )
-            return done[id(value)][0]
-        if isinstance(value, core.Jaxpr):
-            return _without_custom_vjp(value, done)
-        if type(value) is tuple:
-            new = tuple(map(rewritten, value))
-            return value if all(map(lambda a, b: a is b, new, value)) else new
-        return value
-
-    if eqn.primitive is primitives.custom_vjp_call_p:
-        body = rewritten(eqn.params["call_jaxpr"])
-        return eqn.replace(primitive=primitives.closed_call_p, params=dict(call_jaxpr=body))
-    params = {name: rewritten(value) for name, value in eqn.params.items()}
-    is_same = all(params[name] is value for name, value in eqn.params.items())
-    return eqn if is_same else eqn.replace(params=params)

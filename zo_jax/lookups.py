@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from zo_jax.composed import Stack
 from zo_jax.perturbed import Cast, Dense, Factored, Perturbed
@@ -82,28 +83,49 @@ def _gather_factors(x, indices, **params):
 
 @rule_for((Dense, Factored, Cast), lax.scatter_p)
 def _scatter_layers(operand, indices, updates, **params):
-    numbers = params["dimension_numbers"]
+    numbers, ndim = params["dimension_numbers"], operand.ndim
+    if not _is_stack(updates) or is_perturbed(operand) or is_perturbed(indices):
+        return NotImplemented
+    one_by_one = (tuple(range(1, ndim)), (0,), (updates.shape[0], 1))
+    at_once = (tuple(range(ndim)), (), (1,))
+    layout = numbers.update_window_dims, numbers.inserted_window_dims, indices.shape
     sets_layers = (
-        is_perturbed(updates)
-        and not (is_perturbed(operand) or is_perturbed(indices))
-        and updates.layers() is not None
+        layout in (one_by_one, at_once)
         and updates.shape[1:] == operand.shape[1:]
-        and indices.shape == (updates.shape[0], 1)
-        and numbers.update_window_dims == tuple(range(1, operand.ndim))
-        and numbers.inserted_window_dims == (0,)
         and numbers.scatter_dims_to_operand_dims == (0,)
     )
     if not sets_layers:
         return NotImplemented
     # The positions are scattered as the layers would be: what is out of bounds or there twice comes
     # out the same.
+    size, num_updates = operand.shape[0], updates.shape[0]
+    windows, inserted = ((), (0,)) if layout == one_by_one else ((0,), ())
     position = lax.scatter(
-        jnp.full(operand.shape[0], -1, jnp.int32),
+        jnp.full(size, -1, jnp.int32),
         indices,
-        jnp.arange(updates.shape[0], dtype=jnp.int32),
-        lax.ScatterDimensionNumbers((), (0,), (0,)),
+        jnp.arange(num_updates, dtype=jnp.int32),
+        lax.ScatterDimensionNumbers(windows, inserted, (0,)),
         indices_are_sorted=params["indices_are_sorted"],
         unique_indices=params["unique_indices"],
         mode=params["mode"],
     )
-    return Stack(operand, position, updates)
+    first, are_last = size - num_updates, False
+    if isinstance(indices, np.ndarray):
+        wanted = np.arange(first, size)[:, None] if layout == one_by_one else [first]
+        are_last = np.array_equal(indices, wanted)
+    return Stack(operand, position, updates, first if are_last else None)
+
+
+@rule_for((Dense, Factored, Cast), lax.concatenate_p)
+def _append_layers(*parts, dimension):
+    *known, last = parts
+    if dimension != 0 or not known or not _is_stack(last):
+        return NotImplemented
+    first = sum(part.shape[0] for part in known)
+    base = lax.concatenate([*known, jnp.zeros(last.shape, last.dtype)], 0)
+    position = jnp.arange(base.shape[0], dtype=jnp.int32) - first
+    return Stack(base, jnp.maximum(position, -1), last, first)
+
+
+def _is_stack(x: Any) -> bool:
+    return is_perturbed(x) and x.ndim > 1 and x.layers() is not None

@@ -14,12 +14,11 @@ from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
 
+from zo_jax.jaxprs import CALLS, body_of, open_jaxpr, scan_sizes
 from zo_jax.perturbed import Factored, Perturbed
 from zo_jax.products import MIN_BLOCKED
 from zo_jax.rules import apply_rule, is_perturbed
 
-# Calls whose body is entered with the operands as they stand.
-CALLS = (primitives.jit_p, primitives.closed_call_p, primitives.remat_p, primitives.call_p)
 # A product with so many vectors costs at least twenty times what the perturbation of its matrix
 # does.
 _MANY_VECTORS = 64
@@ -33,22 +32,6 @@ class _Scope(NamedTuple):
     jaxpr: core.Jaxpr
     call: core.JaxprEqn | None = None
     caller: Any = None
-
-
-def body_of(call: core.JaxprEqn) -> core.ClosedJaxpr | core.Jaxpr:
-    return call.params["jaxpr" if "jaxpr" in call.params else "call_jaxpr"]
-
-
-def open_jaxpr(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> core.Jaxpr:
-    return jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
-
-
-def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many its carry."""
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12
-    return len(consts), len(carry)
 
 
 def is_cheap_inside(x: Perturbed, body: core.Jaxpr, var: core.Var) -> bool:

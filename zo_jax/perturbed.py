@@ -63,6 +63,11 @@ class Perturbed:
         """
         return None
 
+    def rows_from(self, first: int) -> "Perturbed | None":
+        """The rows from `first` on, if they are an array of their own."""
+        del first
+        return None
+
     def layer(self, i: jax.Array) -> "Perturbed":
         """Slice i along the first axis, of one that has `layers`."""
         layers = self.layers()
@@ -300,6 +305,10 @@ class Cast(Perturbed):
             return None
         arrays, rebuild = layers
         return arrays, lambda parts: rebuild(parts).cast(self.dtype)
+
+    def rows_from(self, first):
+        rows = self.array.rows_from(first)
+        return rows and rows.cast(self.dtype)
 
 
 def outer(u: jax.Array, v: jax.Array) -> jax.Array:

@@ -71,7 +71,7 @@ def alone():
     found = {}
 
     def of(config):
-        key = str(config.zo)
+        key = f"{config.scope} {config.zo}"
         if key not in found:
             found[key] = project_on(config, None)
         return found[key]
@@ -118,6 +118,16 @@ def test_other_estimates_of_groups_are_one_device_to_the_bit(config, alone):
     _, c = project_on(config, layout_of(8, 1, 1))
     _, expected = alone(config)
     assert c.shape == (5,) and c.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_what_queries_share_is_evaluated_in_every_group(config, alone, shape):
+    config.model.num_layers, config.scope = 3, "^blocks/2/|^ln_f"
+    loss, c = project_on(config, layout_of(*shape))
+    expected_loss, expected = alone(config)
+    if shape[1:] == (1, 1):
+        assert c.tobytes() == expected.tobytes() and loss == expected_loss
+    np.testing.assert_allclose(c, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
 def test_query_groups_exchange_scalars_alone(config):

@@ -162,8 +162,8 @@ def kept_part(config: Config, model: Any) -> Subset:
 def make_loss(
     model: Any, scope: Subset, loss_fn: Loss | None = None
 ) -> Callable[[Any], Callable[..., jax.Array]]:
-    """(parameters) -> loss of (trained parameters, batch): the frozen ones are neither perturbed
-    nor copied.
+    """(parameters) -> loss of (trained parameters, batch), a pytree: the frozen ones are neither
+    perturbed nor copied, and `shard_map` is handed them.
 
     Args:
       model: what is trained.
@@ -171,7 +171,8 @@ def make_loss(
       loss_fn: of (parameters, batch); None for the next token of tokens [B, T].
     """
     loss_fn = loss_fn or functools.partial(next_token_loss, model)
-    return lambda params: lambda trained, batch: loss_fn(scope.merge(params, trained), batch)
+    whole = lambda params, trained, batch: loss_fn(scope.merge(params, trained), batch)
+    return lambda params: jax.tree_util.Partial(whole, params)
 
 
 def make_project(
