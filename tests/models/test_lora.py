@@ -1,3 +1,4 @@
+import functools
 import json
 
 import jax
@@ -162,3 +163,31 @@ def test_rank_stabilised_scale(model, tmp_path):
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": True}))
     assert next(iter(lora.load(tmp_path, model).values())).scale == pytest.approx(6.0 / np.sqrt(3))
+
+
+def test_factors_of_the_last_layers_alone(model, tmp_path):
+    factors = lora.init(jax.random.key(0), model, 3, 6.0, ALL, num_layers=1)
+    rng = np.random.default_rng(1)
+    draw = lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32)
+    factors = jax.tree.map(draw, factors)
+    name = next(name for name in factors if name.startswith(("layers", "h/")))
+    assert len(factors[name].down) == 1 < model.config.num_layers
+    merged = lora.merge(model, model.params, factors)
+    weight, change = (
+        functools.reduce(dict.get, name.split("/"), x)["weight"] for x in (model.params, merged)
+    )
+    np.testing.assert_array_equal(change[:-1], weight[:-1])
+    f = factors[name]
+    expected = weight[-1] + 2.0 * np.asarray(f.up[0]) @ np.asarray(f.down[0])
+    np.testing.assert_allclose(change[-1], expected, rtol=1e-5, atol=1e-6)
+    logits = jax.jit(model.logits)
+    adapted = logits(lora.attach(model.params, factors), reference.TOKENS)
+    whole = logits(merged, reference.TOKENS)
+    assert np.max(np.abs(adapted - whole)) < 2e-5 * np.std(whole)
+    lora.save(tmp_path / "adapter", model, factors)
+    again = lora.load(tmp_path / "adapter", model)
+    jax.tree.map(np.testing.assert_array_equal, again, factors)
+    fields = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert fields["layers_to_transform"] == [model.config.num_layers - 1]
+    with pytest.raises(ValueError, match="num_layers must be at most"):
+        lora.init(jax.random.key(0), model, 3, num_layers=99)

@@ -176,6 +176,7 @@ IN_FINE_TUNES = {
     "lora.rank": Case(2, FINE),
     "lora.alpha": Case(4.0, FINE),
     "lora.targets": Case("gate_proj$", FINE),
+    "lora.num_layers": Case(1, FINE),
     "task.name": Case("sst2", FINE, {"task.template": "", "task.labels": "", "task.path": "sst2"}),
     "task.path": Case("others.jsonl", FINE),
     "task.template": Case("{text}, ", FINE),

@@ -37,7 +37,7 @@ _EMBEDDINGS = ("embed_tokens", "wte", "wpe")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """What is trained of a weight.
+    """What is trained of a weight; of fewer than all L layers, that of the last ones.
 
     Attributes:
       down: floating [L, r, in].
@@ -81,7 +81,12 @@ class Adapted(Weight):
 
 
 def init(
-    key: jax.Array, model: Model, rank: int = 8, alpha: float = 16.0, targets: str = TARGETS
+    key: jax.Array,
+    model: Model,
+    rank: int = 8,
+    alpha: float = 16.0,
+    targets: str = TARGETS,
+    num_layers: int = 0,
 ) -> dict[str, Factors]:
     """Fresh factors: down uniform in ±1/√in, up zero, so that the model is at first the base.
 
@@ -91,13 +96,15 @@ def init(
       rank: r.
       alpha: the change is alpha / r · up · down.
       targets: regular expression, searched in names like layers/self_attn/q_proj.
+      num_layers: only the last so many layers have factors (0: all). What lies below them is then
+        evaluated once for all queries of an estimate.
 
     Returns:
       float32 factors by the names of their weights: the parameters to train. The loss is, for
       example, `lambda factors, base, tokens: model.loss(lora.attach(base, factors), tokens)`.
 
     Raises:
-      ValueError: the rank is below 1, or no weight is found.
+      ValueError: the rank is below 1, no weight is found, or the model has fewer layers.
 
     >>> import jax
     >>> from zo_jax import models
@@ -108,19 +115,25 @@ def init(
     """  # noqa: E501
     if rank < 1:
         raise ValueError(f"the rank must be at least 1; got {rank}")
+    if not 0 <= num_layers <= model.config.num_layers:
+        raise ValueError(
+            f"num_layers must be at most the model's {model.config.num_layers}; got {num_layers}"
+        )
     leaves = _adaptable(model.config)
     found = {name: leaf for name, leaf in leaves.items() if re.search(targets, name)}
     if not found:
         raise ValueError(f"targets must find one of {', '.join(leaves)}; {targets!r} finds none")
     keys = jax.random.split(key, len(found))
     return {
-        name: _fresh(key, leaf, rank, alpha / rank)
+        name: _fresh(key, leaf, rank, alpha / rank, num_layers)
         for key, (name, leaf) in zip(keys, found.items(), strict=True)
     }
 
 
-def _fresh(key: jax.Array, leaf: Leaf, rank: int, scale: float) -> Factors:
+def _fresh(key: jax.Array, leaf: Leaf, rank: int, scale: float, num_layers: int) -> Factors:
     *layers, out, width = leaf.shape
+    if layers and num_layers:
+        layers = [num_layers]
     bound = 1 / math.sqrt(width)
     down = jax.random.uniform(key, (*layers, rank, width), minval=-bound, maxval=bound)
     return Factors(down, jnp.zeros((*layers, out, rank)), float(scale))
@@ -139,7 +152,17 @@ def _adaptable(config: Config) -> dict[str, Leaf]:
 
 def attach(params: Any, factors: dict[str, Factors]) -> Any:
     """The parameters with `Adapted` weights, for the functions of a model."""
-    return _replace(params, factors, Adapted)
+    return _replace(params, factors, lambda weight, f: Adapted(weight, _in_all_layers(weight, f)))
+
+
+def _in_all_layers(weight: Any, f: Factors) -> Factors:
+    """Factors of the last layers, with zeros for those before."""
+    before = weight.shape[0] - len(f.down) if len(weight.shape) == 3 else 0
+    if not before:
+        return f
+    zeros = lambda x: jnp.zeros((before, *x.shape[1:]), x.dtype)
+    pad = lambda x: jnp.concatenate([zeros(x), x])
+    return dataclasses.replace(f, down=pad(f.down), up=pad(f.up))
 
 
 def merge(model: Model, params: Any, factors: dict[str, Factors]) -> Any:
@@ -154,7 +177,7 @@ def merge(model: Model, params: Any, factors: dict[str, Factors]) -> Any:
 
     def merged(weight: Any, f: Factors) -> jax.Array:
         dtype = model.dtype if isinstance(weight, Weight) else weight.dtype
-        return Adapted(weight, f).form().astype(dtype)
+        return Adapted(weight, _in_all_layers(weight, f)).form().astype(dtype)
 
     return _replace(params, factors, merged)
 
@@ -184,12 +207,15 @@ def save(folder: str | Path, model: Model, factors: dict[str, Factors]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     prefix, leaves = architecture(model.config).PREFIX, _adaptable(model.config)
     tensors, modules = {}, set()
+    layers: list[int] = []
     for name, f in factors.items():
         leaf = leaves[name]
         modules.add(leaf.hf.split("{}.")[-1].removesuffix(".weight"))
-        for i in range(leaf.num_tensors):
+        if leaf.is_stacked:
+            layers = list(range(leaf.num_tensors - len(f.down), leaf.num_tensors))
+        for k, i in enumerate(layers if leaf.is_stacked else [0]):
             for part, x in zip(_part_names(leaf, i, prefix), (f.down, f.up), strict=True):
-                tensors[part] = np.ascontiguousarray(np.asarray(x)[i if leaf.is_stacked else ...])
+                tensors[part] = np.ascontiguousarray(np.asarray(x)[k if leaf.is_stacked else ...])
     first = next(iter(factors.values()))
     rank = first.down.shape[-2]
     fields = {
@@ -203,6 +229,8 @@ def save(folder: str | Path, model: Model, factors: dict[str, Factors]) -> None:
         "target_modules": sorted(modules),
         "fan_in_fan_out": any(leaves[name].transposed for name in factors),
     }
+    if 0 < len(layers) < model.config.num_layers:
+        fields["layers_to_transform"] = layers
     save_tensors(tensors, folder / _WEIGHTS)
     write_atomic(folder / _CONFIG, json.dumps(fields, indent=2) + "\n")
 
@@ -232,16 +260,19 @@ def load(folder: str | Path, model: Model) -> dict[str, Factors]:
     prefix, factors = architecture(model.config).PREFIX, {}
     for name, leaf in _adaptable(model.config).items():
         parts = [_part_names(leaf, i, prefix) for i in range(leaf.num_tensors)]
-        if not any(part in tensors for pair in parts for part in pair):
+        is_there = [any(part in tensors for part in pair) for pair in parts]
+        if not any(is_there):
             continue
+        parts = parts[is_there.index(True) :]
         if missing := [part for pair in parts for part in pair if part not in tensors]:
             raise ValueError(
-                f"an adapter must have all layers of {name}; {missing[0]} is missing in {folder}"
+                f"an adapter must have all layers of {name}, or the last ones; {missing[0]} is "
+                f"missing in {folder}"
             )
         down, up = (np.stack([tensors.pop(pair[k]) for pair in parts]) for k in (0, 1))
         if not leaf.is_stacked:
             down, up = down[0], up[0]
-        if (*up.shape[:-1], down.shape[-1]) != leaf.shape:
+        if (*up.shape[-2:-1], down.shape[-1]) != leaf.tensor_shape:
             raise ValueError(
                 f"the factors of {name} must make {list(leaf.shape)}; got {list(up.shape)} times "
                 f"{list(down.shape)}"

@@ -125,6 +125,12 @@ class LoraConfig:
         r"/(q_proj|v_proj|c_attn)$",
         "regular expression, searched for in the names of weights, like layers/self_attn/q_proj",
     )
+    num_layers: int = setting(
+        0,
+        "the last so many layers have factors (0: all); what lies below them is evaluated once for "
+        "all queries of a step",
+        allowed=_COUNT_OR_NONE,
+    )
 
 
 @dataclasses.dataclass

@@ -127,7 +127,14 @@ class Pretrained:
     def _factors(self, key: jax.Array) -> dict[str, lora.Factors]:
         options = self.settings.lora
         try:
-            return lora.init(key, self.model, options.rank, options.alpha, options.targets)
+            return lora.init(
+                key,
+                self.model,
+                options.rank,
+                options.alpha,
+                options.targets,
+                options.num_layers,
+            )
         except ValueError as error:
             raise ConfigError(f"lora: {error}") from error
 
