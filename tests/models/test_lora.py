@@ -173,9 +173,8 @@ def test_factors_of_the_last_layers_alone(model, tmp_path):
     name = next(name for name in factors if name.startswith(("layers", "h/")))
     assert len(factors[name].down) == 1 < model.config.num_layers
     merged = lora.merge(model, model.params, factors)
-    weight, change = (
-        functools.reduce(dict.get, name.split("/"), x)["weight"] for x in (model.params, merged)
-    )
+    find = lambda params: functools.reduce(dict.get, name.split("/"), params)["weight"]
+    weight, change = find(model.params), find(merged)
     np.testing.assert_array_equal(change[:-1], weight[:-1])
     f = factors[name]
     expected = weight[-1] + 2.0 * np.asarray(f.up[0]) @ np.asarray(f.down[0])
