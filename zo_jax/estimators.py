@@ -199,6 +199,41 @@ class Estimator:
             aux=aux[0] if aux else None,
         )
 
+    def losses_along(
+        self, loss_fn: Callable[..., Any], params: Any, key: jax.Array, scales: Any, *batch: Any
+    ) -> jax.Array:
+        """The loss along the directions of `project`: [q, k] of L(θ + scaleⱼ zᵢ), float32 or better.
+
+        Args:
+          loss_fn, params, key, *batch: as of `project`.
+          scales: [k], in the place of ±ε; 0 is the loss at the parameters.
+
+        >>> import jax, jax.numpy as jnp, zo_jax
+        >>> estimator = zo_jax.Estimator(num_queries=2)
+        >>> estimator.losses_along(lambda w: jnp.sum(w**2), jnp.zeros(4), jax.random.key(0), [0, 1, 2]).tolist()
+        [[0.0, 4.0, 16.0], [0.0, 4.0, 16.0]]
+        """  # noqa: E501
+        operands, at = self._along(loss_fn, as_arrays(params), key, batch, scales)
+        losses = lambda operands, query: lax.map(at(operands, query), operands.scales)[0]
+        return _map_queries(self, losses, operands, np.arange(self.num_queries))
+
+    def _along(
+        self,
+        loss_fn: Callable[..., Any],
+        params: Any,
+        key: jax.Array,
+        batch: tuple[Any, ...],
+        scales: Any,
+    ) -> tuple["_Operands", Callable[..., Any]]:
+        """What evaluations read, and (operands, query) -> the loss along the query's direction."""
+        _check_batch(self, batch)
+        family = self.family
+        # A family that is no pytree has no arrays, and can be closed over.
+        is_leaf = any(leaf is family for leaf in jax.tree.leaves(family))
+        scales = jnp.asarray(scales, jnp.float32)
+        operands = _Operands(params, batch, self.keys(key), None if is_leaf else family, scales)
+        return operands, _line(self, loss_fn, family)
+
     def _evaluate(
         self, loss_fn: Callable[..., Any], params: Any, key: jax.Array, batch: tuple[Any, ...]
     ) -> tuple[jax.Array, jax.Array, Any]:
@@ -207,19 +242,15 @@ class Estimator:
             raise ValueError(
                 "epsilon is a schedule, but only zeroth_order counts steps; give its value"
             )
-        _check_batch(self, batch)
-        family, epsilon = self.family, jnp.float32(self.epsilon)
-        # A family that is no pytree has no arrays, and can be closed over.
-        is_leaf = any(leaf is family for leaf in jax.tree.leaves(family))
-        operands = _Operands(params, batch, self.keys(key), None if is_leaf else family, epsilon)
-        at = _line(self, loss_fn, family)
+        epsilon = jnp.float32(self.epsilon)
+        operands, at = self._along(loss_fn, params, key, batch, epsilon)
         queries = np.arange(self.num_queries)
 
         def central(operands, query):
             # A loop over the two sides, so that the loss is compiled once.
-            sides = jnp.stack([operands.epsilon, -operands.epsilon])
+            sides = jnp.stack([operands.scales, -operands.scales])
             losses, aux = lax.map(at(operands, query), sides)
-            slope = (losses[0] - losses[1]) / (2 * operands.epsilon)
+            slope = (losses[0] - losses[1]) / (2 * operands.scales)
             return jnp.mean(losses), slope, jax.tree.map(lambda x: x[0], aux)
 
         def jvp(operands, query):
@@ -234,9 +265,7 @@ class Estimator:
         n = self.num_queries if self.batch_per_query else 1
         query = np.concatenate([queries[:n], queries])
         is_moved = np.concatenate([np.zeros(n, np.float32), np.ones(len(queries), np.float32)])
-        evaluate = lambda operands, query, is_moved: at(operands, query)(
-            is_moved * operands.epsilon
-        )
+        evaluate = lambda operands, query, is_moved: at(operands, query)(is_moved * operands.scales)
         losses, aux = _map_queries(self, evaluate, operands, query, is_moved)
         base = jnp.broadcast_to(losses[:n], queries.shape)
         return base, (losses[n:] - base) / epsilon, jax.tree.map(lambda x: x[n:], aux)
@@ -249,7 +278,7 @@ class _Operands(NamedTuple):
     batch: tuple[Any, ...]
     keys: jax.Array
     family: Family | None
-    epsilon: jax.Array
+    scales: jax.Array
 
 
 def _line(
