@@ -14,6 +14,7 @@ from zo_jax.interpreter import lazily, record_formed
 from zo_jax.layout import Layout
 from zo_jax.mudamw import MudamwState, mudamw
 from zo_jax.perturbed import Dense, LowRank, Perturbed
+from zo_jax.probe import Probe, probe
 from zo_jax.rules import register_rule
 from zo_jax.transforms import ZerothOrderState, fill_frozen, zeroth_order
 from zo_jax.update import TrainState, Update, UpdateMetrics, make_update
@@ -29,6 +30,7 @@ __all__ = [
     "LowRank",
     "MudamwState",
     "Perturbed",
+    "Probe",
     "TrainState",
     "Update",
     "UpdateMetrics",
@@ -45,6 +47,7 @@ __all__ = [
     "make_update",
     "mean_weights",
     "mudamw",
+    "probe",
     "project",
     "rademacher",
     "record_formed",
