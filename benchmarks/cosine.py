@@ -22,7 +22,7 @@ import zo_jax
 from zo_jax.train.config import DataConfig, ModelConfig
 from zo_jax.train.data.corpus import load_corpus
 from zo_jax.train.losses import next_token_loss
-from zo_jax.train.model import count_params, init_params, make_model
+from zo_jax.train.model import make_model
 
 FAMILIES = {
     "rademacher": zo_jax.rademacher(),
@@ -43,11 +43,11 @@ def main() -> None:
     corpus = load_corpus(DataConfig(block_size=32))
     config = ModelConfig(num_layers=1, num_heads=2, width=32, context_length=32)
     model = make_model(config, corpus.tokenizer.vocab_size)
-    params = init_params(model, jax.random.key(0))
+    params = model.fresh(jax.random.key(0))
     tokens = corpus.train_NT[:4]
     loss_fn = lambda params: next_token_loss(model, params, tokens)
     true = flatten(jax.jit(jax.grad(loss_fn))(params))
-    d = count_params(model)
+    d = model.num_params
     print(
         f"{d:,} parameters; mean of {NUM_KEYS} keys\n\n| q | √(q / (q + d - 1)) | "
         + " | ".join(FAMILIES)

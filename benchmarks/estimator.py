@@ -24,7 +24,7 @@ import optax
 
 import zo_jax
 from zo_jax.train.losses import next_token_loss
-from zo_jax.train.model import GPT, SIZES, init_params
+from zo_jax.train.model import GPT, SIZES
 
 VOCAB_SIZE = 50257
 FAMILIES = {
@@ -78,7 +78,7 @@ def plain_evaluations(loss: Callable[..., jax.Array], count: int) -> Callable[..
 
 def benchmark_time(rounds: int, q: int = 8) -> None:
     model, loss = make_loss("20M")
-    params = init_params(model, jax.random.key(0))
+    params = model.fresh(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (q, 2, 129), 0, VOCAB_SIZE)
     key = jax.random.key(2)
     floor, _ = compile_timed(plain_evaluations(loss, 2 * q), params, tokens)
@@ -117,7 +117,7 @@ def benchmark_time(rounds: int, q: int = 8) -> None:
 
 def benchmark_small_batches(rounds: int, q: int = 64) -> None:
     model, loss = make_loss("20M")
-    params = init_params(model, jax.random.key(0))
+    params = model.fresh(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (q, 1, 17), 0, VOCAB_SIZE)
     programs = {}
     for name in ("rademacher", "low_rank(1)"):
@@ -148,7 +148,7 @@ def benchmark_small_batches(rounds: int, q: int = 64) -> None:
 
 def benchmark_memory() -> None:
     model, loss = make_loss("gpt2")
-    params = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    params = jax.eval_shape(lambda key: model.fresh(key), jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((1, 129), jnp.int32)
     key = jax.eval_shape(jax.random.key, 0)
     leaves = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)]

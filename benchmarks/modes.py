@@ -39,7 +39,7 @@ from zo_jax.train.data.batches import read_batches
 from zo_jax.train.data.corpus import load_corpus
 from zo_jax.train.evaluate import choose_blocks, make_evaluate
 from zo_jax.train.losses import next_token_loss
-from zo_jax.train.model import count_params, make_model
+from zo_jax.train.model import make_model
 from zo_jax.train.validation import validate
 
 PASSES, SECONDS, NUM_EVALUATIONS = 6400, 2.0, 10
@@ -194,7 +194,7 @@ def main() -> None:
                 f"| {by_time.mean():.3f} ± {by_time.std(ddof=1):.3f} | {cosine:.3f} |"
             )
             print(lines[-1], flush=True)
-    write(lines, curves, count_params(model))
+    write(lines, curves, model.num_params)
 
 
 def write(lines, curves, num_params: int) -> None:

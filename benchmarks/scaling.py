@@ -32,8 +32,8 @@ from zo_jax.train.config import (
     TrainConfig,
     ZOConfig,
 )
-from zo_jax.train.mesh import RULES, make_mesh
-from zo_jax.train.model import make_model
+from zo_jax.train.mesh import make_mesh
+from zo_jax.train.model import RULES, make_model
 from zo_jax.train.validation import resolve
 
 _COLLECTIVE = re.compile(

@@ -93,6 +93,17 @@ class Layout:
             lambda index: blocks_NT[indices[(index or ())[:-1]]],
         )
 
+    def put_batch(self, batch: Any, axis: int) -> Any:
+        """A pytree of NumPy arrays, the same in every process, on the devices, an axis split over
+        `data`.
+        """
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(
+                x.shape, self.split(x.ndim, axis, "data"), lambda index: x[index]
+            ),
+            batch,
+        )
+
     def put_everywhere(self, x: Any) -> Any:
         """Arrays that are the same in every process, on all devices."""
         return jax.tree.map(

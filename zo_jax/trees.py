@@ -38,9 +38,10 @@ class Subset(NamedTuple):
         if self.indices is None:
             return part
         leaves, treedef = jax.tree.flatten(params)
-        new = jax.tree.leaves(part, is_leaf=lambda x: x is None)
+        new = treedef.flatten_up_to(part)
         put = lambda leaf, x, i: x if i is ALL else leaf if i is None else leaf.at[i].set(x)
-        return jax.tree.unflatten(treedef, map(put, leaves, new, self.indices))
+        merged = [put(*x) for x in zip(leaves, new, self.indices, strict=True)]
+        return jax.tree.unflatten(treedef, merged)
 
     def floating(self, params: Any) -> "Subset":
         """Less the leaves that are not floating."""

@@ -9,7 +9,7 @@ import pytest
 
 import zo_jax
 from zo_jax.train.losses import next_token_loss
-from zo_jax.train.model import GPT, init_params
+from zo_jax.train.model import GPT
 
 FAMILIES = {
     "rademacher": zo_jax.rademacher(),
@@ -39,7 +39,7 @@ def gpt_loss(params, tokens):
 
 @pytest.fixture(scope="module")
 def gpt():
-    params = init_params(MODEL, jax.random.key(0))
+    params = MODEL.fresh(jax.random.key(0))
     # Weights of ordinary size: with GPT-2's small initial ones a finite difference is far from the
     # derivative.
     params = jax.tree.map(lambda x: 4 * x, params)

@@ -8,7 +8,7 @@ import pytest
 from zo_jax import estimators, gaussian, low_rank, rademacher
 from zo_jax.train.config import ModelConfig
 from zo_jax.train.losses import next_token_loss
-from zo_jax.train.model import init_params, make_model
+from zo_jax.train.model import make_model
 
 
 def estimate(param_dtype, compute_dtype, params, family):
@@ -22,7 +22,7 @@ def estimate(param_dtype, compute_dtype, params, family):
     )
     model = make_model(config, 61)
     tokens = np.random.default_rng(1).integers(0, 61, (4, 17)).astype(np.int32)
-    params = params or init_params(model, jax.random.key(0))
+    params = params or model.fresh(jax.random.key(0))
     params = jax.tree.map(lambda x: x.astype(param_dtype), params)
     result = jax.jit(
         lambda p: estimators.estimate_gradient(

@@ -10,8 +10,8 @@ import reference_models as reference
 from test_tokenizer import write
 
 from zo_jax import models
-from zo_jax.models import generate_cli
 from zo_jax.models.generate import _likeliest
+from zo_jax.train.tools import generate as command
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [7], [2, 7, 1, 8]]
 
@@ -124,15 +124,15 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     ).backend
     tokens.add_tokens([*"cdfghijkl"])
     tokens.save(str(tmp_path / "tokenizer.json"))
-    assert generate_cli.main([str(tmp_path), "d", "h", "--max-tokens=2"]) == 0
+    assert command.main([str(tmp_path), "--prompt=d", "--prompt=h", "--max-tokens=2"]) == 0
     out = capsys.readouterr()
     assert out.out == "d f g\nh i j\n" and "4 tokens" in out.err
     monkeypatch.setattr("sys.stdin", io.StringIO("d\n"))
-    assert generate_cli.main([str(tmp_path), "--chat", "--system=a ", "--max-tokens=2"]) == 0
+    assert command.main([str(tmp_path), "--chat", "--system=a ", "--max-tokens=2"]) == 0
     assert capsys.readouterr().out == "f g\n"
-    assert generate_cli.main([str(tmp_path / "none"), "d"]) == 2
+    assert command.main([str(tmp_path / "none"), "--prompt=d"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
-    assert generate_cli.main([str(tmp_path), "--system=x", "d"]) == 2
+    assert command.main([str(tmp_path), "--system=x", "--prompt=d"]) == 2
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ from zo_jax.train import steps
 from zo_jax.train.config import ConfigError
 from zo_jax.train.data import batches
 from zo_jax.train.losses import next_token_loss
-from zo_jax.train.mesh import AXES, RULES, make_mesh
-from zo_jax.train.model import make_model
+from zo_jax.train.mesh import AXES, make_mesh
+from zo_jax.train.model import RULES, make_model
 from zo_jax.train.run import make_layout, train_and_evaluate
 from zo_jax.train.run_folder import checkpoint, metrics
 

@@ -43,7 +43,7 @@ def test_version(capsys):
     [
         (["trian"], "'trian' is no command; did you mean train?"),
         (["LEDGER"], "did you mean ledger?"),
-        (["x"], "it must be one of train, ledger, plots, generate, memory"),
+        (["x"], "it must be one of train, ledger, plots, generate, export, memory"),
         (["train", "--worKdir=x"], "--worKdir is no flag; did you mean --workdir?"),
         (["train", "--restrat"], "did you mean --restart?"),
         (["train", "--num_processes=x"], "--num_processes: invalid int value: 'x'"),

@@ -185,13 +185,13 @@ def test_help_explains_every_field():
 def test_resolve(tiny_config):
     change(tiny_config, zo__parallel_batch_size=9, train__num_steps=0, train__num_epochs=3)
     tiny_config.zo.epsilon = 1
-    resolved = resolve(tiny_config, num_train_blocks=10)
+    resolved = resolve(tiny_config, num_examples=10)
     assert resolved.train.num_steps == 15 and blocks_per_step(resolved) == 2
     assert resolved.zo.parallel_batch_size == resolved.zo.num_queries == 3
     assert isinstance(resolved.zo.epsilon, float)
     assert tiny_config.train.num_steps == 0  # the argument is left alone
     change(tiny_config, zo__batch_per_query=True)
-    assert resolve(tiny_config, num_train_blocks=10).train.num_steps == 5
+    assert resolve(tiny_config, num_examples=10).train.num_steps == 5
     change(tiny_config, model__size="20M", model__num_layers=0, model__num_heads=0, model__width=0)
     assert resolve(tiny_config, 10).model.width == 280
     change(tiny_config, optimizer__schedule="cosine")

@@ -14,7 +14,7 @@ import pytest
 from zo_jax.train import credit, feedback, steps
 from zo_jax.train.config import FeedbackConfig
 from zo_jax.train.losses import next_token_loss
-from zo_jax.train.model import Block, head_of, init_params, make_model
+from zo_jax.train.model import Block, make_model
 from zo_jax.train.run import train_and_evaluate
 from zo_jax.train.settings import ConfigError
 from zo_jax.train.validation import validate
@@ -32,7 +32,7 @@ def feedback_config(tiny_config):
 def setup(config):
     """A model at a point where no bias is zero and no scale one, and tokens [3, 8]."""
     model = make_model(config.model, VOCAB)
-    params = init_params(model, jax.random.key(0))
+    params = model.fresh(jax.random.key(0))
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     moved = [x + 0.4 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
@@ -93,14 +93,14 @@ def test_last_units_equal_backprop_but_for_the_square_of_sigma(feedback_config):
 def test_tied_head_adds_its_gradient_to_the_embedding(feedback_config):
     feedback_config.model.tied_head, feedback_config.feedback.errors = True, "last"
     model, params, tokens = setup(feedback_config)
-    hidden_BTC = model.apply({"params": params}, tokens[:, :-1])
+    hidden_BTC = model.hidden(params, tokens[:, :-1])
 
     def loss(head_VC):
         log_probs_BTV = jax.nn.log_softmax(hidden_BTC @ head_VC.T)
         return -jnp.mean(jnp.take_along_axis(log_probs_BTV, tokens[:, 1:, None], axis=-1))
 
     _, gradient = gradient_of(feedback_config)
-    expected = jax.grad(loss)(head_of(params))
+    expected = jax.grad(loss)(model.head(params))
     np.testing.assert_allclose(gradient["wte"]["embedding"], expected, rtol=1e-4, atol=1e-6)
 
 
@@ -131,7 +131,7 @@ def output_error(model, params, tokens):
 
     def loss(x_BTC):
         h_BTC = nn.LayerNorm(epsilon=1e-5).apply({"params": params["ln_f"]}, x_BTC)
-        log_probs_BTV = jax.nn.log_softmax(h_BTC @ head_of(params).T)
+        log_probs_BTV = jax.nn.log_softmax(h_BTC @ model.head(params).T)
         return -jnp.mean(jnp.take_along_axis(log_probs_BTV, tokens[:, 1:, None], axis=-1))
 
     return np.asarray(jax.grad(loss)(x_BTC))

@@ -4,19 +4,19 @@ import numpy as np
 import pytest
 
 from zo_jax.train.losses import next_token_loss
-from zo_jax.train.model import init_params, make_model
+from zo_jax.train.model import make_model
 
 
 @pytest.fixture
 def case(tiny_config):
     model = make_model(tiny_config.model, 11)
-    params = init_params(model, jax.random.key(0))
+    params = model.fresh(jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, 11, (3, 8)).astype(np.int32)
     return model, params, tokens
 
 
 def numpy_loss(model, params, tokens):
-    hidden = np.asarray(model.apply({"params": params}, tokens[:, :-1]), np.float64)
+    hidden = np.asarray(model.hidden(params, tokens[:, :-1]), np.float64)
     logits = hidden @ np.asarray(params["wte"]["embedding"], np.float64).T
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     picked = [
@@ -34,7 +34,7 @@ def test_loss_and_gradient_equal_the_whole(monkeypatch, case, words, tokens):
     model, params, tokens_BT = case
 
     def whole(params):
-        hidden = model.apply({"params": params}, tokens_BT[:, :-1])
+        hidden = model.hidden(params, tokens_BT[:, :-1])
         log_probs = jax.nn.log_softmax(hidden @ params["wte"]["embedding"].T)
         return -jnp.mean(jnp.take_along_axis(log_probs, tokens_BT[:, 1:, None], axis=-1))
 

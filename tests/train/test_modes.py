@@ -222,13 +222,13 @@ def test_scopes_train_nothing_else(tiny_config, mode, scope):
 
 
 def test_a_scope_that_matches_nothing_lists_the_paths(tiny_config):
-    _, _, _, state = setup(tiny_config)
+    model = make_model(tiny_config.model, 11)
     with pytest.raises(
         ConfigError, match=r"matches no parameter; .*blocks/0..0/fc/bias.*wte/embedding"
     ):
-        make_scope("attention", state.params)
+        make_scope("attention", model)
     with pytest.raises(ConfigError, match="is none: "):
-        make_scope("(", state.params)
+        make_scope("(", model)
 
 
 @pytest.mark.parametrize(

@@ -574,11 +574,11 @@ def test_damaged_configurations_are_refused_in_one_line(tiny_config, tmp_path, t
 
 
 def test_the_identity_is_of_what_makes_a_run(tiny_config, text):
-    corpus = batches.load_corpora(tiny_config)
-    mine = identity.identify(tiny_config, corpus)
-    assert len(mine) == 16 and mine == identity.identify(tiny_config, corpus)
+    digests = batches.load_corpora(tiny_config).digests
+    mine = identity.identify(tiny_config, digests)
+    assert len(mine) == 16 and mine == identity.identify(tiny_config, digests)
     tiny_config.train.num_steps, tiny_config.zo.parallel_batch_size = 99, 3
-    assert mine == identity.identify(tiny_config, corpus)
+    assert mine == identity.identify(tiny_config, digests)
     for section, name, value in (
         (tiny_config, "seed", 1),
         (tiny_config.zo, "epsilon", 2e-3),
@@ -586,9 +586,9 @@ def test_the_identity_is_of_what_makes_a_run(tiny_config, text):
     ):
         before = getattr(section, name)
         setattr(section, name, value)
-        assert mine != identity.identify(tiny_config, corpus), name
+        assert mine != identity.identify(tiny_config, digests), name
         setattr(section, name, before)
-    assert mine != identity.identify(tiny_config, corpus._replace(text="other"))
+    assert mine != identity.identify(tiny_config, digests | {"text": "other"})
 
 
 def test_the_table_of_what_may_change_is_the_declaration():

@@ -5,11 +5,14 @@ changes is looked for where the field is read: in the text of the compiled progr
 that steps read, or in the folder of a run.
 """
 
+import contextlib
 import functools
 import json
 import math
+import re
 from typing import Any, NamedTuple
 
+import fine_tune
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +28,7 @@ from zo_jax.train.run import make_layout, train_and_evaluate
 from zo_jax.train.run_folder import metrics
 from zo_jax.train.settings import replace_value, walk
 from zo_jax.train.signals import RunStopped
+from zo_jax.train.subject import load_sources, make_subject
 from zo_jax.train.validation import resolve, validate, without_effect
 
 
@@ -58,6 +62,23 @@ ADAPTIVE = INSTRUCT | {"instruct.adaptive": True}
 FEEDBACK = {"mode": "feedback", "scope": "full"}
 COSINE = {"optimizer.schedule": "cosine", "optimizer.warmup_steps": 1}
 OF = lambda name: {"optimizer.name": name}
+# A pretrained model and examples, which the fixture `folder` writes.
+FINE = {
+    **{f"model.{name}": 0 for name in ("num_layers", "num_heads", "width")},
+    "model.context_length": 1024,
+    "data.block_size": 128,
+    "scope": "lora",
+    "model.path": "a/base",
+    "task.name": "file",
+    "task.path": "examples.jsonl",
+    "task.template": "{text}:",
+    "task.labels": fine_tune.LABELS,
+    "task.num_train": 10,
+    "task.num_validation": 8,
+    "task.num_test": 4,
+    "train.batch_size": 4,
+}
+ANSWERS = FINE | {"task.labels": "", "task.target": "answer"}
 # Files that the fixture `folder` writes, in the current folder.
 TEXT = {"data.source": "text", "data.path": "a.txt"}
 TEXTS = {"data.source": "text", "data.path": "?.txt"}
@@ -149,6 +170,25 @@ IN_BLOCKS = {
         1, TEXT | {"train.eval_source": "text", "train.eval_path": "?.txt"}
     ),
 }
+IN_FINE_TUNES = {
+    "model.path": Case("b/base", FINE),
+    "model.quantized": Case("int8", FINE),
+    "lora.rank": Case(2, FINE),
+    "lora.alpha": Case(4.0, FINE),
+    "lora.targets": Case("gate_proj$", FINE),
+    "task.name": Case("sst2", FINE, {"task.template": "", "task.labels": "", "task.path": "sst2"}),
+    "task.path": Case("others.jsonl", FINE),
+    "task.template": Case("{text}, ", FINE),
+    "task.labels": Case('{"0": "no", "1": "+"}', FINE),
+    "task.label_column": Case("other", FINE),
+    "task.target": Case("text", ANSWERS),
+    "task.chat": Case(True, FINE),
+    "task.num_train": Case(12, FINE),
+    "task.num_validation": Case(5, FINE),
+    "task.num_test": Case(0, FINE),
+    "task.max_tokens": Case(6, FINE),
+    "task.answer_tokens": Case(3, ANSWERS),
+}
 RUN = TEXT | BACKPROP | {"optimizer.learning_rate": 1e-2}
 # Runs that differ in several fields, each of which shows in a part of what they leave.
 RUNS = {
@@ -167,6 +207,8 @@ RUNS = {
         "train.eval_blocks": 2,
         "train.sample_temperature": 0.1,
     },
+    "tuned": FINE | {"train.eval_interval": 2},
+    "tuned, best not kept": FINE | {"train.eval_interval": 2, "task.keep_best": False},
     "diverging": RUN | {"optimizer.learning_rate": 1e38, "train.checkpoint_interval": 1},
     "stopped": RUN
     | {
@@ -187,6 +229,7 @@ IN_RUNS = {
     "train.checkpoint_minutes": ("other", "plain", "checkpoints"),
     "train.eval_blocks": ("other", "plain", "first loss"),
     "train.sample_temperature": ("other", "plain", "sample"),
+    "task.keep_best": ("tuned, best not kept", "tuned", "best"),
     "train.keep_checkpoints": ("stopped", "diverging", "number"),
     "train.max_skipped": ("stopped", "diverging", "stop"),
 }
@@ -195,7 +238,7 @@ ON_DEVICES = {
     "mesh.data": Case(2),
     "mesh.model": Case(2),
 }
-CASES = IN_PROGRAMS | IN_BLOCKS | ON_DEVICES
+CASES = IN_PROGRAMS | IN_BLOCKS | IN_FINE_TUNES | ON_DEVICES
 for name, (run, _, _) in IN_RUNS.items():
     others = {field: value for field, value in RUNS[run].items() if field != name}
     CASES[name] = Case(RUNS[run][name], others)
@@ -214,6 +257,14 @@ BROKEN = {
     "mode is calibrate or instruct": {"mode": "zo"},
     "mode is not fo or fo.batch_size is 0": {"mode": "fo", "fo.batch_size": 4},
     "model.size is custom": {"model.size": "20M"},
+    "model.path is empty": {"model.path": "a/base"},
+    "model.path is not empty": {"model.path": ""},
+    "scope is lora": {"scope": "full"},
+    "task.name is text": {"task.name": "sst2"},
+    "task.name is not text": {"task.name": "text"},
+    "task.name is file": {"task.name": "sst2"},
+    "task.labels is not empty": {"task.labels": ""},
+    "task.name is squad or drop or task.target is not empty": {"task.target": ""},
     "model.param_dtype is not float32": {"model.param_dtype": "float32"},
     "data.source is text or disk": {"data.source": "wikitext-103"},
     "data.source is not shakespeare": {"data.source": "shakespeare"},
@@ -259,6 +310,24 @@ def before_and_after(name):
     return configs
 
 
+def write_fine_tunes(folder):
+    """Bases and examples."""
+    folder.mkdir(exist_ok=True)
+    for i, name in enumerate("ab"):
+        (folder / name).mkdir()
+        fine_tune.write_base(folder / name / "base", seed=i)
+    for i, name in enumerate(("examples", "others")):
+        path = fine_tune.write_examples(folder / f"{name}.jsonl", 24, seed=i)
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [row | {"other": 1 - row["label"]} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "sst2").mkdir()
+    for name in ("train", "validation"):
+        rows = [{"sentence": f"{name} {i}", "label": i % 2} for i in range(24)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "sst2" / f"{name}.jsonl").write_text(text)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The current folder: texts, a saved data set, two GPT-2 vocabularies."""
@@ -284,13 +353,13 @@ def program(config, name):
     """The text of the compiled function that reads a field, for a vocabulary of 20 words."""
     config = resolve(config, 100)
     gpt = model.make_model(config.model, 20)
-    state = jax.eval_shape(lambda: steps.init_state(config, gpt))
+    state = steps.state_shapes(config, gpt)
     key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
     q, B, T = config.zo.num_queries, config.train.batch_size, config.data.block_size
     tokens_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
     tokens = jax.ShapeDtypeStruct((q, B, T), jnp.int32) if config.zo.batch_per_query else tokens_BT
     if name == "model.embedding_std":
-        lowered = jax.jit(lambda: steps.init_state(config, gpt)).lower()
+        lowered = jax.jit(gpt.fresh).lower(jax.random.key(0))
     elif config.mode == "fo":
         lowered = steps.make_fo_step(config, gpt).lower(state, tokens_BT)
     elif config.mode == "feedback":
@@ -333,20 +402,41 @@ def test_it_changes_what_is_read(name, folder):
     assert blocks(before, folder) != blocks(after, folder)
 
 
+def fine_tune_of(config):
+    """What a configuration makes of a pretrained model and its examples."""
+    config = resolve(config, 10)
+    subject = make_subject(config, load_sources(config))
+    task, state = subject.task, steps.init_state(config, subject.model)
+    read = [jax.tree.map(np.ndarray.tolist, task.batches(i)) for i in range(3)]
+    written = task.write(state.params, task.validation) if task.writes else None
+    measured = task.evaluate_part(state.params, task.test) if task.test else None
+    factors = jax.tree.map(lambda x: (x.shape, float(jnp.sum(jnp.abs(x)))), state.params["lora"])
+    return read, task.evaluate(state.params), written, measured, factors
+
+
+@pytest.mark.parametrize("name", IN_FINE_TUNES)
+def test_it_changes_the_fine_tune(name, folder):
+    write_fine_tunes(folder)
+    before, after = before_and_after(name)
+    assert str(fine_tune_of(before)) != str(fine_tune_of(after))
+
+
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     """(name of a run) -> what it leaves in its folder, and says; each run is made once."""
     root = tmp_path_factory.mktemp("runs")
     (root / "a.txt").write_text(tiny.TEXT)
+    write_fine_tunes(root / "fine")
 
     @functools.cache
     def of(name):
-        config, folder = make(RUNS[name], {"data.path": str(root / "a.txt")}), root / name
+        config, folder = make(RUNS[name]), root / name
         stop = ""
-        try:
-            train_and_evaluate(config, folder)
-        except RunStopped as error:
-            stop = str(error)
+        with contextlib.chdir(root if config.task.name == "text" else root / "fine"):
+            try:
+                train_and_evaluate(config, folder)
+            except RunStopped as error:
+                stop = str(error)
         steps_in = lambda part: [path.name for path in sorted((folder / part).glob("[0-9]*"))]
         rows = metrics.read(folder / "metrics.csv")
         sample = folder / "sample.txt"
@@ -358,6 +448,7 @@ def outcome(tmp_path_factory):
             "checkpoints": steps_in("checkpoints"),
             "number": len(steps_in("checkpoints")),
             "snapshots": steps_in("snapshots"),
+            "best": len(steps_in("best")),
             "length": len(text),
             "sample": text,
             "stop": stop,
@@ -378,9 +469,9 @@ def test_it_changes_the_run(name, outcome):
 @pytest.mark.parametrize("name", ON_DEVICES)
 def test_it_changes_the_mesh(name):
     before, after = before_and_after(name)
-    assert make_layout(before) is None
+    assert make_layout(before, None) is None
     with pytest.raises(ConfigError, match=f"the 1 devices; got .*{name.partition('.')[2]}=2"):
-        make_layout(after)
+        make_layout(after, None)
 
 
 def test_every_setting_has_a_case_away_from_its_default():
@@ -415,8 +506,8 @@ def test_without_effect_it_is_refused_if_it_was_changed(name, part):
     with pytest.raises(ConfigError, match="no effect") as error:
         validate(config)
     # All that the message names as changed was changed.
-    given = str(error.value).partition(" ha")[0].split(", ")
-    assert {x.partition("=")[0] for x in given} <= {*BASE, *case.where, *BROKEN[part], name}
+    given = re.findall(r"(?:^|, )([a-z0-9_.]+)=", str(error.value).partition(" ha")[0])
+    assert given and {*given} <= {*BASE, *case.where, *BROKEN[part], name}
     assert "\n" not in str(error.value)
 
 

@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from zo_jax.layout import Layout
-from zo_jax.train.mesh import RULES, MeshError, make_mesh
+from zo_jax.train.mesh import MeshError, make_mesh
+from zo_jax.train.model import RULES
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 by tensor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import json
 import math
 import os
@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from zo_jax import trees
 from zo_jax.atomic import write_atomic
-from zo_jax.models.quantized import Blocks, Quantized
+from zo_jax.models.quantized import KINDS, Blocks, Quantized, quantize
 from zo_jax.models.spec import Leaf
 from zo_jax.models.weights import form, is_weight
 
@@ -25,6 +25,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Bytes of a file; larger models are written in several.
 _SHARD_BYTES = 5 * 10**9
+# Bytes of a tensor that tell it from another.
+BEGINNING = 4096
 # What old files carry beside the parameters: masks and angles.
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -55,10 +57,16 @@ class Source(Protocol):
         """A tensor."""
         ...
 
-    def blocks(self, name: str) -> Blocks | None:
-        """A tensor as it is quantised there, or None if it is not, or in another way than
-        `Quantized`.
-        """
+    def beginning(self, name: str) -> bytes:
+        """The first bytes of a tensor, as they are there."""
+        ...
+
+    def kind(self, name: str) -> str:
+        """How a tensor is quantised there: a kind of `quantized.KINDS`, or another word."""
+        ...
+
+    def blocks(self, name: str) -> Blocks:
+        """A tensor of one of those kinds, as it is there."""
         ...
 
 
@@ -118,8 +126,14 @@ class Safetensors:
     def read(self, name: str) -> np.ndarray:
         return self._files[name].get_tensor(name)
 
-    def blocks(self, name: str) -> Blocks | None:
-        return None
+    def beginning(self, name: str) -> bytes:
+        return np.asarray(self._files[name].get_slice(name)[:1]).tobytes()[:BEGINNING]
+
+    def kind(self, name: str) -> str:
+        return ""
+
+    def blocks(self, name: str) -> Blocks:
+        raise ValueError(f"{name} is not quantised")
 
 
 def tensor_name(leaf: Leaf, layer: int, prefix: str) -> str:
@@ -167,6 +181,7 @@ def read_params(
     dtype: Any = None,
     sharding: Any = None,
     keep_quantized: bool = False,
+    convert: Callable[[tuple[Any, ...], jax.Array], Any] | None = None,
 ) -> Any:
     """The parameters on the devices, read leaf by leaf: the host holds one leaf at a time.
 
@@ -178,14 +193,18 @@ def read_params(
         for the default device.
       keep_quantized: whether what the source has in blocks becomes `Quantized`; its parts are
         arrays of paths of their own.
+      convert: what becomes of each array, given its path, before the next is read.
     """
 
     def put(path: tuple[Any, ...], x: np.ndarray) -> jax.Array:
         return jax.device_put(x, sharding(path, x.shape) if sharding else None)
 
     def read(path: tuple[Any, ...], leaf: Leaf) -> Any:
-        names = [source.name(leaf, i) for i in range(leaf.num_tensors)]
-        if keep_quantized and (whole := _read_quantized(leaf, source, names)) is not None:
+        names = _names(leaf, source)
+        if keep_quantized and is_kept(leaf, source):
+            stack = np.stack if leaf.is_stacked else lambda parts: parts[0]
+            blocks = jax.tree.map(lambda *parts: stack(parts), *map(source.blocks, names))
+            whole = Quantized(*blocks)
             return jax.tree.map_with_path(lambda part, x: put((*path, *part), x), whole)
         file_dtype = source.dtype(names[0])  # asked for in any case: it refuses what is not read
         stack = np.empty(leaf.shape, dtype or file_dtype)
@@ -193,19 +212,45 @@ def read_params(
         for layer, name in zip(layers, names, strict=True):
             tensor = source.read(name)
             layer[...] = tensor.T if leaf.transposed and source.is_hf else tensor
-        return put(path, stack)
+        array = put(path, stack)
+        return convert(path, array) if convert else array
 
     return jax.tree.map_with_path(read, leaves)
 
 
-def _read_quantized(leaf: Leaf, source: Source, names: list[str]) -> Quantized | None:
-    """A leaf of blocks as NumPy arrays, if all its layers are of one kind."""
-    layers = [source.blocks(name) for name in names]
-    kinds = {layer and (layer.codes.dtype, layer.offsets is None) for layer in layers}
-    if None in kinds or len(kinds) > 1:
-        return None
-    stack = np.stack if leaf.is_stacked else lambda parts: parts[0]
-    return Quantized(*jax.tree.map(lambda *parts: stack(parts), *layers))
+def shapes_of_params(
+    leaves: Any, source: Source, dtype: Any, keep_quantized: bool = False, bits: int = 0
+) -> Any:
+    """Those of `read_params`, whose weights `bits` quantises, if it is not 0; one layer is read
+    where it is quantised in the file.
+    """
+
+    def shapes(path: tuple[Any, ...], leaf: Leaf) -> Any:
+        plain = jax.ShapeDtypeStruct(leaf.shape, dtype)
+        if keep_quantized and is_kept(leaf, source):
+            stack = leaf.shape[:1] if leaf.is_stacked else ()
+            layer = Quantized(*source.blocks(_names(leaf, source)[0]))
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*stack, *x.shape), x.dtype), layer)
+        if bits and is_quantizable(path):
+            return jax.eval_shape(lambda x: quantize(x, bits), plain)
+        return plain
+
+    return jax.tree.map_with_path(shapes, leaves)
+
+
+def is_quantizable(path: tuple[Any, ...]) -> bool:
+    """Whether a leaf is a weight, an embedding or a head, not a norm or a bias."""
+    return trees.path_name(path).endswith("/weight")
+
+
+def is_kept(leaf: Leaf, source: Source) -> bool:
+    """Whether all layers of a leaf are in blocks of one kind, of those that `Quantized` has."""
+    (kind, *others) = {source.kind(name) for name in _names(leaf, source)}
+    return not others and kind in KINDS
+
+
+def _names(leaf: Leaf, source: Source) -> list[str]:
+    return [source.name(leaf, i) for i in range(leaf.num_tensors)]
 
 
 def write_params(folder: Path, leaves: Any, params: Any, prefix: str) -> None:
@@ -226,7 +271,7 @@ def write_params(folder: Path, leaves: Any, params: Any, prefix: str) -> None:
             for leaf, x in shard
             for i, tensor in enumerate(_tensors(leaf, x))
         }
-        safetensors.numpy.save_file(tensors, folder / f"{file}.tmp", metadata={"format": "pt"})
+        save_tensors(tensors, folder / f"{file}.tmp")
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(x.nbytes for x in tensors.values())
     # Only now that all is written: the folder may hold the model that these parameters were read
@@ -238,6 +283,18 @@ def write_params(folder: Path, leaves: Any, params: Any, prefix: str) -> None:
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_atomic(folder / INDEX, json.dumps(index, indent=2))
+
+
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """A safetensors file, which all may read as they may other files of the folder."""
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _shards(leaves: Any, params: Any) -> Iterator[list[tuple[Leaf, Any]]]:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from zo_jax.models import gguf_file, quantized
+from zo_jax.models.checkpoint import BEGINNING
 from zo_jax.models.config import NO_WINDOW, Config
 from zo_jax.models.rope import Rope, frequencies
 from zo_jax.models.spec import Leaf
@@ -49,10 +50,16 @@ class Gguf:
         """A tensor in float32, dequantised."""
         return self.in_order(name, self.tensors[name].dequantize())
 
-    def blocks(self, name: str) -> quantized.Blocks | None:
+    def beginning(self, name: str) -> bytes:
+        return self.tensors[name].data.reshape(-1)[:BEGINNING].tobytes()
+
+    def kind(self, name: str) -> str:
+        return self.tensors[name].kind.name
+
+    def blocks(self, name: str) -> quantized.Blocks:
         tensor = self.tensors[name]
         found = quantized.from_gguf(tensor.kind.name, tensor.data)
-        return found and jax.tree.map(lambda part: self.in_order(name, part), found)
+        return jax.tree.map(lambda part: self.in_order(name, part), found)
 
     def in_order(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Rows in Hugging Face's order.

@@ -20,7 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from zo_jax.atomic import write_atomic
-from zo_jax.models.checkpoint import tensor_name
+from zo_jax.models.checkpoint import save_tensors, tensor_name
 from zo_jax.models.config import Config
 from zo_jax.models.model import Model, architecture
 from zo_jax.models.spec import Leaf
@@ -203,7 +203,7 @@ def save(folder: str | Path, model: Model, factors: dict[str, Factors]) -> None:
         "target_modules": sorted(modules),
         "fan_in_fan_out": any(leaves[name].transposed for name in factors),
     }
-    safetensors.numpy.save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / _WEIGHTS)
     write_atomic(folder / _CONFIG, json.dumps(fields, indent=2) + "\n")
 
 

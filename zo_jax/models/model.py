@@ -6,10 +6,11 @@ Axes: B batch, T positions, V vocabulary, C width.
 
 from collections.abc import Callable
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 import shutil
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,70 @@ class Model:
         return jnp.sum(losses_BT * weights_BT[:, 1:]) / jnp.sum(weights_BT[:, 1:])
 
 
+class Files(NamedTuple):
+    """The files of a model, whose weights are still to be read.
+
+    Attributes:
+      config: sizes and options.
+      tokenizer: None where the files have none.
+      tensors: the weights.
+      folder: None of a GGUF file.
+    """
+
+    config: Config
+    tokenizer: Any
+    tensors: checkpoint.Source
+    folder: Path | None
+
+    def read(
+        self,
+        dtype: Any = None,
+        sharding: Callable[[tuple[Any, ...], tuple[int, ...]], Any] | None = None,
+        keep_quantized: bool = False,
+        bits: int = 0,
+    ) -> Any:
+        """The parameters; `bits` quantises each weight once it is read, as `quantize` does, the
+        rest is as in `load`.
+        """
+        leaves = architecture(self.config).leaves(self.config)
+        convert = (lambda path, x: _quantized(path, x, bits)) if bits else None
+        return checkpoint.read_params(
+            leaves, self.tensors, dtype, sharding, keep_quantized, convert
+        )
+
+    def shapes(self, dtype: Any, keep_quantized: bool = False, bits: int = 0) -> Any:
+        """Those of the parameters that `read` returns."""
+        leaves = architecture(self.config).leaves(self.config)
+        return checkpoint.shapes_of_params(leaves, self.tensors, dtype, keep_quantized, bits)
+
+    @property
+    def digest(self) -> str:
+        """What tells these weights from others: 64 bits of a hash over the beginning of every
+        tensor, in hexadecimal.
+        """
+        digest = hashlib.sha256(repr(self.config).encode())
+        for name, shape in sorted(self.tensors.shapes().items()):
+            digest.update(f"{name} {shape} ".encode() + self.tensors.beginning(name))
+        return digest.hexdigest()[:16]
+
+
+def open_files(path: str | Path) -> Files:
+    """What `load` reads, without the weights: their names and shapes are checked.
+
+    Raises:
+      ValueError: as `load`.
+    """
+    path = Path(path).expanduser()
+    if path.suffix == ".gguf":
+        tensors = gguf.Gguf(path)
+        c, tokens = gguf.read_config(tensors), gguf_tokenizer.from_gguf(tensors.metadata)
+    else:
+        c, tokens = _read_config(path), tokenizer.from_folder(path)
+        tensors = checkpoint.Safetensors(path, architecture(c).PREFIX)
+    checkpoint.check(architecture(c).leaves(c), tensors, c.tied)
+    return Files(c, tokens, tensors, path if path.is_dir() else None)
+
+
 def load(
     path: str | Path,
     dtype: Any = None,
@@ -129,19 +194,10 @@ def load(
       ValueError: an architecture or option that is not computed, a missing or unknown tensor, a
         shape that does not fit the config, a missing shard or a damaged file.
     """
-    path = Path(path)
-    if path.suffix == ".gguf":
-        source = gguf.Gguf(path)
-        c, tokens = gguf.read_config(source), gguf_tokenizer.from_gguf(source.metadata)
-    else:
-        c, tokens = _read_config(path), tokenizer.from_folder(path)
-        source = checkpoint.Safetensors(path, architecture(c).PREFIX)
-    functions = architecture(c)
-    leaves = functions.leaves(c)
-    checkpoint.check(leaves, source, c.tied)
-    params = checkpoint.read_params(leaves, source, dtype, sharding, keep_quantized)
-    folder = path if path.is_dir() else None
-    return Model(c, params, dtype or functions.head(params).dtype, tokens, folder)
+    files = open_files(path)
+    params = files.read(dtype, sharding, keep_quantized)
+    dtype = dtype or architecture(files.config).head(params).dtype
+    return Model(files.config, params, dtype, files.tokenizer, files.folder)
 
 
 def _read_config(folder: Path) -> Config:
@@ -206,12 +262,15 @@ def quantize(model: Model, bits: int = 8) -> Model:
       ValueError: another number of bits, or rows that 4 bits do not fit.
     """
 
-    def quantized(path: tuple[Any, ...], x: Any) -> Any:
-        is_matrix = path_name(path).endswith("/weight") and not is_weight(x)
-        return to_quantized(x, bits) if is_matrix else x
-
-    params = jax.tree.map_with_path(quantized, model.params, is_leaf=is_weight)
+    params = jax.tree.map_with_path(
+        lambda path, x: _quantized(path, x, bits), model.params, is_leaf=is_weight
+    )
     return dataclasses.replace(model, params=params)
+
+
+def _quantized(path: tuple[Any, ...], x: Any, bits: int) -> Any:
+    is_matrix = checkpoint.is_quantizable(path) and not is_weight(x)
+    return to_quantized(x, bits) if is_matrix else x
 
 
 def save(folder: str | Path, model: Model, params: Any) -> None:

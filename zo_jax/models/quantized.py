@@ -13,6 +13,8 @@ import numpy as np
 
 from zo_jax.models.weights import Weight, product
 
+# The blocks of GGUF that stay as they are.
+KINDS = ("Q8_0", "Q4_0", "Q4_1")
 # Numbers of a block of 4 bits, as in GGUF.
 _BLOCK = 32
 # Numbers that stay in cache between the codes and the product: 4 MB.
@@ -104,19 +106,16 @@ class Blocks(NamedTuple):
     offsets: np.ndarray | None
 
 
-def from_gguf(kind: str, data: np.ndarray) -> Blocks | None:
-    """Blocks of a GGUF file, with their scales as they are there, or None if they are of another
-    kind.
+def from_gguf(kind: str, data: np.ndarray) -> Blocks:
+    """Blocks of a GGUF file, with their scales as they are there.
 
     Q8_0: a float16 scale d and 32 bytes q, d q. Q4_0: d and 32 halves of bytes, d (q − 8). Q4_1: d,
       m, and halves, d q + m.
 
     Args:
-      kind: GGUF's name.
+      kind: GGUF's name, one of KINDS.
       data: uint8 [out, bytes of a row].
     """
-    if kind not in ("Q8_0", "Q4_0", "Q4_1"):
-        return None
     num_scales = 2 if kind == "Q4_1" else 1
     size = 2 * num_scales + (_BLOCK if kind == "Q8_0" else _BLOCK // 2)
     blocks = data.reshape(len(data), -1, size)

@@ -10,9 +10,13 @@ import zo_jax
 # Command: (module with main(args) -> exit code, what it does).
 COMMANDS = {
     "train": ("zo_jax.train.tools.train", "train a model, or go on with a run"),
-    "ledger": ("zo_jax.train.tools.ledger", "what a run's ledger holds; its state at any step"),
+    "ledger": (
+        "zo_jax.train.tools.ledger",
+        "what a run's ledger holds; its state or model at any step",
+    ),
     "plots": ("zo_jax.train.tools.plots", "curves of several runs in one picture"),
-    "generate": ("zo_jax.models.generate_cli", "text from a pretrained model"),
+    "generate": ("zo_jax.train.tools.generate", "text from a model or a run"),
+    "export": ("zo_jax.train.tools.export", "the model of a run as a Hugging Face folder"),
     "memory": ("zo_jax.train.tools.memory", "what each way of training needs in memory"),
 }
 

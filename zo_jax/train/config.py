@@ -19,6 +19,11 @@ HUB_SOURCES = (
     *("pile-subset", "fineweb", "fineweb-edu", "fineweb-edu-10bt"),
 )
 SOURCES = ("shakespeare", "text", "disk", *HUB_SOURCES)
+PUBLISHED_TASKS = (
+    *("sst2", "rte", "cb", "boolq", "wsc", "wic"),
+    *("multirc", "copa", "record", "squad", "drop"),
+)
+TASKS = ("text", "file", *PUBLISHED_TASKS)
 
 _COUNT = "an integer of at least 1"
 _COUNT_OR_NONE = "an integer of at least 0"
@@ -30,6 +35,9 @@ _BACKPROP = "mode is fo or calibrate or instruct"
 _QUERIES = "mode is zo or calibrate or instruct"
 _DRAWS = "mode is feedback and feedback.attention is weights or qkv"
 _ADAPTIVE = "instruct.adaptive is true"
+_SCRATCH, _PRETRAINED = "model.path is empty", "model.path is not empty"
+_CUSTOM = "model.size is custom"
+_TEXT, _EXAMPLES = "task.name is text", "task.name is not text"
 # A corpus of several documents, of which a part can be read.
 _HAS_SAMPLES = "{}source is not empty or shakespeare"
 # What another value changes in a run that goes on.
@@ -43,22 +51,44 @@ _NOTHING = "no number"
 
 @dataclasses.dataclass
 class ModelConfig:
-    """The GPT-2 decoder."""
+    """The decoder: GPT-2's, from scratch, or a pretrained one."""
 
+    path: str = setting(
+        "",
+        "a pretrained model: a Hugging Face folder, a .gguf file, or a finished run's folder "
+        "(empty: a GPT from scratch)",
+        may_change="no number, if the weights there are the same",
+    )
+    quantized: str = setting(
+        "none",
+        "weights that stay quantised in memory: none; file, as they are in the .gguf file; int8 or "
+        "int4, quantised as they are read",
+        choices=("none", "file", "int8", "int4"),
+        only_if=_PRETRAINED,
+    )
     size: str = setting(
-        "custom", "a named size, or custom, from the three fields below", choices=SIZES
+        "custom",
+        "a named size, or custom, from the three fields below",
+        choices=SIZES,
+        only_if=_SCRATCH,
     )
     num_layers: int = setting(
-        0, "transformer blocks", allowed=_COUNT_OR_NONE, only_if="model.size is custom"
+        0, "transformer blocks", allowed=_COUNT_OR_NONE, only_if=f"{_SCRATCH} and {_CUSTOM}"
     )
     num_heads: int = setting(
-        0, "attention heads of a block", allowed=_COUNT_OR_NONE, only_if="model.size is custom"
+        0, "attention heads of a block", allowed=_COUNT_OR_NONE, only_if=f"{_SCRATCH} and {_CUSTOM}"
     )
     width: int = setting(
-        0, "width of the residual stream", allowed=_COUNT_OR_NONE, only_if="model.size is custom"
+        0,
+        "width of the residual stream",
+        allowed=_COUNT_OR_NONE,
+        only_if=f"{_SCRATCH} and {_CUSTOM}",
     )
     context_length: int = setting(
-        1024, "learned positions: the longest block the model can read", allowed=_COUNT
+        1024,
+        "learned positions: the longest block the model can read",
+        allowed=_COUNT,
+        only_if=_SCRATCH,
     )
     param_dtype: str = setting("float32", "dtype in which parameters are stored", choices=DTYPES)
     compute_dtype: str = setting(
@@ -67,16 +97,103 @@ class ModelConfig:
     checkpoint_activations: bool = setting(
         False,
         "backprop keeps the inputs of a block alone, and computes the rest again (less memory)",
-        only_if=_BACKPROP,
+        only_if=f"{_BACKPROP} and {_SCRATCH}",
         may_change=ROUNDING,
     )
     tied_head: bool = setting(
-        True, "whether the output head is the token embedding, or a table of its own"
+        True,
+        "whether the output head is the token embedding, or a table of its own",
+        only_if=_SCRATCH,
     )
     embedding_std: float = setting(
         0.02,
         "standard deviation of the initial token embeddings (of positions half of it)",
         allowed=_POSITIVE,
+        only_if=_SCRATCH,
+    )
+
+
+@dataclasses.dataclass
+class LoraConfig:
+    """Low-rank factors beside frozen weights."""
+
+    rank: int = setting(8, "rank of the factors", allowed=_COUNT)
+    alpha: float = setting(
+        16.0, "the change is alpha / rank times their product", allowed=_POSITIVE
+    )
+    targets: str = setting(
+        r"/(q_proj|v_proj|c_attn)$",
+        "regular expression, searched for in the names of weights, like layers/self_attn/q_proj",
+    )
+
+
+@dataclasses.dataclass
+class TaskConfig:
+    """What is learnt: text, or examples of a prompt and what follows it."""
+
+    name: str = setting(
+        "text",
+        "text: the next token of the corpus, see data; file: examples of a file of one's own; the "
+        "others are MeZO's, with its prompts, from the Hugging Face Hub",
+        choices=TASKS,
+    )
+    path: str = setting(
+        "",
+        "file .jsonl or .csv of examples (task file); of the other tasks a folder with a copy of "
+        "the data set (empty: from the Hub)",
+        only_if=_EXAMPLES,
+    )
+    template: str = setting(
+        "", "the prompt, with columns in braces, like '{text} It was'", only_if="task.name is file"
+    )
+    labels: str = setting(
+        "",
+        "what follows the prompt for each label, as JSON, like "
+        """'{"0": " terrible", "1": " great"}'""",
+        only_if="task.name is file",
+    )
+    label_column: str = setting(
+        "label", "column of the labels", only_if="task.name is file and task.labels is not empty"
+    )
+    target: str = setting(
+        "",
+        "column of the answers, rather than labels; with task.chat and no template, of whole "
+        "conversations",
+        only_if="task.name is file",
+    )
+    chat: bool = setting(
+        False,
+        "whether prompts are messages of a user, and answers those of the assistant, by the "
+        "model's template",
+        only_if="task.name is file",
+    )
+    num_train: int = setting(1000, "training examples, at most", allowed=_COUNT, only_if=_EXAMPLES)
+    num_validation: int = setting(
+        500, "validation examples, at most", allowed=_COUNT, only_if=_EXAMPLES
+    )
+    num_test: int = setting(
+        1000,
+        "test examples, at most, which are looked at once the run is finished (0: none)",
+        allowed=_COUNT_OR_NONE,
+        only_if=_EXAMPLES,
+    )
+    max_tokens: int = setting(
+        512,
+        "tokens of an example; of a longer prompt the end is read",
+        allowed="an integer of at least 2",
+        only_if=_EXAMPLES,
+    )
+    keep_best: bool = setting(
+        True,
+        "keep the state with the best validation result so far in best/, and test it in the end",
+        only_if=_EXAMPLES,
+    )
+    answer_tokens: int = setting(
+        50,
+        "tokens of an answer that is written to be compared, at most (0: none is written, and only "
+        "the loss is told)",
+        allowed=_COUNT_OR_NONE,
+        only_if="task.name is squad or drop or task.target is not empty",
     )
 
 
@@ -109,8 +226,10 @@ class DataConfig:
     )
     tokenizer: str = setting(
         "char",
-        "characters; bpe: byte-level, trained on the corpus and cached; gpt2: 50257 tokens",
+        "characters; bpe: byte-level, trained on the corpus and cached; gpt2: 50257 tokens; a "
+        "pretrained model has its own",
         choices=("char", "bpe", "gpt2"),
+        only_if=_SCRATCH,
     )
     tokenizer_path: str = setting(
         "",
@@ -201,7 +320,7 @@ class FOConfig:
         "",
         "corpus of its own for backprop, as data.source (empty: the run's)",
         choices=("", *SOURCES),
-        only_if=_HYBRID,
+        only_if=f"{_HYBRID} and {_TEXT}",
     )
     path: str = setting(
         "", "file, glob or folder of that corpus", only_if="fo.source is text or disk"
@@ -216,7 +335,7 @@ class FOConfig:
         0.0,
         "part of the training blocks kept for backprop, the rest for queries (0: all for both)",
         allowed="at least 0 and below 1",
-        only_if=f"{_HYBRID} and fo.source is empty",
+        only_if=f"{_HYBRID} and {_TEXT} and fo.source is empty",
     )
 
 
@@ -427,14 +546,14 @@ class TrainConfig:
     )
     num_epochs: int = setting(
         1,
-        "passes over the training blocks",
+        "passes over the training blocks or examples",
         allowed=_COUNT,
         only_if="train.num_steps is 0",
         may_change=_LENGTH,
     )
     batch_size: int = setting(
         8,
-        "blocks of a batch (of each query's own, with batch_per_query)",
+        "blocks, or examples, of a batch (of each query's own, with batch_per_query)",
         allowed=_COUNT,
         only_if="mode is not fo or fo.batch_size is 0",
     )
@@ -444,11 +563,14 @@ class TrainConfig:
     eval_interval: int = setting(
         100, "steps between evaluations on held-out blocks", allowed=_COUNT, may_change=_FROM_THERE
     )
-    eval_blocks: int = setting(128, "held-out blocks of an evaluation, at most", allowed=_COUNT)
+    eval_blocks: int = setting(
+        128, "held-out blocks of an evaluation, at most", allowed=_COUNT, only_if=_TEXT
+    )
     eval_source: str = setting(
         "",
         "corpus of its own for evaluation, as data.source (empty: the run's held-out blocks)",
         choices=("", *SOURCES),
+        only_if=_TEXT,
     )
     eval_path: str = setting(
         "", "file, glob or folder of that corpus", only_if="train.eval_source is text or disk"
@@ -494,13 +616,14 @@ class TrainConfig:
         200,
         "tokens of the text sampled at the end (0: none)",
         allowed="an integer from 0 to 1048576",
+        only_if=_TEXT,
         may_change="the sample at the end",
     )
     sample_temperature: float = setting(
         0.8,
         "temperature of that sampling; lower is more certain",
         allowed=_POSITIVE,
-        only_if="train.sample_tokens is not 0",
+        only_if=f"{_TEXT} and train.sample_tokens is not 0",
         may_change="the sample at the end",
     )
 
@@ -521,16 +644,21 @@ class Config:
     )
     scope: str = setting(
         "full",
-        "what is trained: full, reduced (the last block's MLP and its LayerNorm, and the output "
-        "head), or a regular expression over paths like blocks/3/fc/kernel",
+        "what is trained: full, reduced (the last block's MLP and its norm, and the output head), "
+        "lora (factors beside the weights of a pretrained model), or a regular expression over "
+        "paths like blocks/3/fc/kernel",
     )
     seed: int = setting(
         0,
         "seed of the initial parameters, the directions and the batches",
         allowed="from 0 to 4294967295",
     )
-    model: ModelConfig = section(ModelConfig, "the GPT-2 decoder")
-    data: DataConfig = section(DataConfig, "text, tokenizer and blocks")
+    model: ModelConfig = section(ModelConfig, "the decoder")
+    lora: LoraConfig = section(
+        LoraConfig, "low-rank factors beside frozen weights", only_if="scope is lora"
+    )
+    task: TaskConfig = section(TaskConfig, "what is learnt")
+    data: DataConfig = section(DataConfig, "text, tokenizer and blocks", only_if=_TEXT)
     zo: ZOConfig = section(ZOConfig, "the zeroth-order estimate", only_if=_QUERIES)
     fo: FOConfig = section(FOConfig, "the backprop gradient")
     instruct: InstructConfig = section(

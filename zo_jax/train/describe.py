@@ -2,6 +2,7 @@
 steps.
 """
 
+from collections.abc import Mapping
 import hashlib
 import json
 from pathlib import Path
@@ -13,8 +14,7 @@ import jax
 from zo_jax.estimators import Estimator
 from zo_jax.layout import Layout
 from zo_jax.train.config import GRADIENT_MODES, QUERY_MODES, Config, blocks_per_step, fixed_fields
-from zo_jax.train.data.corpus import Corpus
-from zo_jax.train.model import GPT, count_params
+from zo_jax.train.tasks.task import MEASURES, Task
 from zo_jax.train.validation import fill_in
 
 
@@ -25,7 +25,13 @@ def default_run_name(config: Config) -> str:
     Fields in which a run may change are no part of it, so that a run with more steps goes on in its
     folder.
     """
-    mode, parts = config.mode, [config.mode, re.sub(r"[^A-Za-z0-9_.-]+", "-", config.scope)]
+    mode, parts = config.mode, [config.mode, _word(config.scope)]
+    if config.model.path:
+        parts.append(_word(Path(config.model.path).stem))
+    if config.task.name != "text":
+        parts.append(
+            _word(Path(config.task.path).stem if config.task.name == "file" else config.task.name)
+        )
     if mode in QUERY_MODES:
         parts.append(f"q{config.zo.num_queries}")
     if mode in ("calibrate", "instruct"):
@@ -39,6 +45,25 @@ def default_run_name(config: Config) -> str:
         fixed["train"]["num_epochs"] = config.train.num_epochs
     text = json.dumps(fixed, sort_keys=True)
     return "_".join([*parts, hashlib.sha256(text.encode()).hexdigest()[:8]])
+
+
+def _word(text: str) -> str:
+    """A part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
+
+
+def tell_results(results: Mapping[str, float], unit: str) -> str:
+    """What an evaluation has measured, in plain words.
+
+    >>> tell_results({"eval_loss": 0.5, "eval_accuracy": 0.774}, "example")
+    '0.500000 nats per example, accuracy 77.4 %'
+    """
+    words = [f"{results['eval_loss']:.6f} nats per {unit}"]
+    for name in MEASURES:
+        if name in results and name != "eval_loss":
+            word = {"eval_f1": "F1"}.get(name, name.removeprefix("eval_").replace("_", " "))
+            words.append(f"{word} {100 * results[name]:.1f} %")
+    return ", ".join(words)
 
 
 def passes_until(config: Config, step: int) -> int:
@@ -136,8 +161,8 @@ def _describe_feedback(config: Config, batch: str) -> str:
 
 def describe(
     config: Config,
-    corpus: Corpus,
-    model: GPT,
+    task: Task,
+    model: Any,
     num_trained: int,
     workdir: Path,
     layout: Layout | None = None,
@@ -150,8 +175,9 @@ def describe(
         "forward": f"forward differences of {zo.epsilon:g}",
         "jvp": "exact forward-mode slopes",
     }
-    batch = f"batches of {train.batch_size} blocks"
-    fo_batch = f"batches of {config.fo.batch_size or train.batch_size} blocks"
+    what = "blocks" if config.task.name == "text" else "examples"
+    batch = f"batches of {train.batch_size} {what}"
+    fo_batch = f"batches of {config.fo.batch_size or train.batch_size} {what}"
     backprop = f"backprop; {fo_batch} in {config.fo.gradient_accumulation_steps} part(s)"
     evaluations = _evaluations_per_step(config)
     queries = (
@@ -181,10 +207,8 @@ def describe(
         devices = f"{layout.mesh.size} of {jax.device_count()}: query={mesh['query']}, data={mesh['data']}, model={mesh['model']}"  # noqa: E501
     return "\n".join(
         (
-            f"model:     GPT, {count_params(model):,} parameters ({model.num_layers} layers, "
-            f"{model.num_heads} heads, width {model.width}, {config.model.compute_dtype}); "
-            f"scope {config.scope}: {num_trained:,} trained",
-            f"data:      {corpus.summary}",
+            f"model:     {model.summary}; scope {config.scope}: {num_trained:,} trained",
+            f"data:      {task.summary}",
             f"gradient:  {how}",
             f"optimizer: {optimizer.name}, {rate}",
             f"length:    {train.num_steps:,} steps on {device.device_kind} "

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zo_jax.models.weights import product
+from zo_jax.train.config import TrainConfig
 from zo_jax.train.losses import next_token_loss
-from zo_jax.train.model import GPT, head_of
 
 # Blocks evaluated at once: enough to fill the cores; the loss bounds the memory of the logits.
 _BATCH = 16
@@ -24,7 +25,7 @@ def choose_blocks(blocks_NT: np.ndarray, num_blocks: int) -> np.ndarray:
     return blocks_NT[np.linspace(0, len(blocks_NT) - 1, n).round().astype(np.int64)]
 
 
-def make_evaluate(model: GPT) -> Callable[[Any, jax.Array], jax.Array]:
+def make_evaluate(model: Any) -> Callable[[Any, jax.Array], jax.Array]:
     """A jitted function (params, blocks [N, T]) -> mean next-token loss in nats, float32.
 
     Full batches are scanned and what is left over is one smaller batch, so that every block counts
@@ -49,7 +50,7 @@ def make_evaluate(model: GPT) -> Callable[[Any, jax.Array], jax.Array]:
 
 @functools.partial(jax.jit, static_argnames=("model", "num_tokens"))
 def sample(
-    model: GPT,
+    model: Any,
     params: Any,
     key: jax.Array,
     window_W: jax.Array,
@@ -73,13 +74,13 @@ def sample(
       int32 [num_tokens], without the prompt.
     """
     W = window_W.shape[0]
-    head_VC = head_of(params).astype(model.dtype)
+    head = model.head(params)
 
     def step(carry, key):
         window_W, length = carry
         # Attention is causal, so what stands after the last token has no say.
-        hidden_C = model.apply({"params": params}, window_W[None])[0, length - 1]
-        logits_V = jnp.dot(head_VC, hidden_C, preferred_element_type=jnp.float32)
+        hidden_C = model.hidden(params, window_W[None])[0, length - 1]
+        logits_V = product(hidden_C[None], head, jnp.float32)[0]
         token = jax.random.categorical(key, logits_V / temperature).astype(jnp.int32)
         full = length == W
         window_W = jnp.where(full, jnp.roll(window_W, -1), window_W)
@@ -90,18 +91,12 @@ def sample(
     return jax.lax.scan(step, carry, jax.random.split(key, num_tokens))[1]
 
 
-def sample_text(
-    model: GPT,
-    params: Any,
-    corpus: Any,
-    key: jax.Array,
-    num_tokens: int,
-    temperature: float,
-) -> str:
+def sample_text(model: Any, params: Any, corpus: Any, key: jax.Array, train: TrainConfig) -> str:
     """Text that the model writes after a newline, or a held-out token where there is none.
 
     Args:
       corpus: a `zo_jax.train.data.corpus.Corpus`; its block size is the window, as in training.
+      train: how many tokens, and at which temperature.
     """
     try:
         prompt = corpus.tokenizer.encode("\n")
@@ -116,7 +111,7 @@ def sample_text(
         key,
         window,
         np.int32(len(prompt)),
-        np.float32(temperature),
-        num_tokens=num_tokens,
+        np.float32(train.sample_temperature),
+        num_tokens=train.sample_tokens,
     )
     return corpus.tokenizer.decode(np.asarray(tokens))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from zo_jax.train.config import Config, FeedbackConfig
-from zo_jax.train.model import GPT, Block, head_of
+from zo_jax.train.model import GPT, Block
 from zo_jax.train.sublayers import (
     attend,
     attend_gradient,
@@ -63,7 +63,7 @@ def _make_feedback(config: Config, model: GPT) -> Gradient:
             return middle_BTC + feed_forward(block, middle_BTC), (x_BTC, middle_BTC)
 
         x_BTC, kept = jax.lax.scan(forward, embed(params, inputs_BT), params["blocks"])
-        end = output(params["ln_f"], head_of(params), x_BTC, tokens_BT[:, 1:])
+        end = output(params["ln_f"], model.head(params), x_BTC, tokens_BT[:, 1:])
 
         def of_block(args):
             layer, block, (x_BTC, middle_BTC) = args
@@ -92,7 +92,7 @@ def _make_block_local(config: Config, model: GPT) -> Gradient:
         inputs_BT = tokens_BT[:, :-1]
         forward = lambda x_BTC, block: (apply(block, x_BTC), x_BTC)
         x_BTC, kept = jax.lax.scan(forward, embed(params, inputs_BT), params["blocks"])
-        end = output(params["ln_f"], head_of(params), x_BTC, tokens_BT[:, 1:])
+        end = output(params["ln_f"], model.head(params), x_BTC, tokens_BT[:, 1:])
 
         def of_block(args):
             layer, block, x_BTC = args

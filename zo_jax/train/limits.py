@@ -1,13 +1,14 @@
 """What a run needs in memory at the least, by arithmetic; refused where the machine has less,
 explained where it ran out.
 
-Axes: B blocks of a batch, T tokens of a block, C width, H heads, L layers, V vocabulary.
+T stands for the tokens of a block.
 """
 
 from collections.abc import Iterator
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,33 +35,30 @@ class OutOfMemory(RunStopped):
     exit_code = 71
 
 
-def least_memory(config: Config, vocab_size: int, layout: Layout | None = None) -> dict[str, int]:
+def least_memory(config: Config, model: Any, layout: Layout | None = None) -> dict[str, int]:
     """Bytes that a device needs at the least, by what they are for. No array is made, and no shape
     traced.
 
-    Parameters are V C (twice with a head of its own) + positions C + L (12 C² + 13 C) + 2 C. Of the
-    activations only those are counted that no compiler can avoid: of one layer, the residual stream
-    beside queries, keys, values and scores, or beside the hidden layer of its MLP; of backprop,
-    what the products of all layers read; of feedback, the stream before each sublayer.
+    Of the activations only those are counted that no compiler can avoid: of one layer, the residual
+    stream beside queries, keys, values and scores, or beside the hidden layer of its MLP; of
+    backprop, what the products of all layers read; of feedback, the stream before each sublayer.
 
     Args:
       config: resolved.
-      vocab_size: words of the vocabulary.
+      model: a `GPT` or a `Pretrained`.
       layout: of a run on many devices.
     """
-    model, train = config.model, config.train
-    mesh = layout.mesh.shape if layout else {"data": 1, "model": 1}
-    C, L, T = model.width, model.num_layers, config.data.block_size - 1
-    tables = 1 if model.tied_head else 2
-    count = (tables * vocab_size + model.context_length) * C + L * (12 * C * C + 13 * C) + 2 * C
-    needs = {"parameters": count * jnp.dtype(model.param_dtype).itemsize // mesh["model"]}
+    train, mesh = config.train, layout.mesh.shape if layout else {"data": 1, "model": 1}
+    # Of a task's examples it is not known yet how long they are.
+    T = config.data.block_size - 1 if config.task.name == "text" else 1
+    needs = {"parameters": model.num_bytes // mesh["model"]}
     if config.scope == "full":  # else the trained part may be small
         moments = _MOMENTS[config.optimizer.name] + (config.optimizer.momentum > 0)
-        needs["optimiser state"] = 4 * count * moments // mesh["model"]
+        needs["optimiser state"] = 4 * model.num_params * moments // mesh["model"]
         if config.mode in GRADIENT_MODES:
-            needs["gradient"] = 4 * count // mesh["model"]
-    size = jnp.dtype(model.compute_dtype).itemsize
-    stream, scores = T * C * size, model.num_heads * T * T * size  # of a block of the batch
+            needs["gradient"] = 4 * model.num_params // mesh["model"]
+    size = jnp.dtype(config.model.compute_dtype).itemsize
+    stream, scores = T * model.width * size, model.num_heads * T * T * size  # of an example
     layer = max(4 * stream + scores, 5 * stream)
     activations = 0
     if config.mode in QUERY_MODES:
@@ -71,10 +69,10 @@ def least_memory(config: Config, vocab_size: int, layout: Layout | None = None) 
         if config.mode in ("feedback", "block_local"):
             kept = 2 * stream
         else:
-            kept = stream if model.checkpoint_activations else 12 * stream + scores
-        activations = max(activations, rows * (L * kept + layer))
+            kept = stream if config.model.checkpoint_activations else 12 * stream + scores
+        activations = max(activations, rows * (model.num_layers * kept + layer))
     needs["activations"] = activations // mesh["data"]
-    needs["tokens"] = 4 * blocks_per_step(config) * config.data.block_size // mesh["data"]
+    needs["tokens"] = 4 * blocks_per_step(config) * T // mesh["data"]
     return needs
 
 
@@ -92,13 +90,13 @@ def device_memory() -> int:
     return total // jax.local_device_count()
 
 
-def check_memory(config: Config, vocab_size: int, layout: Layout | None = None) -> None:
+def check_memory(config: Config, model: Any, layout: Layout | None = None) -> None:
     """Whether the machine has the memory that a run needs at the least.
 
     Raises:
       ConfigError: it has not; the message has the numbers, and what to lower.
     """
-    needs, there = least_memory(config, vocab_size, layout), device_memory()
+    needs, there = least_memory(config, model, layout), device_memory()
     if sum(needs.values()) > there:
         raise ConfigError(
             f"{_tell(needs)}, but {jax.devices()[0].device_kind} has {there / 1e9:.1f} GB; "
@@ -107,7 +105,7 @@ def check_memory(config: Config, vocab_size: int, layout: Layout | None = None) 
 
 
 @contextlib.contextmanager
-def explain_memory(config: Config, vocab_size: int, layout: Layout | None = None) -> Iterator[None]:
+def explain_memory(config: Config, model: Any, layout: Layout | None = None) -> Iterator[None]:
     """Inside, running out of memory says how much a step needs, and what to lower.
 
     Raises:
@@ -119,7 +117,7 @@ def explain_memory(config: Config, vocab_size: int, layout: Layout | None = None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if not isinstance(error, MemoryError) and not any(sign in reason for sign in _SIGNS):
             raise
-        needs = least_memory(config, vocab_size, layout)
+        needs = least_memory(config, model, layout)
         raise OutOfMemory(
             f"out of memory ({reason}): {_tell(needs)}, of the {device_memory() / 1e9:.1f} GB of "
             f"{jax.devices()[0].device_kind}; {_remedy(config, needs)}, in another --workdir or "
@@ -135,7 +133,10 @@ def _tell(needs: dict[str, int]) -> str:
 def _remedy(config: Config, needs: dict[str, int]) -> str:
     """What to change, by what needs the most."""
     model, zo, train = config.model, config.zo, config.train
-    batch = f"lower train.batch_size={train.batch_size} or data.block_size={config.data.block_size}"
+    long = f"data.block_size={config.data.block_size}"
+    if config.task.name != "text":
+        long = f"task.max_tokens={config.task.max_tokens}"
+    batch = f"lower train.batch_size={train.batch_size} or {long}"
     most = max(needs, key=lambda what: needs[what])
     if most == "activations" and config.mode == "zo":
         return f"{batch}, or raise zo.batch_chunks={zo.batch_chunks}"
@@ -148,5 +149,10 @@ def _remedy(config: Config, needs: dict[str, int]) -> str:
         f"lower model.width={model.width}, model.num_layers={model.num_layers} or "
         f"model.context_length={model.context_length}"
     )
+    if model.path:
+        smaller = (
+            "take a smaller model, or set model.param_dtype=bfloat16, or model.quantized=int8 "
+            "with scope=lora"
+        )
     has_moments = bool(needs.get("optimiser state"))
     return smaller + (", or set optimizer.name=sgd, which keeps no state" if has_moments else "")

@@ -4,7 +4,6 @@ A run that goes on takes its first steps from the ledger, through the same code:
 the rows and snapshots that are missing, and no others.
 """
 
-from collections.abc import Callable
 import time
 from typing import Any
 
@@ -13,12 +12,10 @@ import jax
 from zo_jax.replay import arguments
 from zo_jax.train import processes, signals
 from zo_jax.train.config import Config
-from zo_jax.train.data.batches import read_batches
-from zo_jax.train.data.corpus import Corpus
-from zo_jax.train.model import GPT
 from zo_jax.train.report import Report, Taken
 from zo_jax.train.run_folder.resume import Run
 from zo_jax.train.steps import RunState, make_train_step, make_update
+from zo_jax.train.tasks.task import Task
 
 
 class Loop:
@@ -32,16 +29,15 @@ class Loop:
     def __init__(
         self,
         config: Config,
-        corpus: Corpus,
-        model: GPT,
+        model: Any,
+        task: Task,
         run: Run,
-        evaluate_params: Callable[[Any], float],
     ):
-        self.config, self.corpus, self.run = config, corpus, run
+        self.config, self.task, self.run = config, task, run
         self.state, self.records = run.state, run.records
         self.step = int(self.state.step)
-        self.report = Report(config, corpus, run, evaluate_params)
-        self.train_step = make_train_step(config, model, run.layout)
+        self.report = Report(config, task, run)
+        self.train_step = make_train_step(config, model, run.layout, task.loss)
         self.update = (
             make_update(config, model, run.layout) if len(self.records) > self.step else None
         )
@@ -91,10 +87,7 @@ class Loop:
             record = self.records[self.step]
             self.state, new = self.update(self.state, *arguments(record, self.run.layout))
             return Taken(self.step + 1, new, None)
-        corpus = self.corpus
-        batches = read_batches(
-            self.config, corpus.train_NT, self.step, corpus.fo_NT, self.run.layout
-        )
+        batches = self.task.batches(self.step, self.run.layout)
         self.state, new, record = self.train_step(self.state, self.step, *batches)
         return Taken(self.step + 1, new, record)
 
@@ -117,8 +110,9 @@ class Loop:
         run.log.sync()
         if run.writer:
             run.writer.sync()
-        if run.snapshots:
-            run.snapshots.wait()
+        for kept in (run.snapshots, run.best):
+            if kept:
+                kept.wait()
         self.saved_at = time.monotonic()
         self.report.tell_saved(checkpoints.save(self.step, self.state))
         if wait:

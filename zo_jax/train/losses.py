@@ -10,13 +10,15 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from zo_jax.train.model import GPT, head_of
+from zo_jax.models.weights import is_weight, product
 
 # Words of a block: in cache with the logits of some hundred tokens, and long enough for a fast
 # product.
 _BLOCK_WORDS = 1024
 # Tokens whose logits of a block exist at once: 32 MB in float32.
 _CHUNK_TOKENS = 8192
+# Tokens whose logits of the whole vocabulary exist at once, of a head that is no array.
+_WEIGHT_TOKENS = 256
 
 
 @jax.custom_vjp
@@ -113,16 +115,17 @@ def _block_logits(hidden_NC: jax.Array, head_VC: jax.Array, i: jax.Array) -> tup
     return jnp.where(words_1W >= i * W, logits_NW, -jnp.inf), (start, block_WC, words_1W)
 
 
-def next_token_loss(model: GPT, params: Any, tokens_BT: jax.Array) -> jax.Array:
-    """Mean cross-entropy of predicting token t + 1 from tokens 1..t, in nats, float32."""
-    B, T = tokens_BT.shape
-    hidden_BTC = model.apply({"params": params}, tokens_BT[:, :-1])
-    head_VC = head_of(params)
-    N = B * (T - 1)
-    hidden_NC, targets_N = hidden_BTC.reshape(N, -1), tokens_BT[:, 1:].reshape(N)
-    num_chunks = -(-N // _CHUNK_TOKENS)
+def head_losses(hidden_NC: jax.Array, head: Any, targets_N: jax.Array) -> jax.Array:
+    """`cross_entropy` [N] of any output head, in chunks of tokens.
+
+    A head that is no array (quantised, or with an adapter) is multiplied as a whole with fewer
+    tokens at once, and their logits exist.
+    """
+    N = len(targets_N)
+    one = _weight_cross_entropy if is_weight(head) else cross_entropy
+    num_chunks = -(-N // (_WEIGHT_TOKENS if is_weight(head) else _CHUNK_TOKENS))
     if num_chunks == 1:  # not a loop of one: its backward pass would hold the head's gradient twice
-        return jnp.sum(cross_entropy(hidden_NC, head_VC, targets_N)) / N
+        return one(hidden_NC, head, targets_N)
     pad = -N % num_chunks
     chunks = jax.tree.map(
         lambda x: jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))).reshape(
@@ -130,5 +133,26 @@ def next_token_loss(model: GPT, params: Any, tokens_BT: jax.Array) -> jax.Array:
         ),
         (hidden_NC, targets_N),
     )
-    losses_KN = lax.map(lambda chunk: cross_entropy(chunk[0], head_VC, chunk[1]), chunks)
-    return jnp.sum(losses_KN.reshape(-1)[:N]) / N
+    losses_KN = lax.map(lambda chunk: one(chunk[0], head, chunk[1]), chunks)
+    return losses_KN.reshape(-1)[:N]
+
+
+@jax.checkpoint
+def _weight_cross_entropy(hidden_NC: jax.Array, head: Any, targets_N: jax.Array) -> jax.Array:
+    logits_NV = product(hidden_NC, head, jnp.float32)
+    picked_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits_NV, axis=-1) - picked_N
+
+
+def next_token_loss(model: Any, params: Any, tokens_BT: jax.Array) -> jax.Array:
+    """Mean cross-entropy of predicting token t + 1 from tokens 1..t, in nats, float32.
+
+    Args:
+      model: with `hidden` and `head`, such as a `train.model.GPT` or a `models.Model`.
+      params: its parameters.
+      tokens_BT: int32.
+    """
+    B, T = tokens_BT.shape
+    N = B * (T - 1)
+    hidden_NC = model.hidden(params, tokens_BT[:, :-1]).reshape(N, -1)
+    return jnp.sum(head_losses(hidden_NC, model.head(params), tokens_BT[:, 1:].reshape(N))) / N

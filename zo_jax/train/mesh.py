@@ -1,4 +1,4 @@
-"""The mesh of a run's devices, and which axes of the GPT's parameters are split over it.
+"""The mesh of a run's devices.
 
 Three axes: `query`, groups of devices that evaluate different queries and exchange scalars alone;
 `data`, parts of a batch; `model`, parts of the parameters and of the optimiser's state.
@@ -12,12 +12,6 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 AXES = ("query", "data", "model")
-
-# (regular expression over paths like blocks/fc/kernel, the axis that is split over `model`): the
-# first one that is found decides, and what none finds is replicated. Of an MLP the hidden width is
-# split, of other products the inputs, and of embeddings the width, for vocabularies are seldom
-# even.
-RULES = ((r"(^|/)fc/(kernel|bias)$", -1), (r"kernel$", -2), (r"embedding$", -1))
 
 
 class MeshError(ValueError):

@@ -2,10 +2,9 @@
 snapshots, and the progress.
 """
 
-from collections.abc import Callable
 import contextlib
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,11 +12,12 @@ import numpy as np
 from zo_jax import ledger
 from zo_jax.train import describe, processes
 from zo_jax.train.config import Config
-from zo_jax.train.data.corpus import Corpus
 from zo_jax.train.progress import Progress
+from zo_jax.train.run_folder.checkpoint import Checkpoints
 from zo_jax.train.run_folder.reports import make_row
 from zo_jax.train.run_folder.resume import Run
 from zo_jax.train.steps import RunState, StepMetrics, StepRecord
+from zo_jax.train.tasks.task import Task
 
 
 class Taken(NamedTuple):
@@ -38,12 +38,8 @@ class Report:
       progress: where lines for the user go.
     """
 
-    def __init__(
-        self, config: Config, corpus: Corpus, run: Run, evaluate_params: Callable[[Any], float]
-    ):
-        self.config, self.run = config, run
-        self.shape_NT = corpus.train_NT.shape
-        self.evaluate_params = evaluate_params
+    def __init__(self, config: Config, task: Task, run: Run):
+        self.config, self.task, self.run = config, task, run
         self.start, self.diverged = int(run.state.step), False
         self._pending: Taken | None = None
         self._began: float | None = None
@@ -58,32 +54,39 @@ class Report:
         if before:
             self._tell(before)
 
-    def flush(self, eval_loss: float | None = None) -> None:
-        """Tells of the last step, with the validation loss after it."""
+    def flush(self, results: dict[str, float] | None = None) -> None:
+        """Tells of the last step, with what was measured after it."""
         last, self._pending = self._pending, None
         if last:
-            self._tell(last, eval_loss)
+            self._tell(last, results)
 
     def evaluate(self, step: int, state: RunState) -> None:
-        """Tells the validation loss, unless that was done before an interruption, and keeps a
-        snapshot if it is due.
+        """Tells what is measured on held-out examples, unless that was done before an interruption,
+        and keeps a snapshot and the best state if they are due.
         """
-        log = self.run.log
+        log, reports = self.run.log, self.run.workdir.reports
         if step not in log.steps:
-            eval_loss = self.evaluate_params(state.params)
+            results = self.task.evaluate(state.params)
             if step == 0:
-                log.write(make_row(self.config, self.shape_NT, 0, None, eval_loss))
+                log.write(make_row(self.config, self.task, 0, None, results))
             else:
-                self.flush(eval_loss)
+                self.flush(results)
             when = f"after step {step}" if step else "before training"
-            self.progress.say(f"validation loss {when}: {eval_loss:.6f} nats per token")
-        snapshots = self.run.snapshots
-        if snapshots and self.run.workdir.reports.has_snapshot(step, log.eval_losses):
-            if step not in snapshots.steps:
-                # Several processes cannot write two at once: orbax has one name for the barriers of
-                # both.
-                self.tell_saved(self.run.checkpoints.wait())
-                snapshots.save(step, state)
+            told = describe.tell_results(results, self.task.unit)
+            self.progress.say(f"validation loss {when}: {told}")
+        snapshots, best = self.run.snapshots, self.run.best
+        if snapshots and reports.has_snapshot(step, log.results) and step not in snapshots.steps:
+            self._keep(snapshots, step, state)
+        if best and reports.best_step(self.task.measure, log.results) == step not in best.steps:
+            self._keep(best, step, state)
+
+    def _keep(self, checkpoints: Checkpoints, step: int, state: RunState) -> None:
+        # Several processes cannot write two at once: orbax has one name for the barriers of both.
+        self.tell_saved(self.run.checkpoints.wait())
+        for others in (self.run.snapshots, self.run.best):
+            if others:
+                others.wait()
+        checkpoints.save(step, state)
 
     def tell_saved(self, step: int | None) -> None:
         """Tells that the checkpoint of a step is complete, if it is that of one."""
@@ -97,13 +100,10 @@ class Report:
         if jax.process_count() > 1:  # the others do not evaluate now
             return
         with contextlib.suppress(OSError):
-            self.flush(
-                self.evaluate_params(state.params)
-                if self._pending and self.run.workdir.reports.has_evaluation(step)
-                else None
-            )
+            is_due = self._pending and self.run.workdir.reports.has_evaluation(step)
+            self.flush(self.task.evaluate(state.params) if is_due else None)
 
-    def _tell(self, taken: Taken, eval_loss: float | None = None) -> None:
+    def _tell(self, taken: Taken, results: dict[str, float] | None = None) -> None:
         """Writes what a step has to tell: its record first, then its row."""
         step, last, record = jax.device_get(taken)
         config, log = self.config, self.run.log
@@ -112,9 +112,9 @@ class Report:
         try:
             self._record(step, last, record)
         finally:  # a row that cannot be written is kept in memory too
-            due = eval_loss is not None or self.run.workdir.reports.has_row(step)
+            due = results is not None or self.run.workdir.reports.has_row(step)
             if due and step not in log.steps:
-                log.write(make_row(config, self.shape_NT, step, last, eval_loss))
+                log.write(make_row(config, self.task, step, last, results))
 
     def _record(self, step: int, last: StepMetrics, record: StepRecord | None) -> None:
         writer = self.run.writer
@@ -132,7 +132,7 @@ class Report:
         blocks = describe.blocks_until(self.config, step) - describe.blocks_until(
             self.config, self.start + 1
         )
-        rate = blocks * self.shape_NT[1] / max(time.monotonic() - self._began, 1e-9)
+        rate = blocks * self.task.tokens_per_example / max(time.monotonic() - self._began, 1e-9)
         self.progress.show(
             step,
             f"loss {last.loss:.4f}, lr {last.learning_rate:.2e}, |g| {last.grad_norm:.3g}, "

@@ -8,25 +8,22 @@ from typing import Any
 import jax
 
 import zo_jax
-from zo_jax.atomic import write_atomic
 from zo_jax.layout import Layout
-from zo_jax.train import describe, evaluate, limits, processes
+from zo_jax.train import describe, limits, processes
 from zo_jax.train.config import GRADIENT_MODES, Config, ConfigError, MeshConfig
-from zo_jax.train.data.batches import load_corpora
-from zo_jax.train.data.corpus import Corpus
 from zo_jax.train.data.sources import DataError
+from zo_jax.train.export import as_tokenizer
+from zo_jax.train.finish import finish
 from zo_jax.train.loop import Loop
-from zo_jax.train.mesh import RULES, MeshError, make_mesh
-from zo_jax.train.model import GPT, make_model
-from zo_jax.train.run_folder import metrics
+from zo_jax.train.mesh import MeshError, make_mesh
 from zo_jax.train.run_folder.checkpoint import CheckpointError
 from zo_jax.train.run_folder.folder import Workdir
 from zo_jax.train.run_folder.rescue import rescue
 from zo_jax.train.run_folder.resume import open_run
 from zo_jax.train.settings import walk
 from zo_jax.train.signals import CannotWrite, RunStopped
-from zo_jax.train.steps import RunState, base_key, count_trained, init_state
-from zo_jax.train.tools import plots
+from zo_jax.train.steps import count_trained
+from zo_jax.train.subject import Sources, Subject, load_sources, make_subject
 from zo_jax.train.validation import check_mesh, resolve, validate
 
 # What `train_and_evaluate` raises for reasons that its messages explain.
@@ -51,48 +48,45 @@ def train_and_evaluate(config: Config, workdir: Path, restart: bool = False) -> 
       RunStopped: the run ended early, for the reason that its message gives, and can go on.
     """
     folder = Path(workdir).expanduser()
-    config, corpus = _prepare(config, folder, restart)
+    config, subject = _prepare(config, folder, restart)
     with processes.explain_failures():
-        layout = make_layout(config)
-        needs = config, corpus.tokenizer.vocab_size, layout
-        limits.check_memory(*needs)
-        with limits.explain_memory(*needs), Workdir(folder) as opened:
-            opened.claim(config, corpus, restart)
-            return _train(config, corpus, opened, layout)
+        layout = make_layout(config, subject.model)
+        limits.check_memory(config, subject.model, layout)
+        explained = limits.explain_memory(config, subject.model, layout)
+        with explained, Workdir(folder) as opened:
+            opened.claim(config, subject.digests, restart)
+            if not config.model.path:
+                opened.keep_tokenizer(as_tokenizer(subject.tokenizer))
+            return _train(config, subject, opened, layout)
 
 
 def _train(
-    config: Config, corpus: Corpus, folder: Workdir, layout: Layout | None
+    config: Config, subject: Subject, folder: Workdir, layout: Layout | None
 ) -> dict[str, float]:
     """`train_and_evaluate` in a folder that is claimed."""
-    model = make_model(config.model, corpus.tokenizer.vocab_size)
-    evaluate_fn = evaluate.make_evaluate(model)
-    held_out = evaluate.choose_blocks(corpus.validation_NT, config.train.eval_blocks)
-    evaluate_params = lambda params: float(evaluate_fn(params, held_out))
+    model, task = subject.model, subject.task
     num_trained = count_trained(config, model)
-    processes.say(describe.describe(config, corpus, model, num_trained, folder.path, layout))
-    shapes = jax.eval_shape(lambda: init_state(config, model)).params
-    if layout and (whole := list(layout.replicated(shapes))):
+    processes.say(describe.describe(config, task, model, num_trained, folder.path, layout))
+    if layout and (whole := list(layout.replicated(model.shapes()))):
         size = layout.mesh.shape["model"]
         processes.say(f"not divided over model={size}, so replicated: {', '.join(whole)}")
     try:
-        with open_run(config, corpus, model, evaluate_params, folder, layout) as run:
-            loop = Loop(config, corpus, model, run, evaluate_params)
+        with open_run(config, model, task, folder, layout) as run:
+            loop = Loop(config, model, task, run)
             try:
                 state = loop.finish()
             except OSError as error:
                 raise CannotWrite(rescue(run, loop.state, error)) from error
-        eval_loss = evaluate_params(state.params)
-        return _tell_results(config, corpus, model, state, eval_loss, folder.path)
+        return finish(config, subject, state, folder, layout)
     except OSError as error:  # before the first step or after the last, which is saved
         raise CannotWrite(f"{error}; put that right and run the same command again") from error
 
 
-def _prepare(config: Config, folder: Path, restart: bool) -> tuple[Config, Corpus]:
-    """The resolved configuration and the corpus, which are the same in all processes; see
-    `processes.agree`.
+def _prepare(config: Config, folder: Path, restart: bool) -> tuple[Config, Subject]:
+    """The resolved configuration and what the run is about, which are the same in all processes;
+    see `processes.agree`.
     """
-    corpus: list[Corpus] = []
+    found: list[Sources] = []
 
     def check() -> dict[str, Any]:
         validate(config)
@@ -103,8 +97,8 @@ def _prepare(config: Config, folder: Path, restart: bool) -> tuple[Config, Corpu
         )
 
     def load() -> dict[str, Any]:
-        corpus.append(load_corpora(config))
-        return {f"corpus.{name}": value for name, value in corpus[0].digests.items()}
+        found.append(load_sources(config))
+        return {f"corpus.{name}": value for name, value in found[0].digests.items()}
 
     processes.agree(check)
     processes.agree(load)
@@ -113,7 +107,8 @@ def _prepare(config: Config, folder: Path, restart: bool) -> tuple[Config, Corpu
         processes.say(
             f"zo.parallel_batch_size={queries[1]} is more than the queries: taken as {queries[0]}"
         )
-    return resolve(config, len(corpus[0].train_NT)), corpus[0]
+    resolved = resolve(config, found[0].num_examples)
+    return resolved, make_subject(resolved, found[0])
 
 
 def versions() -> dict[str, str]:
@@ -131,7 +126,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def make_layout(config: Config) -> Layout | None:
+def make_layout(config: Config, model: Any) -> Layout | None:
     """The devices of a run: None for one alone.
 
     Raises:
@@ -147,46 +142,4 @@ def make_layout(config: Config) -> Layout | None:
     except MeshError as error:
         raise ConfigError(str(error)) from error
     check_mesh(config, mesh.shape)
-    return None if mesh.size == 1 else Layout(mesh, RULES)
-
-
-def _tell_results(
-    config: Config,
-    corpus: Corpus,
-    model: GPT,
-    state: RunState,
-    eval_loss: float,
-    folder: Path,
-) -> dict[str, float]:
-    """Draws the curve, writes a sample, and says how the run ended."""
-    text = None
-    if config.train.sample_tokens:  # by all processes, which hold the parameters together
-        text = evaluate.sample_text(
-            model,
-            state.params,
-            corpus,
-            jax.random.fold_in(base_key(config), 2**31 + 1),
-            config.train.sample_tokens,
-            config.train.sample_temperature,
-        )
-    rows = metrics.read(folder / "metrics.csv")
-    loss = next((float(row["loss"]) for row in reversed(rows) if row["loss"]), float("nan"))
-    result = dict(step=int(state.step), loss=loss, eval_loss=eval_loss)
-    processes.say_goodbye()
-    if not processes.is_first():
-        return result
-    plots.plot_losses(rows, folder / "loss_curve.png", folder.name)
-    print(
-        f"finished {int(state.step)} steps: training loss {loss:.6f} (last batch), validation loss "
-        f"{eval_loss:.6f} nats per token"
-    )
-    if int(state.train.num_skipped):
-        print(
-            f"{int(state.train.num_skipped)} of the steps changed nothing: their loss was not "
-            f"finite"
-        )
-    if text is not None:
-        write_atomic(folder / "sample.txt", text + "\n")
-        print(f"a sample of its text:\n{'-' * 40}\n{text}\n{'-' * 40}")
-    print(f"results are in {folder}")
-    return result
+    return None if mesh.size == 1 else Layout(mesh, model.rules)

@@ -6,6 +6,7 @@ Axes: B blocks of a batch, T tokens of a block, q queries.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +19,13 @@ from zo_jax.layout import Layout
 from zo_jax.train import feedback, hybrid
 from zo_jax.train.config import QUERY_MODES, Config
 from zo_jax.train.losses import next_token_loss
-from zo_jax.train.model import GPT, init_params
 from zo_jax.train.optimizers import make_optimizer, make_schedule
 from zo_jax.train.scopes import make_scope
-from zo_jax.trees import Subset
+from zo_jax.trees import ALL, WHOLE, Subset
 from zo_jax.update import TrainState, Update, UpdateMetrics
+
+# (parameters, batch) -> loss, float32 scalar.
+Loss = Callable[[Any, Any], jax.Array]
 
 
 class RunState(NamedTuple):
@@ -97,20 +100,18 @@ def base_key(config: Config) -> jax.Array:
     return jax.random.key(config.seed, impl="threefry2x32")
 
 
-def scope_of(config: Config, model: GPT) -> Subset:
+def scope_of(config: Config, model: Any) -> Subset:
     """The parameters that a run trains."""
-    shapes = jax.eval_shape(lambda key: init_params(model, key), base_key(config))
-    return make_scope(config.scope, shapes)
+    return make_scope(config.scope, model)
 
 
-def count_trained(config: Config, model: GPT) -> int:
+def count_trained(config: Config, model: Any) -> int:
     """The number of parameters that a run trains."""
-    shapes = jax.eval_shape(lambda key: init_params(model, key), base_key(config))
-    trained = jax.eval_shape(scope_of(config, model).select, shapes)
+    trained = jax.eval_shape(scope_of(config, model).select, model.shapes())
     return sum(leaf.size for leaf in jax.tree.leaves(trained))
 
 
-def make_rules(config: Config, model: GPT, layout: Layout | None = None) -> Update:
+def make_rules(config: Config, model: Any, layout: Layout | None = None) -> Update:
     """The optimisation that the configuration names."""
     return Update(
         make_optimizer(config.optimizer, config.train.num_steps),
@@ -121,50 +122,79 @@ def make_rules(config: Config, model: GPT, layout: Layout | None = None) -> Upda
     )
 
 
-def init_state(config: Config, model: GPT, layout: Layout | None = None) -> RunState:
-    """Fresh parameters and optimiser state, from the seed alone, each array where it belongs."""
-    rules = make_rules(config, model, layout)
-    key = jax.random.fold_in(base_key(config), 2**31)
-
-    def init(key: jax.Array) -> RunState:
-        history = hybrid.new_history() if config.instruct.adaptive else None
-        return RunState(rules.init(init_params(model, key)), history)
-
-    if layout is None:
-        return jax.jit(init)(key)
-    return jax.jit(lambda: init(key), out_shardings=layout.shardings(jax.eval_shape(init, key)))()
-
-
-def make_loss(model: GPT, scope: Subset) -> Callable[[Any], Callable[..., jax.Array]]:
-    """(parameters) -> loss of (trained parameters, tokens [B, T]): the frozen ones are neither
-    perturbed nor copied.
+def init_state(config: Config, model: Any, layout: Layout | None = None) -> RunState:
+    """The state before the first step, each array where it belongs: fresh parameters from the seed
+    alone, or those of a pretrained model.
     """
-    return lambda params: (
-        lambda trained, tokens_BT: next_token_loss(model, scope.merge(params, trained), tokens_BT)
+    rules = make_rules(config, model, layout)
+    params = model.start(jax.random.fold_in(base_key(config), 2**31), layout)
+
+    def init(params: Any) -> RunState:
+        history = hybrid.new_history() if config.instruct.adaptive else None
+        return RunState(rules.init(params), history)
+
+    places = layout and layout.shardings(jax.eval_shape(init, params))
+    return jax.jit(init, donate_argnums=0, out_shardings=places)(params)
+
+
+def state_shapes(config: Config, model: Any) -> RunState:
+    """The shapes of `init_state`, without allocating any."""
+    rules, history = make_rules(config, model), hybrid.new_history()
+    init = lambda params: RunState(
+        rules.init(params), history if config.instruct.adaptive else None
     )
+    return jax.eval_shape(init, model.shapes())
+
+
+def kept_part(config: Config, model: Any) -> Subset:
+    """What checkpoints keep of a run's state: all but the parameters that are not trained, which
+    come from the seed or from a pretrained model.
+    """
+    scope = scope_of(config, model)
+    if scope.indices is None:
+        return WHOLE
+    num_leaves = len(jax.tree.leaves(state_shapes(config, model)))
+    # The leaves are the step, the parameters, and the rest.
+    rest = num_leaves - 1 - len(scope.indices)
+    return Subset((ALL, *scope.indices, *(ALL,) * rest))
+
+
+def make_loss(
+    model: Any, scope: Subset, loss_fn: Loss | None = None
+) -> Callable[[Any], Callable[..., jax.Array]]:
+    """(parameters) -> loss of (trained parameters, batch): the frozen ones are neither perturbed
+    nor copied.
+
+    Args:
+      model: what is trained.
+      scope: the part of it.
+      loss_fn: of (parameters, batch); None for the next token of tokens [B, T].
+    """
+    loss_fn = loss_fn or functools.partial(next_token_loss, model)
+    return lambda params: lambda trained, batch: loss_fn(scope.merge(params, trained), batch)
 
 
 def make_project(
-    config: Config, model: GPT, layout: Layout | None = None
+    config: Config, model: Any, layout: Layout | None = None, loss_fn: Loss | None = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The jitted forward passes of a step: (params, key, tokens) -> (loss, projections [q]).
+    """The jitted forward passes of a step: (params, key, batch) -> (loss, projections [q]).
 
-    Tokens are int32 [B, T], or [q, B, T] with `zo.batch_per_query`. A query whose loss is not
-    finite has the projection nan.
+    The leaves of a batch are [B, ...], or [q, B, ...] with `zo.batch_per_query`. A query whose
+    loss is not finite has the projection nan. `loss_fn` is as in `make_loss`.
     """
     scope = scope_of(config, model)
-    loss = make_loss(model, scope)
+    loss = make_loss(model, scope, loss_fn)
     estimator = make_estimator(config, layout)
 
     @jax.jit
-    def project(params: Any, key: jax.Array, tokens: jax.Array) -> tuple[jax.Array, ...]:
-        return estimator.project(loss(params), scope.select(params), key, tokens)
+    def project(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, ...]:
+        return estimator.project(loss(params), scope.select(params), key, batch)
 
     return project
 
 
 def make_update(
-    config: Config, model: GPT, layout: Layout | None = None
+    config: Config, model: Any, layout: Layout | None = None
 ) -> Callable[..., tuple[RunState, StepMetrics]]:
     """The jitted optimisation of a step without backprop: (state, key, loss, projections [q]) ->
     (state, metrics).
@@ -183,14 +213,14 @@ def make_update(
 
 
 def make_fo_step(
-    config: Config, model: GPT, layout: Layout | None = None
+    config: Config, model: Any, layout: Layout | None = None, loss_fn: Loss | None = None
 ) -> Callable[..., tuple[RunState, StepMetrics]]:
-    """The jitted backprop step: (state, tokens [B, T]) -> (state, metrics), the state donated."""
+    """The jitted backprop step: (state, batch) -> (state, metrics), the state donated."""
     rules, tell = make_rules(config, model, layout), _make_tell(config)
-    loss_and_grad = _make_loss_and_grad(config, model, rules.subset)
+    loss_and_grad = _make_loss_and_grad(config, make_loss(model, rules.subset, loss_fn), rules)
 
-    def fo_step(state: RunState, tokens_BT: jax.Array) -> tuple[RunState, StepMetrics]:
-        loss, gradient = loss_and_grad(state.params, tokens_BT)
+    def fo_step(state: RunState, batch: Any) -> tuple[RunState, StepMetrics]:
+        loss, gradient = loss_and_grad(state.params, batch)
         key = jax.random.fold_in(base_key(config), state.step)
         return tell(state, *rules.from_gradient(state.train, key, loss, gradient))
 
@@ -198,7 +228,7 @@ def make_fo_step(
 
 
 def make_feedback_step(
-    config: Config, model: GPT, layout: Layout | None = None
+    config: Config, model: Any, layout: Layout | None = None
 ) -> Callable[..., tuple[RunState, StepMetrics]]:
     """The jitted step of modes feedback and block_local: (state, tokens [B, T]) -> (state,
     metrics), the state donated.
@@ -216,24 +246,25 @@ def make_feedback_step(
 
 
 def make_guided_step(
-    config: Config, model: GPT, layout: Layout | None = None
+    config: Config, model: Any, layout: Layout | None = None, loss_fn: Loss | None = None
 ) -> Callable[..., tuple[RunState, StepMetrics]]:
-    """The jitted step of mode instruct with a backprop gradient: (state, key, tokens, fo_tokens [B,
-    T]) -> (state, metrics).
+    """The jitted step of mode instruct with a backprop gradient: (state, key, batch, fo_batch) ->
+    (state, metrics).
     """
     rules, tell = make_rules(config, model, layout), _make_tell(config)
-    loss = make_loss(model, rules.subset)
-    loss_and_grad = _make_loss_and_grad(config, model, rules.subset)
+    loss = make_loss(model, rules.subset, loss_fn)
+    loss_and_grad = _make_loss_and_grad(config, loss, rules)
     estimator = make_estimator(config, layout)
 
     def guided_step(
-        state: RunState, key: jax.Array, tokens: jax.Array, fo_tokens_BT: jax.Array
+        state: RunState, key: jax.Array, batch: Any, fo_batch: Any
     ) -> tuple[RunState, StepMetrics]:
         trained = rules.subset.select(state.params)
-        _, backprop = loss_and_grad(state.params, fo_tokens_BT)
+        _, backprop = loss_and_grad(state.params, fo_batch)
 
         def project_part(part: hybrid.Part) -> tuple[jax.Array, jax.Array]:
-            own = tokens[part.first : part.end] if config.zo.batch_per_query else tokens
+            of_part = lambda x: x[part.first : part.end]
+            own = jax.tree.map(of_part, batch) if config.zo.batch_per_query else batch
             some = dataclasses.replace(
                 estimator, perturbation=part.family, num_queries=part.end - part.first
             )
@@ -255,34 +286,35 @@ def make_guided_step(
 
 
 def make_train_step(
-    config: Config, model: GPT, layout: Layout | None = None
+    config: Config, model: Any, layout: Layout | None = None, loss_fn: Loss | None = None
 ) -> Callable[..., tuple[RunState, StepMetrics, StepRecord | None]]:
-    """The step of the configured mode: (state, step from 0, tokens, fo_tokens) -> (state, metrics,
+    """The step of the configured mode: (state, step from 0, batch, fo_batch) -> (state, metrics,
     record).
 
     Each of the two batches is None where the step does not read it; see `batches.reads`. A step
-    along a gradient has no record.
+    along a gradient has no record. `loss_fn` is as in `make_loss`.
     """
     step_key = make_step_key(config, layout)
     words = jax.jit(jax.random.key_data)
+    parts = config, model, layout
     if config.mode in ("fo", "calibrate"):
-        fo_step = make_fo_step(config, model, layout)
+        fo_step = make_fo_step(*parts, loss_fn)
     if config.mode in ("feedback", "block_local"):
-        fo_step = make_feedback_step(config, model, layout)
+        fo_step = make_feedback_step(*parts)
     if config.mode == "instruct":
-        guided_step = make_guided_step(config, model, layout)
+        guided_step = make_guided_step(*parts, loss_fn)
     if config.mode in QUERY_MODES:
-        project = make_project(config, model, layout)
-        update = make_update(config, model, layout)
+        project = make_project(*parts, loss_fn)
+        update = make_update(*parts)
 
-    def train_step(state, step, tokens, fo_tokens_BT):
-        if fo_tokens_BT is None:
+    def train_step(state, step, batch, fo_batch):
+        if fo_batch is None:
             k = step_key(step)
-            loss, projections = project(state.params, k, tokens)
+            loss, projections = project(state.params, k, batch)
             return *update(state, k, loss, projections), StepRecord(words(k), loss, projections)
-        if tokens is None:
-            return *fo_step(state, fo_tokens_BT), None
-        return *guided_step(state, step_key(step), tokens, fo_tokens_BT), None
+        if batch is None:
+            return *fo_step(state, fo_batch), None
+        return *guided_step(state, step_key(step), batch, fo_batch), None
 
     return train_step
 
@@ -326,24 +358,22 @@ def _make_tell(config: Config) -> Callable[..., tuple[RunState, StepMetrics]]:
     return tell
 
 
-def _make_loss_and_grad(config: Config, model: GPT, scope: Subset) -> Callable[..., Any]:
-    """(params, tokens [B, T]) -> (loss, gradient of the trained parameters), in micro-batches,
-    summed in float32.
+def _make_loss_and_grad(config: Config, loss: Any, rules: Update) -> Callable[..., Any]:
+    """(params, batch) -> (loss, gradient of the trained parameters), in micro-batches, summed in
+    float32; `loss` is that of `make_loss`.
     """
     num_parts = config.fo.gradient_accumulation_steps
-    loss = make_loss(model, scope)
 
-    def loss_and_grad(params, tokens_BT):
-        trained = scope.select(params)
+    def loss_and_grad(params, batch):
+        trained = rules.subset.select(params)
         one_part = jax.value_and_grad(loss(params))
-        B, T = tokens_BT.shape
 
-        def add_part(total, part_BT):
-            one = one_part(trained, part_BT)
+        def add_part(total, part):
+            one = one_part(trained, part)
             return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, one), None
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
-        parts = tokens_BT.reshape(num_parts, B // num_parts, T)
+        parts = jax.tree.map(lambda x: x.reshape(num_parts, -1, *x.shape[1:]), batch)
         total, _ = jax.lax.scan(add_part, (jnp.zeros((), jnp.float32), zeros), parts)
         return jax.tree.map(lambda x: x / num_parts, total)
 

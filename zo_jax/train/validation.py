@@ -38,19 +38,20 @@ def fill_in(config: Config) -> Config:
     return config
 
 
-def resolve(config: Config, num_train_blocks: int) -> Config:
+def resolve(config: Config, num_examples: int) -> Config:
     """A copy of a valid configuration with everything that it leaves open filled in.
 
     Args:
       config: passed `validate`.
-      num_train_blocks: training blocks of the corpus, from which epochs become steps.
+      num_examples: training blocks of the corpus, or training examples, from which epochs become
+        steps.
 
     Raises:
       ConfigError: the warm-up is as long as the run, or the run longer than a run can be.
     """
     config = fill_in(config)
     if not config.train.num_steps:
-        blocks = config.train.num_epochs * num_train_blocks
+        blocks = config.train.num_epochs * num_examples
         config.train.num_steps = max(1, blocks // blocks_per_step(config))
         _check_setting(SETTINGS["train.num_steps"], config.train.num_steps)
     _check_warmup(config)
@@ -142,6 +143,8 @@ def _check_setting(one: Setting, value: Any) -> None:
 
 
 def _check_combinations(config: Config) -> None:
+    _check_pretrained(config)
+    _check_task(config)
     _check_model(config)
     _check_feedback(config)
     _check_sources(config)
@@ -159,8 +162,54 @@ def _check_combinations(config: Config) -> None:
         )
 
 
+def _check_pretrained(config: Config) -> None:
+    model = config.model
+    if model.path and config.mode in ("feedback", "block_local"):
+        raise ConfigError(
+            f"mode {config.mode} trains the GPT from scratch; with model.path set mode=zo, fo, "
+            f"calibrate or instruct"
+        )
+    if config.scope == "lora" and not model.path:
+        raise ConfigError(
+            "scope=lora trains factors beside the weights of a pretrained model; set model.path"
+        )
+    if config.scope == "full" and model.quantized != "none":
+        raise ConfigError(
+            f"model.quantized={model.quantized} leaves weights that cannot be trained themselves; "
+            f"set scope=lora, or a regular expression that finds norms alone"
+        )
+
+
+def _check_task(config: Config) -> None:
+    task = config.task
+    if task.name == "text":
+        return
+    if not config.model.path:
+        raise ConfigError(f"task.name={task.name} needs a pretrained model; set model.path")
+    if config.mode in ("feedback", "block_local"):
+        raise ConfigError(f"mode {config.mode} learns text; set task.name=text, or another mode")
+    if task.name != "file":
+        return
+    if not task.path:
+        raise ConfigError("task.name=file needs task.path; set it to a .jsonl or .csv file")
+    if bool(task.labels) == bool(task.target):
+        raise ConfigError(
+            "task.name=file needs either task.labels, what follows the prompt for each label, or "
+            "task.target, the column of the answers; set one of them"
+        )
+    if not task.template and not (task.chat and task.target):
+        raise ConfigError("task.name=file needs task.template, the prompt, like '{text} It was'")
+
+
 def _check_model(config: Config) -> None:
     model, data, zo = config.model, config.data, config.zo
+    if "float16" in (model.param_dtype, model.compute_dtype) and zo.epsilon < 2**-14:
+        raise ConfigError(
+            f"zo.epsilon={zo.epsilon:g} underflows in float16, whose least normal number is "
+            "6.1e-05; use a larger one, such as 1e-2, or bfloat16"
+        )
+    if model.path:
+        return
     if model.size == "custom":
         shape = {name: getattr(model, name) for name in ("num_layers", "num_heads", "width")}
         if missing := [f"model.{name}" for name, value in shape.items() if not value]:
@@ -177,12 +226,6 @@ def _check_model(config: Config) -> None:
         raise ConfigError(
             f"data.block_size={data.block_size} is longer than the model can read "
             f"(model.context_length={model.context_length}); make it at most that"
-        )
-    if "float16" in (model.param_dtype, model.compute_dtype) and zo.epsilon < 2**-14:
-        raise ConfigError(
-            f"zo.epsilon={zo.epsilon:g} underflows in float16, whose least normal number is "
-            f"6.1e-05; use a larger "
-            "one, such as 1e-2, or bfloat16"
         )
     width = SIZES[model.size].width if model.size in SIZES else model.width
     if zo.rank > width:

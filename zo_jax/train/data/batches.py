@@ -10,6 +10,7 @@ import numpy as np
 from zo_jax.layout import Layout
 from zo_jax.train.config import GRADIENT_MODES, Config, blocks_per_step
 from zo_jax.train.data.corpus import Corpus, batch_indices, load_blocks, load_corpus
+from zo_jax.train.data.tokenization import Tokenizer
 
 
 def read_batches(
@@ -49,11 +50,11 @@ def split_corpus(config: Config, train_NT: np.ndarray) -> tuple[np.ndarray, np.n
     return train_NT[num_fo:], train_NT[:num_fo]
 
 
-def load_corpora(config: Config) -> Corpus:
-    """The run's corpus, with those that backprop and evaluation have of their own in their
-    places.
+def load_corpora(config: Config, tokenizer: Tokenizer | None = None) -> Corpus:
+    """The run's corpus, with those that backprop and evaluation have of their own in their places;
+    by a tokenizer that is given or the one configured.
     """
-    corpus, fo, train = load_corpus(config.data), config.fo, config.train
+    corpus, fo, train = load_corpus(config.data, tokenizer), config.fo, config.train
     load = lambda *source: load_blocks(config.data, *source, corpus.tokenizer)
     texts = [corpus.text]
     if fo.source:

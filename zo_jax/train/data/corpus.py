@@ -28,7 +28,7 @@ class Corpus(NamedTuple):
     """Packed blocks of a text. Training and validation blocks share no token position.
 
     Attributes:
-      train_NT: int32 [num_train_blocks, block_size].
+      train_NT: int32 [num_examples, block_size].
       validation_NT: int32 [num_validation_blocks, block_size], from the end of the text.
       tokenizer: what made the ids.
       name: the source, or the path it was read from.
@@ -71,8 +71,8 @@ class Corpus(NamedTuple):
         )
 
 
-def load_corpus(config: DataConfig) -> Corpus:
-    """Reads, tokenizes and packs a corpus.
+def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
+    """Reads, tokenizes and packs a corpus, by a tokenizer that is given or the one configured.
 
     A document is a row of a data set or a file of source text; blank ones are dropped.
     `max_samples` caps the documents read, so it changes nothing about the embedded Shakespeare,
@@ -90,7 +90,7 @@ def load_corpus(config: DataConfig) -> Corpus:
             f"{config.max_samples} and {config.validation_fraction}"
         )
     documents, name = _read(config)
-    tokenizer = make_tokenizer(config, documents)
+    tokenizer = tokenizer or make_tokenizer(config, documents)
     tokens = tokenizer.encode_documents(documents)
 
     num_blocks = len(tokens) // config.block_size
@@ -179,14 +179,15 @@ def batch_indices(num_blocks: int, batch_size: int, seed: int, step: int) -> np.
     epochs, offsets = np.divmod(positions, num_blocks)
     return np.concatenate(
         [
-            _permutation(num_blocks, seed, epoch)[offsets[epochs == epoch]]
+            permutation(num_blocks, seed, epoch)[offsets[epochs == epoch]]
             for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
         ]
     )
 
 
 @functools.lru_cache(maxsize=4)
-def _permutation(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
+def permutation(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the blocks of an epoch, int64 [num_blocks]; see `batch_indices`."""
     word = lambda number: np.array([number], np.uint64)
     of_epoch = _mix(_GOLDEN * word(epoch) + _mix(word(seed)))
     return np.argsort(_mix(_GOLDEN * np.arange(num_blocks, dtype=np.uint64) + of_epoch))

@@ -134,7 +134,7 @@ def _read_hub(source: str, text_column: str, max_samples: int) -> list[str]:
     import datasets
 
     try:
-        with _offline_mode() if unreachable else contextlib.nullcontext():
+        with offline_mode() if unreachable else contextlib.nullcontext():
             dataset = datasets.load_dataset(
                 spec.hub_id, spec.config_name, split=spec.split, streaming=spec.streaming
             )
@@ -200,7 +200,7 @@ def hub_unreachable() -> str:
 
 
 @contextlib.contextmanager
-def _offline_mode() -> Iterator[None]:
+def offline_mode() -> Iterator[None]:
     """What HF_HUB_OFFLINE=1 does if set before the import: only the cache is read, at once."""
     import datasets
     from huggingface_hub import constants

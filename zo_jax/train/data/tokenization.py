@@ -10,7 +10,7 @@ import hashlib
 import os
 from pathlib import Path
 import tempfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -100,7 +100,38 @@ class BPETokenizer:
         return self.bpe.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=False)
 
 
-Tokenizer = CharTokenizer | BPETokenizer
+@dataclasses.dataclass(frozen=True)
+class ModelTokenizer:
+    """The tokenizer of a pretrained model.
+
+    Attributes:
+      tokenizer: a `models.tokenizer.Tokenizer`.
+      vocab_size: rows of the model's embedding.
+      end: the token between two documents, or None.
+    """
+
+    tokenizer: Any
+    vocab_size: int
+    end: int | None
+    name: str = "the model's"
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids: int32 [num_tokens]."""
+        return self.tokenizer.encode(text, special=False)
+
+    def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
+        """Token ids of the documents, the end token between them: int32 [num_tokens]."""
+        between = [] if self.end is None else [self.end]
+        pieces = [np.asarray(between, np.int32)] * (2 * len(documents) - 1)
+        pieces[::2] = map(self.encode, documents)
+        return np.concatenate(pieces)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of token ids [num_tokens]."""
+        return self.tokenizer.decode(ids)
+
+
+Tokenizer = CharTokenizer | BPETokenizer | ModelTokenizer
 
 
 def make_tokenizer(config: DataConfig, documents: list[str]) -> Tokenizer:

@@ -18,6 +18,7 @@ from zo_jax.atomic import set_aside
 from zo_jax.fingerprint import fingerprint
 from zo_jax.train import processes
 from zo_jax.train.run_folder import identity as identities
+from zo_jax.trees import WHOLE, Subset
 
 
 class CheckpointError(ValueError):
@@ -32,14 +33,16 @@ class Checkpoints:
     arrays and JSON.
     """
 
-    def __init__(self, folder: Path, keep: int | None = 2, identity: str = ""):
+    def __init__(
+        self, folder: Path, keep: int | None = 2, identity: str = "", part: Subset = WHOLE
+    ):
         """Opens a folder, made if it is not there, of which the latest `keep` checkpoints are kept,
         or all.
 
-        What is saved is sealed with the run's identity.
+        What is saved is a part of each state, sealed with the run's identity.
         """
         policies = ocp.training.preservation_policies
-        self.folder, self.identity = Path(folder).absolute(), identity
+        self.folder, self.identity, self.part = Path(folder).absolute(), identity, part
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
             preservation_policy=policies.LatestN(keep) if keep else policies.PreserveAll(),
@@ -62,7 +65,7 @@ class Checkpoints:
           OSError: the one before it, or this one, cannot be written.
           AnotherProcessFailed: one of several that write it together has ended.
         """
-        before = self.wait()
+        before, state = self.wait(), self.part.select(state)
         with _disk_errors(self.folder):
             response = self._checkpointer.save_async(
                 step,
@@ -105,10 +108,10 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def open_checkpoints(
-    folder: Path, keep: int | None = 2, identity: str = ""
+    folder: Path, keep: int | None = 2, identity: str = "", part: Subset = WHOLE
 ) -> Iterator[Checkpoints]:
     """`Checkpoints`, closed at the end."""
-    checkpoints = Checkpoints(folder, keep, identity)
+    checkpoints = Checkpoints(folder, keep, identity, part)
     try:
         yield checkpoints
     finally:
@@ -122,7 +125,9 @@ def complete_steps(folder: Path) -> list[int]:
     return _steps(folder, "(0|[1-9][0-9]*)")
 
 
-def find_whole(folder: Path, like: Any, identity: str = "") -> tuple[list[int], list[int], Any]:
+def find_whole(
+    folder: Path, like: Any, identity: str = "", part: Subset = WHOLE
+) -> tuple[list[int], list[int], Any]:
     """Reads all checkpoints of a folder, puts aside those that are damaged or of another run, and
     tells of them.
 
@@ -136,7 +141,7 @@ def find_whole(folder: Path, like: Any, identity: str = "") -> tuple[list[int], 
     # What the first process finds is what all of them read together.
     for step in processes.first_tells(lambda: complete_steps(folder)[::-1]):
         try:
-            state = restore(folder, step, like, identity)
+            state = restore(folder, step, like, identity, part)
             whole, latest = [step, *whole], state if latest is None else latest
         except CheckpointError as error:
             word = f"the checkpoint of step {step} in {folder} cannot be used: {error}; it is now"
@@ -154,8 +159,16 @@ def _steps(folder: Path, pattern: str) -> list[int]:
     return sorted(int(found[1]) for name in names if (found := re.fullmatch(pattern, name)))
 
 
-def restore(folder: Path, step: int, like: Any, identity: str = "") -> Any:
-    """The state of a step, placed as the arrays of `like` are.
+def restore(
+    folder: Path,
+    step: int,
+    like: Any,
+    identity: str = "",
+    part: Subset = WHOLE,
+    give_up: bool = False,
+) -> Any:
+    """The state of a step, placed as the arrays of `like` are; what is not in the part that was
+    kept is from there. The rest of `like` is deleted first, if it is given up.
 
     Its seal must be right: the fingerprint of its bits, the identity of the run (unless none is
     given), and the step.
@@ -163,11 +176,13 @@ def restore(folder: Path, step: int, like: Any, identity: str = "") -> Any:
     Raises:
       CheckpointError: it is not, or a file is damaged.
     """
-    mine = identities.words(identity)
+    mine, kept = identities.words(identity), part.select(like)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-        {"state": like, "seal": _seal(like, *mine, np.uint32(step))},
+        {"state": kept, "seal": _seal(kept, *mine, np.uint32(step))},
     )
+    for array in jax.tree.leaves(kept) if give_up else ():
+        array.delete()
     found, reason = None, ""
     with _quiet():
         try:
@@ -184,7 +199,7 @@ def restore(folder: Path, step: int, like: Any, identity: str = "") -> Any:
         raise CheckpointError(f"it is that of step {of_step}")
     if fingerprint(found["state"]) != there:
         raise CheckpointError("its bits are not those that were saved (wrong fingerprint)")
-    return found["state"]
+    return part.merge(like, found["state"])
 
 
 @jax.jit

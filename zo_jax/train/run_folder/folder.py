@@ -12,16 +12,19 @@ from typing import Any
 import zlib
 
 from zo_jax.atomic import set_aside, write_atomic
+from zo_jax.models.tokenizer import Tokenizer
 from zo_jax.train import processes
 from zo_jax.train.config import Config, ConfigError
-from zo_jax.train.data.corpus import Corpus
 from zo_jax.train.run_folder import identity as identities
 from zo_jax.train.run_folder.reports import Interval, Reports
 
 # The name of a run's ledger in its folder.
 LEDGER = "ledger.bin"
-_FOLDERS = ("tensorboard", "checkpoints", "snapshots")
-_FILES = ("metrics.csv", "evaluations.jsonl", "loss_curve.png", "sample.txt", LEDGER)
+_FOLDERS = ("tensorboard", "checkpoints", "snapshots", "best")
+_FILES = (
+    *("metrics.csv", "evaluations.jsonl", "loss_curve.png", "sample.txt", "results.json"),
+    *("tokenizer.json", LEDGER),
+)
 RUN_FILES = (*_FILES, *_FOLDERS, "config.json")
 
 
@@ -39,6 +42,7 @@ class Workdir:
     def __init__(self, path: Path):
         self.path, self._lock = path, None
         self.identity, self.reports, self.config_text = "", Reports([]), ""
+        self._base: int | None = None
         self._config: dict[str, Any] = {}
 
     def __enter__(self) -> "Workdir":
@@ -81,7 +85,7 @@ class Workdir:
         if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino):
             raise OSError(f"{self.path} is not the folder that the run began in")
 
-    def claim(self, config: Config, corpus: Corpus, restart: bool) -> None:
+    def claim(self, config: Config, digests: dict[str, Any], restart: bool) -> None:
         """Locks the folder, and writes config.json, or sees that the one there is this run's. For
         all processes.
 
@@ -91,26 +95,27 @@ class Workdir:
 
         def claim() -> tuple[str, list[Interval]]:
             self.lock()
-            self._claim(config, corpus, restart)
+            self._claim(config, digests, restart)
             return self.identity, self.reports.intervals
 
         self.identity, intervals = processes.first_tells(claim)
         self.reports = Reports([Interval(*interval) for interval in intervals])
 
-    def _claim(self, config: Config, corpus: Corpus, restart: bool) -> None:
+    def _claim(self, config: Config, digests: dict[str, Any], restart: bool) -> None:
         file = self.path / "config.json"
         if restart:
             for name in RUN_FILES:  # config.json last: without it the rest would belong to no run
                 old = self.path / name
                 is_folder = old.is_dir() and not old.is_symlink()
                 shutil.rmtree(old) if is_folder else old.unlink(missing_ok=True)
-        self._config = dataclasses.asdict(config) | {"corpus": corpus.digests}
-        self.identity = identities.identify(config, corpus)
+        self._config = dataclasses.asdict(config) | {"corpus": digests}
+        self.identity = identities.identify(config, digests)
         if os.path.lexists(file):
-            there = _read_config(file)
+            there = read_config(file)
             self._check_same(there, config)
             self.identity = there["identity"]
             self.reports = Reports([Interval(**interval) for interval in there["reports"]])
+            self._base = there.get("base")
         elif found := [name for name in RUN_FILES if (self.path / name).exists()]:
             raise ConfigError(
                 f"{self.path} holds {', '.join(found)}, but no config.json to say what run they "
@@ -131,9 +136,33 @@ class Workdir:
             "identity": self.identity,
             "reports": [interval._asdict() for interval in reports.intervals],
         }
+        if self._base is not None:
+            content["base"] = self._base
         content["check"] = _check(content)
         self.config_text = json.dumps(content, indent=2) + "\n"
         write_atomic(self.path / "config.json", self.config_text)
+
+    def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Writes tokenizer.json, without which the model could not be used; for all processes."""
+        write = lambda: write_atomic(
+            self.path / "tokenizer.json", tokenizer.backend.to_str() + "\n"
+        )
+        processes.first_does(write)
+
+    def claim_base(self, fingerprint: int) -> None:
+        """Sees that the weights of the pretrained model are those that the run began with; `go_on`
+        writes of which they are.
+
+        Raises:
+          ConfigError: they are others.
+        """
+        if self._base not in (None, fingerprint):
+            raise ConfigError(
+                f"model.path holds other weights than {self.path} began with (fingerprint "
+                f"{fingerprint:08x}, there {self._base:08x}); give the former ones, or use another "
+                f"--workdir"
+            )
+        self._base = fingerprint
 
     def go_on(self, config: Config, step: int) -> None:
         """From a step on, the run writes what the configuration says. For all processes."""
@@ -141,7 +170,7 @@ class Workdir:
         processes.first_does(lambda: self.begin(self.reports))
 
     def _check_same(self, there: dict[str, Any], config: Config) -> None:
-        ours = ("identity", "reports", "check")
+        ours = ("identity", "reports", "base", "check")
         before = {name: x for name, x in there.items() if name not in ours}
         before, here = identities.flatten(before), identities.flatten(self._config)
         different, notes = identities.compare(before, here, config)
@@ -171,10 +200,15 @@ def read_identity(folder: Path) -> str | None:
       ConfigError: it cannot be read.
     """
     file = folder / "config.json"
-    return _read_config(file)["identity"] if file.exists() else None
+    return read_config(file)["identity"] if file.exists() else None
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """What config.json holds: the resolved configuration, and what tells the run from others.
+
+    Raises:
+      ConfigError: it is not there, or is damaged.
+    """
     try:
         there = json.loads(file.read_text())
         if not isinstance(there, dict):

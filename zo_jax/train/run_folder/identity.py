@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from zo_jax.train.config import ROUNDING, Config, extendable, fixed_fields
-from zo_jax.train.data.corpus import Corpus
 from zo_jax.train.settings import walk
 
 
-def identify(config: Config, corpus: Corpus) -> str:
+def identify(config: Config, digests: dict[str, Any]) -> str:
     """The identity of a run that begins: 64 bits, in hexadecimal, of the fixed configuration and
-    the text.
+    of what the run reads.
 
     The same command gives the same one on every machine, for nothing that is computed in floating
     point has a part in it. A field at its default has none either, so that a later version, with
@@ -23,7 +22,7 @@ def identify(config: Config, corpus: Corpus) -> str:
     """
     fixed, default = flatten(fixed_fields(config)), dict(walk(Config()))
     changed = {name: x for name, x in fixed.items() if x != default[name]}
-    text = json.dumps([changed, corpus.digests], sort_keys=True)
+    text = json.dumps([changed, digests], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -39,7 +38,7 @@ def compare(
     """What tells a run from the one in a folder, and what is to be told of it if nothing does.
 
     Args:
-      there: its configuration and the digests of its corpus, by dotted names.
+      there: its configuration and the digests of what it reads, by dotted names.
       here: likewise of the run that wants to go on.
       config: of the latter.
 

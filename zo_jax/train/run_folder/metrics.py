@@ -20,6 +20,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
 from zo_jax.atomic import AppendFile, write_atomic
+from zo_jax.train.tasks.task import MEASURES
 
 COLUMNS: tuple[str, ...] = (
     "timestamp",
@@ -39,7 +40,7 @@ COLUMNS: tuple[str, ...] = (
     "grad_norm",
     "instruct_cosine_target",
     "instruct_noise_scale",
-    "eval_loss",
+    *MEASURES,
     "forward_passes",
     "tokens",
     "skipped_steps",
@@ -172,13 +173,13 @@ class Files:
         """Tells the other files of a row that is in metrics.csv."""
         row = {name: _number(cell) for name, cell in cells.items() if cell != ""}
         seconds = datetime.datetime.fromisoformat(row["timestamp"]).timestamp()
-        scalars = ("loss", "eval_loss", "grad_norm", "current_lr")
+        scalars = ("loss", *MEASURES, "grad_norm", "current_lr")
         values = [Summary.Value(tag=x, simple_value=row[x]) for x in scalars if x in row]
         self._events.write_event(
             Event(wall_time=seconds, step=row["step"], summary=Summary(value=values))
         )
         if "eval_loss" in row:
-            names = ("timestamp", "step", "eval_loss", "loss", "forward_passes", "tokens")
+            names = ("timestamp", "step", *MEASURES, "loss", "forward_passes", "tokens")
             record = {name: row[name] for name in names if name in row}
             self._evaluations.append((json.dumps(record) + "\n").encode())
             self._events.flush()
@@ -189,12 +190,12 @@ class Log:
 
     Attributes:
       steps: of the rows.
-      eval_losses: by step, as they read back from metrics.csv.
+      results: of evaluations by step, as they read back from metrics.csv.
     """
 
     def __init__(self, identity: str, rows: list[Row], files: Files | None = None):
         self._identity, self._files = identity, files
-        self.steps, self.eval_losses = set[int](), dict[int, float]()
+        self.steps, self.results = set[int](), dict[int, dict[str, float]]()
         for row in rows:
             self._remember(row)
 
@@ -218,8 +219,16 @@ class Log:
 
     def _remember(self, row: Row) -> None:
         self.steps.add(int(row["step"]))
-        if row["eval_loss"]:
-            self.eval_losses[int(row["step"])] = float(row["eval_loss"])
+        self.results |= results_of([row])
+
+
+def results_of(rows: list[Row]) -> dict[int, dict[str, float]]:
+    """What evaluations have measured, by step."""
+    return {
+        int(row["step"]): {name: float(row[name]) for name in MEASURES if row[name]}
+        for row in rows
+        if row["eval_loss"]
+    }
 
 
 def _number(cell: str) -> Any:

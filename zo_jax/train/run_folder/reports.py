@@ -10,6 +10,10 @@ import numpy as np
 from zo_jax.train import describe
 from zo_jax.train.config import Config
 from zo_jax.train.steps import StepMetrics
+from zo_jax.train.tasks.task import MEASURES, Task
+
+# What evaluations have measured, by step.
+Results = Mapping[int, Mapping[str, float]]
 
 
 class Interval(NamedTuple):
@@ -48,15 +52,22 @@ class Reports:
         """Whether a step has a row in metrics.csv."""
         return step % self._at(step).log_interval == 0 or self.has_evaluation(step)
 
-    def has_snapshot(self, step: int, eval_losses: Mapping[int, float]) -> bool:
-        """Whether the validation loss [by step] has at this step fallen by as much more as makes a
+    def has_snapshot(self, step: int, results: Results) -> bool:
+        """Whether the validation loss has at this step fallen by as much more as makes a
         snapshot.
         """
         delta = self._at(step).snapshot_delta
-        if not delta or step not in eval_losses:
+        if not delta or step not in results:
             return False
-        until = lambda end: [eval_losses[s] for s in sorted(eval_losses) if s < end]
+        until = lambda end: [results[s]["eval_loss"] for s in sorted(results) if s < end]
         return _level(until(step + 1), delta) > _level(until(step), delta)
+
+    @staticmethod
+    def best_step(measure: str, results: Results) -> int:
+        """The step, the first of equal ones, of the best result; -1 if there is none."""
+        sign = 1 if MEASURES[measure] else -1
+        steps = [step for step in sorted(results) if np.isfinite(results[step][measure])]
+        return max(steps, key=lambda s: sign * results[s][measure], default=-1)
 
     def _at(self, step: int) -> Interval:
         return next(x for x in reversed(self.intervals) if x.after_step < step or not x.after_step)
@@ -64,15 +75,15 @@ class Reports:
 
 def make_row(
     config: Config,
-    shape_NT: tuple[int, int],
+    task: Task,
     step: int,
     last: StepMetrics | None,
-    eval_loss: float | None,
+    results: Mapping[str, float] | None,
 ) -> dict[str, Any]:
-    """The row of a step, whose training blocks have a shape [N, T], from what it told (None: before
-    the first).
+    """The row of a step, from what it told (None: before the first), and what an evaluation after
+    it has measured, if there was one.
     """
-    row = describe.make_row(config, step, *shape_NT)
+    row = describe.make_row(config, step, task.num_examples, task.tokens_per_example)
     if last is not None:
         row |= {
             "current_lr": float(last.learning_rate),
@@ -83,7 +94,7 @@ def make_row(
         if not np.isnan(last.cosine_target):
             row["instruct_cosine_target"] = float(last.cosine_target)
             row["instruct_noise_scale"] = float(last.noise_scale)
-    return row if eval_loss is None else row | {"eval_loss": eval_loss}
+    return row | dict(results or {})
 
 
 def _level(eval_losses: list[float], delta: float) -> int:

@@ -40,7 +40,8 @@ def rescue(run: Run, state: RunState, error: OSError) -> str:
             write_atomic(safe / "metrics.csv", run.log.contents())
             if run.writer:
                 write_atomic(safe / LEDGER, run.writer.contents())
-        with open_checkpoints(safe / "checkpoints", identity=run.workdir.identity) as checkpoints:
+        part = run.checkpoints.part
+        with open_checkpoints(safe / "checkpoints", 2, run.workdir.identity, part) as checkpoints:
             checkpoints.save(step, state)
             checkpoints.wait()
     except OSError as second:

@@ -4,7 +4,7 @@ The state is that of the latest checkpoint that is whole, or of the seed, and th
 steps after it. What else is missing is made again where that can be, and told.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import contextlib
 from pathlib import Path
 import sys
@@ -18,14 +18,15 @@ from zo_jax.layout import Layout
 from zo_jax.replay import make_header
 from zo_jax.train import processes
 from zo_jax.train.config import QUERY_MODES, Config, ConfigError, fixed_fields
-from zo_jax.train.data.corpus import Corpus
-from zo_jax.train.model import GPT
+from zo_jax.train.pretrained import Pretrained
 from zo_jax.train.run_folder import checkpoint, metrics
 from zo_jax.train.run_folder.checkpoint import CheckpointError, Checkpoints, open_checkpoints
 from zo_jax.train.run_folder.folder import LEDGER, Workdir
 from zo_jax.train.run_folder.rebuild import Past
-from zo_jax.train.run_folder.reports import make_row
-from zo_jax.train.steps import RunState, StepMetrics, init_state, make_update
+from zo_jax.train.run_folder.reports import Reports, make_row
+from zo_jax.train.steps import RunState, StepMetrics, init_state, kept_part, make_update
+from zo_jax.train.tasks.task import Task
+from zo_jax.trees import Subset
 
 
 class Run(NamedTuple):
@@ -37,7 +38,7 @@ class Run(NamedTuple):
       state: where it begins.
       records: the ledger's, of which those after `state.step` are to be replayed.
       log, checkpoints: what it writes to.
-      snapshots: where it keeps some, or None.
+      snapshots, best: where it keeps some, and the best; or None.
       writer: of the ledger; None in modes without queries, and in all processes but the first.
     """
 
@@ -48,11 +49,13 @@ class Run(NamedTuple):
     log: metrics.Log
     checkpoints: Checkpoints
     snapshots: Checkpoints | None
+    best: Checkpoints | None
     writer: ledger.Writer | None
 
 
-def run_header(config: Config, model: GPT, start: RunState, identity: str = "") -> dict[str, Any]:
+def run_header(config: Config, model: Any, start: RunState, identity: str = "") -> dict[str, Any]:
     """The header of a run's ledger, from its resolved configuration."""
+    base = model.base_fingerprint(start.params) if isinstance(model, Pretrained) else None
     return make_header(
         start,
         num_queries=config.zo.num_queries,
@@ -64,15 +67,15 @@ def run_header(config: Config, model: GPT, start: RunState, identity: str = "") 
         vocab_size=model.vocab_size,
         config=fixed_fields(config),
         identity=identity,
+        **({} if base is None else {"base": base}),
     )
 
 
 @contextlib.contextmanager
 def open_run(
     config: Config,
-    corpus: Corpus,
-    model: GPT,
-    evaluate_params: Callable[[Any], float],
+    model: Any,
+    task: Task,
     workdir: Workdir,
     layout: Layout | None = None,
 ) -> Iterator[Run]:
@@ -83,11 +86,15 @@ def open_run(
       CheckpointError: there are checkpoints, but none can be read, and no ledger can replace them.
     """
     folder, identity, num_steps = workdir.path, workdir.identity, config.train.num_steps
+    part = kept_part(config, model)
     init = lambda: init_state(config, model, layout)
     state, start = init(), 0
+    if isinstance(model, Pretrained):
+        workdir.claim_base(model.base_fingerprint(state.params))
     has_ledger = config.mode in QUERY_MODES
     header = run_header(config, model, state, identity) if has_ledger else None
-    whole, damaged, latest = checkpoint.find_whole(folder / "checkpoints", state, identity)
+    find = lambda name: checkpoint.find_whole(folder / name, state, identity, part)
+    whole, damaged, latest = find("checkpoints")
     if latest is not None:
         state, start, latest = latest, whole[-1], None
     last = processes.first_tells(
@@ -104,28 +111,28 @@ def open_run(
         past = Past(
             kept,
             [0, *whole],
-            lambda step: (
-                checkpoint.restore(folder / "checkpoints", step, state, identity)
-                if step
-                else init()
-            ),
+            lambda step: _load(folder / "checkpoints", step, init(), identity, part),
             lambda: make_update(config, model, layout),
             layout,
         )
-        kept_snapshots, lost_snapshots, _ = checkpoint.find_whole(
-            folder / "snapshots", state, identity
+        kept_snapshots, lost_snapshots, _ = find("snapshots")
+        kept_best, _, _ = find("best")
+        open_kept = lambda name, keep: stack.enter_context(
+            open_checkpoints(folder / name, keep, identity, part)
         )
-        snapshots = None
+        snapshots = best = None
         if config.train.snapshot_delta or lost_snapshots:
-            snapshots = stack.enter_context(open_checkpoints(folder / "snapshots", None, identity))
+            snapshots = open_kept("snapshots", None)
+        if config.task.name != "text" and config.task.keep_best:
+            best = open_kept("best", 1)
 
         rows, missing = _share_rows(workdir, start, last)
 
         def make_again(step: int, state: RunState, told: StepMetrics | None) -> None:
             if step in missing:
-                has_loss = workdir.reports.has_evaluation(step)
-                eval_loss = evaluate_params(state.params) if has_loss else None
-                row = make_row(config, corpus.train_NT.shape, step, told, eval_loss)
+                has_results = workdir.reports.has_evaluation(step)
+                results = task.evaluate(state.params) if has_results else None
+                row = make_row(config, task, step, told, results)
                 rows.append(metrics.format_row(row, identity))
             if step in lost_snapshots and snapshots:
                 snapshots.save(step, state)
@@ -136,15 +143,17 @@ def open_run(
         if snapshots:
             snapshots.wait()
             kept_snapshots = snapshots.steps
+        if best:
+            step = Reports.best_step(task.measure, metrics.results_of(rows))
+            if 0 <= step <= start and step not in kept_best:
+                _make_best_again(best, past, step)
         log = metrics.Log(
             identity, rows, metrics.Files(folder, rows) if processes.is_first() else None
         )
         stack.callback(log.close)
         _tell_missing(workdir, start, log, missing, kept_snapshots)
         workdir.go_on(config, last)
-        checkpoints = stack.enter_context(
-            open_checkpoints(folder / "checkpoints", config.train.keep_checkpoints, identity)
-        )
+        checkpoints = open_kept("checkpoints", config.train.keep_checkpoints)
         if start == num_steps:
             processes.say(f"this run is complete: {start} of {num_steps} steps; nothing to train")
         elif last:
@@ -152,7 +161,20 @@ def open_run(
             replayed = f", replaying steps {start + 1} to {last} from the ledger"
             processes.say(f"continuing from {origin}{replayed if last > start else ''}")
         records = kept.records if kept else np.zeros(0)
-        yield Run(workdir, layout, state, records, log, checkpoints, snapshots, writer)
+        yield Run(workdir, layout, state, records, log, checkpoints, snapshots, best, writer)
+
+
+def _load(folder: Path, step: int, start: RunState, identity: str, part: Subset) -> RunState:
+    """The state after a step that has a checkpoint, or at the start."""
+    return checkpoint.restore(folder, step, start, identity, part) if step else start
+
+
+def _make_best_again(best: Checkpoints, past: Past, step: int) -> None:
+    """The best state, that of a step, where replay reaches it; tells if it does not."""
+    past.visit([step], lambda step, state, _: best.save(step, state) and None)
+    best.wait()
+    word = "made again by replay" if step in best.steps else "lost, and no replay makes it again"
+    processes.say(f"{best.folder}: the best state, of step {step}, is {word}")
 
 
 def _find_last(
@@ -239,7 +261,7 @@ def _tell_missing(
             f"{path}: the rows of {_steps(lost)} are lost: replay does not reach them, and nothing "
             f"is guessed"
         )
-    due = [step for step in log.eval_losses if workdir.reports.has_snapshot(step, log.eval_losses)]
+    due = [step for step in log.results if workdir.reports.has_snapshot(step, log.results)]
     if gone := [step for step in due if step <= start and step not in snapshots]:
         processes.say(f"the snapshots of {_steps(gone)} are gone, and no replay makes them again")
 

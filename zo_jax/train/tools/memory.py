@@ -128,8 +128,7 @@ def _sized(config: Config, size: str) -> Config:
 
 
 def _state(config: Config, vocab_size: int) -> Any:
-    model = make_model(config.model, vocab_size)
-    return jax.eval_shape(lambda: steps.init_state(config, model))
+    return steps.state_shapes(config, make_model(config.model, vocab_size))
 
 
 def _tokens(config: Config, num_blocks: int, per_query: bool = False) -> jax.ShapeDtypeStruct:
