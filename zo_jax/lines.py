@@ -7,6 +7,7 @@ directions z, at spacings h that are looked for.
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ class Line(NamedTuple):
       curvature: mean of zᵀ∇²L z, an estimate of the Hessian's trace.
       second: root of the mean square of zᵀ∇²L z.
       third: root of the mean square of D³L[z, z, z]; 0 where it does not show above the noise.
+      spacing: of the points that the derivatives come from.
       num_evaluations: of the loss.
     """
 
@@ -42,6 +44,7 @@ class Line(NamedTuple):
     curvature: float
     second: float
     third: float
+    spacing: float
     num_evaluations: int
 
 
@@ -49,16 +52,15 @@ def noise_level(values: Any) -> float:
     """The noise of a function from its values at points of equal spacing (Moré and Wild,
     "Estimating computational noise", 2011).
 
-    Of the differences Δᵏ of order k what is smooth vanishes and independent noise of variance σ²
-    stays: E[(Δᵏf)²] = σ² (2k)!/(k!)². The first of three orders whose σ agree within a factor of
-    four tells it.
+    Of the differences Δᵏ of order k what is smooth vanishes, and independent noise of variance σ²
+    stays: E[(Δᵏf)²] = σ² (2k)!/(k!)². Orders four, five and six tell it, if they tell about the same.
 
     Args:
-      values: [..., K] with K of at least 5, several tables side by side, whose squares are averaged.
+      values: [..., K], several tables of K points, 7 or more, side by side; squares are averaged.
 
     Returns:
       σ; 0 if half of all neighbours are equal (points too close, or a function constant piece by
-      piece); nan if no order shows noise (points too far apart).
+      piece); nan if the orders differ by more than a factor of four (points too far apart).
 
     >>> import numpy as np
     >>> x = np.arange(30) * 1e-3
@@ -66,19 +68,13 @@ def noise_level(values: Any) -> float:
     >>> bool(0.5e-4 < noise_level(values) < 2e-4), noise_level(np.ones(7)), noise_level(np.exp(np.arange(7)))
     (True, 0.0, nan)
     """  # noqa: E501
-    differences = np.diff(np.asarray(values, np.float64))
-    if np.mean(differences == 0) >= 0.5:
+    values = np.asarray(values, np.float64)
+    if np.mean(np.diff(values) == 0) >= 0.5:
         return 0.0
-    levels, gamma, k = [], 1.0, 1
-    while differences.shape[-1]:
-        gamma *= k / (2 * (2 * k - 1))  # (k!)² / (2k)!
-        levels.append(float(np.sqrt(gamma * np.mean(differences**2))))
-        differences, k = np.diff(differences), k + 1
-    for first in range(1, len(levels) - 2):
-        three = levels[first : first + 3]
-        if max(three) <= 4 * min(three):
-            return three[0]
-    return float("nan")
+    level = lambda k: float(np.sqrt(np.mean(np.diff(values, k) ** 2) / math.comb(2 * k, k)))
+    levels = [level(k) for k in (4, 5, 6)]
+    agree = max(levels) <= 4 * min(levels)
+    return float(np.sqrt(np.mean(np.square(levels)))) if agree else float("nan")
 
 
 def look_along(
@@ -131,18 +127,21 @@ def best_epsilon(line: Line, difference: str = "central") -> float:
       line: what the loss is like.
       difference: "central" or "forward".
 
-    >>> line = Line(loss=1.0, noise=1e-7, slope=1.0, curvature=1.0, second=1.0, third=0.3, num_evaluations=0)
+    >>> line = Line(loss=1.0, noise=1e-7, slope=1.0, curvature=1.0, second=1.0, third=0.3, spacing=1e-3, num_evaluations=0)
     >>> round(best_epsilon(line), 3), round(best_epsilon(line._replace(slope=1e-5)), 3)
     (1.0, 0.01)
     """  # noqa: E501
-    tiny = np.finfo(np.float32).tiny
+    part = lambda x, y: x / y if y else math.inf
     if difference == "forward":
-        least = (8**0.5 * line.noise / max(line.second, tiny)) ** 0.5
-        return float(max(least, 2 * TRUNCATION * line.slope / max(line.second, tiny)))
-    least = (3 * line.noise / line.third) ** (1 / 3) if line.third else 0.0
-    widest = (6 * TRUNCATION * line.slope / line.third) ** 0.5 if line.third else _WIDEST
-    slope_rules = line.slope / line.second if line.second else _WIDEST
-    return float(max(least, min(widest, slope_rules)))
+        least = (8**0.5 * part(line.noise, line.second)) ** 0.5
+        enough = 2 * TRUNCATION * part(line.slope, line.second)
+    else:
+        least = part(3 * line.noise, line.third) ** (1 / 3)
+        enough = (6 * TRUNCATION * part(line.slope, line.third)) ** 0.5
+        enough = min(enough, part(line.slope, line.second))
+    # A derivative that does not show at a spacing does no harm there.
+    least = least if math.isfinite(least) else line.spacing
+    return float(max(least, min(enough, _WIDEST)))
 
 
 class _Tables:
@@ -236,5 +235,6 @@ def _derivatives(tables: _Tables, spacing: float, noise: float) -> Line:
         curvature=float(np.mean(second)),
         second=seen(second, of_second),
         third=seen(third, of_third),
+        spacing=spacing,
         num_evaluations=0,
     )

@@ -16,12 +16,13 @@ from zo_jax.trees import as_arrays
 from zo_jax.update import Update
 
 OPTIMIZERS = {"sgd": optax.sgd, "adam": optax.adam}
-# The budget is divided by so many trials, and has at least these steps for each.
-_TRIALS, _FEWEST_STEPS = 4, 8
-# Parts of a run's evaluations for the pairs of batches of a measurement, and of a trial's for the
-# batches that tell its decrease; the fewest and the most of them.
-_FOR_PAIRS, _PAIRS = 1 / 80, (2, 16)
-_FOR_DECREASE, _BATCHES = 1 / 8, (4, 32)
+# The budget is that of so many trials, one of which stands for what else there is; the fewest steps
+# of a trial.
+_TRIALS, _FEWEST_STEPS = 5, 8
+# Directions of a measurement, a part of the run's queries, and batches that tell the decrease of a
+# trial, a part of its evaluations; the fewest and the most of them.
+_FOR_DIRECTIONS, _DIRECTIONS = 1 / 160, (8, 1024)
+_FOR_DECREASE, _BATCHES = 1 / 16, (4, 32)
 # Steps after which an optimiser answers as in a long run.
 _LONG = 300
 
@@ -37,8 +38,8 @@ class Probe(NamedTuple):
       gradient_norm: ‖∇L(θ)‖ of the mean loss over batches, without minibatch noise.
       projection_rms: root of the mean square of a projection, minibatch noise included.
       curvature: the trace of the Hessian at θ.
-      noise_share: of the squares of projections after the best trial, the part that is minibatch
-        noise; 1 with an optimiser that brings its steps to one size.
+      noise_share: of `projection_rms`, but after the best trial, the part that is minibatch noise;
+        1 with an optimiser that brings its steps to one size.
       trial_steps: steps of a trial.
       trials: (learning rate, decrease of the loss), by rate; the decrease is -inf where a trial was
         given up.
@@ -79,10 +80,9 @@ def probe(
     own estimator and optimiser, at rates that differ by factors of two, find the best rate η_n of n
     steps. Without minibatch noise it is the best of the run's T steps too; with nothing else
     η_n √(n/T) is, as for any stochastic gradient descent (Nemirovski et al., "Robust stochastic
-    approximation approach to stochastic programming", 2009). In between, let s be the part of the
-    squares of projections that is minibatch noise after the best trial, and let ‖∇L‖² fall like 1
-    over the sum of the rates. Then 1/η_T = (1 - s)/η_n + s η_T T / (η_n² n), and with the mean f of
-    a schedule
+    approximation approach to stochastic programming", 2009). In between, with the part s of the
+    projections after the best trial that is minibatch noise, and the mean f of a schedule
+    (`zo_jax.trials.for_longer_run`),
 
         η_T = 2 η_n / ((1 - s) + √((1 - s)² + 4 s f² T/n)).
 
@@ -132,30 +132,29 @@ def probe(
     if options.get("epsilon") is None and estimator.difference != "jvp":
         epsilon = lines.best_epsilon(line, estimator.difference)
         estimator = dataclasses.replace(estimator, epsilon=epsilon)
-    update_at = _make_update_at(optimizer)
-    bench = trials.Bench(loss_fn, estimator, update_at, lines.best_epsilon(line))
+    bench = trials.Bench(loss_fn, estimator, _make_update_at(optimizer), lines.best_epsilon(line))
 
     a_step = estimator.num_evaluations
     steps = max(_FEWEST_STEPS, round(budget * num_steps / _TRIALS))
-    num_pairs = _between(_FOR_PAIRS * num_steps * a_step / (4 * estimator.num_queries), _PAIRS)
+    num_directions = _between(_FOR_DIRECTIONS * num_steps * estimator.num_queries, _DIRECTIONS)
+    num_groups = math.ceil(num_directions / estimator.num_queries)
     num_held_out = _between(_FOR_DECREASE * steps * a_step, _BATCHES) if batch_fn else 1
     held_out = [batches(steps + i) for i in range(num_held_out)]
 
     def measure(params: Any, first: int) -> trials.Measured:
         pair = lambda i: (batches(first + 2 * i), batches(first + 2 * i + 1))
-        groups = [pair(i) for i in range(num_pairs)] if batch_fn else [(batch,)]
+        groups = [pair(i) if batch_fn else (batch,) for i in range(num_groups)]
         return bench.measure(params, measure_key, groups)
 
     start = measure(params, 0)
     size = math.sqrt(start.square / estimator.num_queries)  # of an entry of an estimate
-    guess, in_long_run = (
-        trials.respond(update_at, size, n).best_rate(start) for n in (steps, _LONG)
-    )
-    run = lambda rate: bench.trial(params, trial_key, rate, steps, batches, held_out)
+    guess, in_long_run = (bench.response(size, n).best_rate(start) for n in (steps, _LONG))
+    before = bench.mean_loss(params, held_out)
+    run = lambda rate: bench.trial(params, trial_key, rate, steps, batches, held_out, before)
     done = trials.search(run, guess)
     rate, best = trials.peak(done)
 
-    noise_share = 1.0 if trials.normalizes(update_at, size) else 0.0
+    noise_share = 1.0 if bench.normalizes(size, steps) else 0.0
     if batch_fn and not noise_share:
         noise_share = measure(best.params, steps).noise_share
     mean_factor = 1.0 if schedule is None else _mean(schedule, num_steps)

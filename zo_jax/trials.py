@@ -18,7 +18,7 @@ from zo_jax.update import Update
 
 # Rates of trials differ by this factor; after so many of them none is found.
 _RATIO, _MOST = 2.0, 24
-# Entries on which an optimiser is tried, [side, side].
+# Entries on which the response of an optimiser is seen, [side, side].
 _SIDE = 64
 
 # The batch of a step, from 0.
@@ -42,8 +42,8 @@ class Measured(NamedTuple):
 
     @property
     def noise_share(self) -> float:
-        """The part of E[c²] that is minibatch noise."""
-        return 1 - self.squared_norm / self.square
+        """The part of √E[c²] that is minibatch noise."""
+        return math.sqrt(1 - self.squared_norm / self.square)
 
 
 class Response(NamedTuple):
@@ -60,9 +60,10 @@ class Response(NamedTuple):
     def best_rate(self, there: Measured) -> float:
         """η of the largest decrease η signal ‖∇L‖² - η²/2 noise tr ∇²L.
 
-        The norm is held to be no less than what its error hides, and so is the curvature.
+        The curvature is held to be no less than its error.
         """
-        curvature = max(there.curvature, there.curvature_error)
+        least = 1e-6 * math.sqrt(there.square)  # of a loss without any
+        curvature = max(there.curvature, there.curvature_error, least)
         return self.signal * there.squared_norm / (self.noise * curvature)
 
 
@@ -110,6 +111,21 @@ class Bench:
         self._middle = along(dataclasses.replace(estimator, num_queries=count), [0.0])
         self._project = jax.jit(lambda *x: estimator.project(loss_fn, *x)[:2])
         self._update = jax.jit(update, donate_argnums=1)
+        self._respond = jax.jit(lambda *x: _feed(update_at, *x))
+
+    def response(self, size: float, num_steps: int) -> Response:
+        """Of the optimiser to so many estimates, found by feeding it such.
+
+        Args:
+          size: standard deviation of the entries of an estimate, which are normal.
+          num_steps: of a run.
+        """
+        return Response(*map(float, self._respond(size, num_steps)))
+
+    def normalizes(self, size: float, num_steps: int) -> bool:
+        """Whether the optimiser brings its steps to one size, whatever that of the estimates is."""
+        one, two = (self.response(x, num_steps).noise for x in (size, 2 * size))
+        return two < 2 * one  # without: four times
 
     def measure(self, params: Any, key: jax.Array, groups: Sequence[Sequence[Any]]) -> Measured:
         """Projections of groups of one or two batches, each along q directions of its own."""
@@ -127,7 +143,8 @@ class Bench:
         if not (math.isfinite(square) and square > 0):
             raise ValueError(
                 "projections must be finite and not all 0 to tell a learning rate, got a mean "
-                f"square of {square}; is the loss finite for every batch?"
+                f"square of {square}: the loss is not finite for a batch, or the parameters are "
+                "where it is least"
             )
         error = lambda x: float(np.std(x)) / math.sqrt(np.size(x))
         return Measured(
@@ -145,9 +162,11 @@ class Bench:
         num_steps: int,
         batches: Batches,
         held_out: Sequence[Any],
+        before: float,
     ) -> Trial:
-        """A run of so many steps from `params`, given up at a quarter of them if the loss rose."""
-        before = self.mean_loss(params, held_out)
+        """A run of so many steps from `params`, given up at a quarter of them if it has not brought
+        the loss on held-out batches below what it was `before`.
+        """
         state = self._update_at(rate).init(jax.tree.map(jnp.copy, params))
         decrease = -math.inf
         for step in range(num_steps):
@@ -171,40 +190,23 @@ class Bench:
         return np.asarray(losses, np.float64)
 
 
-def respond(update_at: Callable[[Any], Update], size: float, num_steps: int) -> Response:
-    """The response of an optimiser to estimates whose entries are normal with standard deviation
-    `size`, found by feeding it such.
+def _feed(update_at: Callable[[Any], Update], size: Any, num_steps: Any) -> tuple[Any, Any]:
+    """The signal and the noise of a `Response`."""
+    small = 1e-4  # a rate at which parameters stay near zero, so that their decay has no say
+    update, shape = update_at(jnp.float32(small)), (_SIDE, _SIDE)
+    zero = jnp.zeros(())
 
-    >>> import optax
-    >>> response = respond(lambda rate: Update(optax.sgd(rate)), size=3.0, num_steps=20)
-    >>> round(response.signal, 3), round(response.noise, 0)
-    (1.0, 9.0)
-    """
-    small = 1e-4  # so that what decays with the parameters stays out of sight
-    update = update_at(jnp.float32(small))
-    start = update.init({"kernel": jnp.zeros((_SIDE, _SIDE))})
+    def step(i, carry):
+        state, total, squares = carry
+        key = jax.random.fold_in(jax.random.key(0), i)
+        gradient = size * jax.random.normal(key, shape)
+        state, _ = update.from_gradient(state, key, zero, {"kernel": gradient})
+        return state, total + gradient, squares + jnp.sum(gradient**2)
 
-    def step(carry, key):
-        state, total = carry
-        gradient = {"kernel": size * jax.random.normal(key, (_SIDE, _SIDE))}
-        state, _ = update.from_gradient(state, key, jnp.zeros(()), gradient)
-        return (state, total + gradient["kernel"]), jnp.sum(gradient["kernel"] ** 2)
-
-    @jax.jit
-    def moments():
-        keys = jax.random.split(jax.random.key(0), num_steps)
-        (state, total), squares = lax.scan(step, (start, jnp.zeros((_SIDE, _SIDE))), keys)
-        moved = -state.params["kernel"] / small
-        return jnp.sum(moved * total) / jnp.sum(squares), jnp.mean(moved**2) / num_steps
-
-    signal, noise = map(float, moments())
-    return Response(signal, noise)
-
-
-def normalizes(update_at: Callable[[Any], Update], size: float) -> bool:
-    """Whether steps of an optimiser are of one size whatever that of the estimates is."""
-    one, two = (respond(update_at, x, 8).noise for x in (size, 2 * size))
-    return two < 2 * one  # without: four times
+    start = update.init({"kernel": jnp.zeros(shape)}), jnp.zeros(shape), zero
+    state, total, squares = lax.fori_loop(0, num_steps, step, start)
+    moved = -state.params["kernel"] / small
+    return jnp.sum(moved * total) / squares, jnp.mean(moved**2) / num_steps
 
 
 def search(run: Callable[[float], Trial], guess: float) -> dict[float, Trial]:
@@ -227,7 +229,11 @@ def search(run: Callable[[float], Trial], guess: float) -> dict[float, Trial]:
     low, high = (guess * _RATIO ** bound(trials) for bound in (min, max))
     raise ValueError(
         f"a learning rate must be found between {low:.2g} and {high:.2g}, where "
-        + ("no trial lowers the loss" if best == min(trials) else "larger ones only lower it more")
+        + (
+            "larger ones only lower it more"
+            if trials[best].decrease > 0
+            else "none lowers the loss"
+        )
         + "; has the run started at a minimum, or does the loss have none?"
     )
 
@@ -248,9 +254,11 @@ def peak(trials: dict[float, Trial]) -> tuple[float, Trial]:
 def for_longer_run(noise_share: float, times: float) -> float:
     """η_T/η_n for a run of so many `times` the n steps of which η_n is the best rate.
 
-    With the part s of the squares of projections that is minibatch noise after n steps, and ‖∇L‖²
-    falling like 1 over the sum of the rates, the rate of the largest decrease after T steps obeys
-    1/η_T = (1 - s)/η_n + s η_T T/(η_n² n). Without noise that is η_n, with nothing else η_n √(n/T).
+    Of what bounds the rate, 1/η, let the part s after n steps come from minibatch noise. It grows
+    as ‖∇L‖² falls, like the sum of the rates, and the rest stays: 1/η_T = (1 - s)/η_n + s η_T T /
+    (η_n² n). Without noise that is η_n, with nothing else η_n √(n/T). For s the part of the root of
+    the mean square of projections is taken: that of the mean square itself is less, and would be
+    right if curvature did not grow too.
 
     >>> for_longer_run(0.0, 100.0), for_longer_run(1.0, 100.0), round(for_longer_run(0.5, 100.0), 3)
     (1.0, 0.1, 0.137)
