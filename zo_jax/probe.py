@@ -38,8 +38,8 @@ class Probe(NamedTuple):
       gradient_norm: ‖∇L(θ)‖ of the mean loss over batches, without minibatch noise.
       projection_rms: root of the mean square of a projection, minibatch noise included.
       curvature: the trace of the Hessian at θ.
-      noise_share: of `projection_rms`, but after the best trial, the part that is minibatch noise;
-        1 with an optimiser that brings its steps to one size.
+      noise_share: of the squares of projections after the best trial, the part that is minibatch
+        noise; 1 with an optimiser that brings its steps to one size.
       trial_steps: steps of a trial.
       trials: (learning rate, decrease of the loss), by rate; the decrease is -inf where a trial was
         given up.
@@ -80,9 +80,9 @@ def probe(
     own estimator and optimiser, at rates that differ by factors of two, find the best rate η_n of n
     steps. Without minibatch noise it is the best of the run's T steps too; with nothing else
     η_n √(n/T) is, as for any stochastic gradient descent (Nemirovski et al., "Robust stochastic
-    approximation approach to stochastic programming", 2009). In between, with the part s of the
-    projections after the best trial that is minibatch noise, and the mean f of a schedule
-    (`zo_jax.trials.for_longer_run`),
+    approximation approach to stochastic programming", 2009). In between, with s the fourth root of
+    the share of minibatch noise in the squares of projections after the best trial, and the mean f
+    of a schedule (`zo_jax.trials.for_longer_run`),
 
         η_T = 2 η_n / ((1 - s) + √((1 - s)² + 4 s f² T/n)).
 

@@ -82,7 +82,9 @@ def test_epsilon_is_that_of_the_least_error():
     steep = line._replace(slope=1.0)
     np.testing.assert_allclose(best_epsilon(steep) ** 2 * 20 / 6, 0.05, rtol=1e-6)
     np.testing.assert_allclose(best_epsilon(steep, "forward") * 7 / 2, 0.05, rtol=1e-6)
-    np.testing.assert_allclose(best_epsilon(steep._replace(third=1e-3, noise=1e-12)), 1 / 7, rtol=1e-6)
+    np.testing.assert_allclose(
+        best_epsilon(steep._replace(third=1e-3, noise=1e-12)), 1 / 7, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("difference", ["central", "forward"])
