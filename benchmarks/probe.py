@@ -178,7 +178,7 @@ def smollm(experiment_name: str, folder: Path, dtype: str = "float32") -> Case:
     config = experiment.load(f"{experiment_name}:{find_model()}")
     config.model.param_dtype = config.model.compute_dtype = dtype
     config.task.path, config.task.max_tokens = str(path), 24
-    config.train.batch_size, config.train.num_steps, config.zo.num_queries = 8, 60, 2
+    config.train.batch_size, config.train.num_steps = 8, 150
     validate(config)
     sources = load_sources(config)
     subject = make_subject(resolve(config, sources.num_examples), sources)

@@ -16,9 +16,9 @@ from zo_jax.trees import as_arrays
 from zo_jax.update import Update
 
 OPTIMIZERS = {"sgd": optax.sgd, "adam": optax.adam}
-# The budget is that of so many trials, one of which stands for what else there is; the fewest steps
-# of a trial.
-_TRIALS, _FEWEST_STEPS = 5, 8
+# The budget is that of so many trials, one of which stands for what else there is. A trial has at
+# least so many steps, and so many queries: along fewer directions curvature is a matter of luck.
+_TRIALS, _FEWEST_STEPS, _FEWEST_QUERIES = 5, 8, 32
 # Directions of a measurement, a part of the run's queries, and batches that tell the decrease of a
 # trial, a part of its evaluations; the fewest and the most of them.
 _FOR_DIRECTIONS, _DIRECTIONS = 1 / 160, (8, 1024)
@@ -106,8 +106,8 @@ def probe(
       schedule: function of the step from 0, the course of the rate as parts of `learning_rate`;
         None: constant.
       batch_fn: in the place of `batch`: `batch_fn(step)` -> the batch of a step, a tuple.
-      budget: the part of the run's evaluations that the trials take, roughly; a trial has at least
-        eight steps.
+      budget: the part of the run's evaluations that a probe takes, roughly; short runs, for a trial
+        has at least 8 steps and 32 queries, take more.
       estimator: an `Estimator`; default `Estimator()`.
       **options: fields of `Estimator`, which replace those of `estimator`. An `epsilon` among them
         is kept; that of `estimator` is looked at for "jvp" alone, which has no use for it.
@@ -135,7 +135,8 @@ def probe(
     bench = trials.Bench(loss_fn, estimator, _make_update_at(optimizer), lines.best_epsilon(line))
 
     a_step = estimator.num_evaluations
-    steps = max(_FEWEST_STEPS, round(budget * num_steps / _TRIALS))
+    fewest = max(_FEWEST_STEPS, math.ceil(_FEWEST_QUERIES / estimator.num_queries))
+    steps = max(fewest, round(budget * num_steps / _TRIALS))
     num_directions = _between(_FOR_DIRECTIONS * num_steps * estimator.num_queries, _DIRECTIONS)
     num_groups = math.ceil(num_directions / estimator.num_queries)
     num_held_out = _between(_FOR_DECREASE * steps * a_step, _BATCHES) if batch_fn else 1
