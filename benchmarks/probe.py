@@ -37,7 +37,6 @@ from zo_jax.train.optimizers import make_optimizer, make_schedule
 from zo_jax.train.subject import load_sources, make_subject
 from zo_jax.train.tasks import encode
 from zo_jax.train.validation import resolve, validate
-from zo_jax.trees import WHOLE
 
 FACTORS = 3.0 ** np.arange(-2, 3)
 EVALUATED = (0.8, 0.9, 1.0)
@@ -134,19 +133,19 @@ def mlp(optimizer: Callable[[Any], Any] = optax.sgd, rate: float = 1e-2) -> Case
     )
 
 
-def from_config(config: Config, held_out: int) -> Case:
-    """An experiment that trains on text, with so many blocks of held-out text."""
+def from_config(config: Config, held_out: Callable[[Any], Sequence[Any]]) -> Case:
+    """An experiment of the program, with the held-out batches of its task."""
     validate(config)
     sources = load_sources(config)
     subject = make_subject(resolve(config, sources.num_examples), sources)
-    task = subject.task
-    blocks = choose_blocks(sources.data.validation_NT, held_out)
+    task, scope = subject.task, steps.scope_of(config, subject.model)
+    params = steps.init_state(config, subject.model).params
     return Case(
-        loss_fn=task.loss,
-        params=steps.init_state(config, subject.model).params,
+        loss_fn=steps.make_loss(subject.model, scope, task.loss)(params),
+        params=scope.select(params),
         batches=lambda step: (task.batches(step)[0],),
         is_noisy=True,
-        held_out=[(part,) for part in np.split(blocks, max(1, held_out // 32))],
+        held_out=[(batch,) for batch in held_out(task)],
         **_settings(config),
     )
 
@@ -179,26 +178,10 @@ def smollm(experiment_name: str, folder: Path, dtype: str = "float32") -> Case:
     config.model.param_dtype = config.model.compute_dtype = dtype
     config.task.path, config.task.max_tokens = str(path), 24
     config.train.batch_size, config.train.num_steps = 8, 150
-    validate(config)
-    sources = load_sources(config)
-    subject = make_subject(resolve(config, sources.num_examples), sources)
-    task, scope = subject.task, steps.scope_of(config, subject.model)
-    params = steps.init_state(config, subject.model).params
-    part = task.validation.encoded
-    held_out = [encode.take(part, np.arange(i, i + 32), 24) for i in range(0, 64, 32)]
-    if scope == WHOLE:
-        loss_fn, frozen = task.loss, ()
-    else:  # an argument: a constant of half a gigabyte would be compiled in
-        loss_fn = lambda trained, all, batch: task.loss(scope.merge(all, trained), batch)
-        params, frozen = scope.select(params), (params,)
-    return Case(
-        loss_fn=loss_fn,
-        params=params,
-        batches=lambda step: (*frozen, task.batches(step)[0]),
-        is_noisy=True,
-        held_out=[(*frozen, batch) for batch in held_out],
-        **_settings(config),
+    take = lambda task, first: encode.take(
+        task.validation.encoded, np.arange(first, first + 32), 24
     )
+    return from_config(config, lambda task: [take(task, first) for first in (0, 32)])
 
 
 def write_reviews(path: Path) -> None:
@@ -217,7 +200,7 @@ def write_reviews(path: Path) -> None:
 
 def character_model() -> Case:
     """configs/zo.py as it stands."""
-    return from_config(experiment.load("zo"), held_out=512)
+    return from_config(experiment.load("zo"), lambda task: blocks_of(task, 512))
 
 
 def model_of_20M(tokenizer: str) -> Case:
@@ -225,7 +208,12 @@ def model_of_20M(tokenizer: str) -> Case:
     config = experiment.load("gpt2_20m")
     config.data.tokenizer_path, config.data.block_size = tokenizer, 64
     config.train.num_steps, config.optimizer.warmup_steps = 100, 10
-    return from_config(config, held_out=64)
+    return from_config(config, lambda task: blocks_of(task, 64))
+
+
+def blocks_of(task: Any, count: int) -> list[np.ndarray]:
+    """So many blocks of held-out text, 32 a batch."""
+    return np.split(choose_blocks(task.corpus.validation_NT, count), count // 32)
 
 
 def make_cases(options: argparse.Namespace) -> dict[str, Callable[[], Case]]:
@@ -290,12 +278,12 @@ def decrease(losses: list[float]) -> float:
     return losses[0] - float(np.mean(losses[1:])) if losses[1:] else -np.inf
 
 
-def probe_case(case: Case) -> dict[str, Any]:
+def probe_case(case: Case, key: int) -> dict[str, Any]:
     batches = {"batch_fn": case.batches} if case.is_noisy else {}
     found = zo_jax.probe(
         case.loss_fn,
         case.params,
-        jax.random.key(4),
+        jax.random.key(key),
         num_steps=case.num_steps,
         optimizer=case.optimizer,
         schedule=case.schedule,
@@ -337,44 +325,40 @@ def tell(
 
 
 def main() -> None:
+    split = lambda kind: lambda text: [kind(part) for part in text.split(",")]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", default="", help="parts of their names; none: all")
+    parser.add_argument("--cases", type=split(str), default=[""], help="parts of their names")
+    parser.add_argument("--keys", type=split(int), default=[0], help="of probes, each a row")
     parser.add_argument("--tokenizer", default="", help="folder with GPT-2's; none: from the Hub")
     parser.add_argument("--out", type=Path, default=Path("runs/probe.jsonl"))
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen = {
-        name: make
-        for name, make in make_cases(options).items()
-        if not options.cases or any(part in name for part in options.cases.split(","))
-    }
-    rows = [json.loads(line) for line in options.out.open()] if options.out.exists() else []
+    kept = [json.loads(line) for line in options.out.open()] if options.out.exists() else []
 
     def keep(row: dict[str, Any]) -> None:
-        rows.append(row)
         with options.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     told = []
-    for name, make in chosen.items():
-        case = make()
-        mine = [row for row in rows if row["case"] == name]
-        found = next((row["probe"] for row in mine if "probe" in row), None)
-        if found is None:
-            found = probe_case(case)
-            keep({"case": name, "probe": found})
-        print(f"{name}\n{found['reasons']}", flush=True)
+    for name, make in make_cases(options).items():
+        if not any(part in name for part in options.cases):
+            continue
+        case, mine = make(), [row for row in kept if row["case"] == name]
+        probes = {row["key"]: row["probe"] for row in mine if "probe" in row}
+        for key in options.keys:
+            if key not in probes:
+                probes[key] = probe_case(case, key)
+                keep({"case": name, "key": key, "probe": probes[key]})
+            print(f"{name}, key {key}\n{probes[key]['reasons']}", flush=True)
         runs = {(row["epsilon"], row["rate"]): row["losses"] for row in mine if "losses" in row}
-        runner = Runner(case)
-        for pair in [(found["epsilon"], found["learning_rate"]), *settings_of(case)]:
+        runner, found = Runner(case), [probes[key] for key in options.keys]
+        own = [(one["epsilon"], one["learning_rate"]) for one in found]
+        for pair in [*own, *settings_of(case)]:
             if pair not in runs:
                 runs[pair] = runner.run(*pair)
                 keep({"case": name, "epsilon": pair[0], "rate": pair[1], "losses": runs[pair]})
-            print(
-                f"  epsilon {pair[0]:.2g}, rate {pair[1]:.2g}: {decrease(runs[pair]):.4f}",
-                flush=True,
-            )
-        told.append(tell(name, case, found, runs))
+            print(f"  {pair[0]:.2g}, {pair[1]:.2g}: {decrease(runs[pair]):.4f}", flush=True)
+        told += [tell(name, case, one, runs) for one in found]
         print(told[-1], flush=True)
     print(f"\n{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}")
     print("\n".join(told))
