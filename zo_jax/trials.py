@@ -72,7 +72,7 @@ class Trial(NamedTuple):
 
     Attributes:
       decrease: of the loss on held-out batches; -inf if it was given up.
-      params: after it.
+      params: after it; None if it was given up, or another is better.
     """
 
     decrease: float
@@ -177,7 +177,7 @@ class Bench:
             if step + 1 in (-(-num_steps // 4), num_steps):
                 decrease = before - self.mean_loss(state.params, held_out)
                 if not decrease > 0:
-                    return Trial(-math.inf, state.params)
+                    return Trial(-math.inf, None)
         return Trial(decrease, state.params)
 
     def mean_loss(self, params: Any, held_out: Sequence[Any]) -> float:
@@ -225,16 +225,17 @@ def search(run: Callable[[float], Trial], guess: float) -> dict[float, Trial]:
         missing = [i for i in (best - 1, best + 1) if i not in trials]
         if not missing:
             return {guess * _RATIO**i: trial for i, trial in trials.items()}
-        trials[missing[0]] = run(guess * _RATIO ** missing[0])
+        new = run(guess * _RATIO ** missing[0])
+        # Parameters are kept once.
+        worse = best if new.decrease > trials[best].decrease else missing[0]
+        trials[missing[0]] = new
+        trials[worse] = trials[worse]._replace(params=None)
     low, high = (guess * _RATIO ** bound(trials) for bound in (min, max))
+    any_lowers = any(trial.decrease > 0 for trial in trials.values())
+    found = "larger ones only lower it more" if any_lowers else "none lowers the loss"
     raise ValueError(
-        f"a learning rate must be found between {low:.2g} and {high:.2g}, where "
-        + (
-            "larger ones only lower it more"
-            if trials[best].decrease > 0
-            else "none lowers the loss"
-        )
-        + "; has the run started at a minimum, or does the loss have none?"
+        f"a learning rate must be found between {low:.2g} and {high:.2g}, where {found}; does the "
+        "run start at a minimum, or has the loss none?"
     )
 
 
@@ -245,7 +246,7 @@ def peak(trials: dict[float, Trial]) -> tuple[float, Trial]:
     at η = a/2b, no farther than a factor of √2 from r, and not above it if 2r was given up.
     """
     rate = max(trials, key=lambda rate: trials[rate].decrease)
-    one, half = trials[rate].decrease, trials[rate / _RATIO].decrease
+    one, half = trials[rate].decrease, max(trials[rate / _RATIO].decrease, 0.0)
     a, b = 4 * half - one, 4 * half - 2 * one  # with r = 1
     place = a / (2 * b) if b > 0 else math.inf
     highest = 2**0.5 if trials[rate * _RATIO].decrease > 0 else 1.0
