@@ -177,7 +177,7 @@ def smollm(experiment_name: str, folder: Path, dtype: str = "float32") -> Case:
     config = experiment.load(f"{experiment_name}:{find_model()}")
     config.model.param_dtype = config.model.compute_dtype = dtype
     config.task.path, config.task.max_tokens = str(path), 24
-    config.train.batch_size, config.train.num_steps = 8, 150
+    config.train.batch_size, config.train.num_steps = 8, 100
     take = lambda task, first: encode.take(
         task.validation.encoded, np.arange(first, first + 32), 24
     )
