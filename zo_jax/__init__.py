@@ -14,6 +14,7 @@ from zo_jax.interpreter import record_formed
 from zo_jax.layout import Layout
 from zo_jax.mudamw import MudamwState, mudamw
 from zo_jax.perturbed import Dense, LowRank, Perturbed
+from zo_jax.probe import Probe, probe
 from zo_jax.programs import lazily
 from zo_jax.rules import register_rule
 from zo_jax.transforms import ZerothOrderState, fill_frozen, zeroth_order
@@ -30,6 +31,7 @@ __all__ = [
     "LowRank",
     "MudamwState",
     "Perturbed",
+    "Probe",
     "TrainState",
     "Update",
     "UpdateMetrics",
@@ -46,6 +48,7 @@ __all__ = [
     "make_update",
     "mean_weights",
     "mudamw",
+    "probe",
     "project",
     "rademacher",
     "record_formed",

@@ -181,9 +181,7 @@ class Estimator:
             raise ValueError(
                 "epsilon is a schedule, but only zeroth_order counts steps; give its value"
             )
-        names = (field.name for field in dataclasses.fields(Queries))
-        queries = Queries(**{name: getattr(self, name) for name in names})
-        losses, projections, aux = queries.evaluate(
+        losses, projections, aux = self._queries.evaluate(
             loss_fn, as_arrays(params), self.keys(key), batch, self.family, self.epsilon
         )
         finite = jnp.isfinite(losses) & jnp.isfinite(projections)
@@ -212,6 +210,30 @@ class Estimator:
             num_flat=jnp.sum(projections == 0, dtype=jnp.int32),
             aux=aux[0] if aux else None,
         )
+
+    def losses_along(
+        self, loss_fn: Callable[..., Any], params: Any, key: jax.Array, scales: Any, *batch: Any
+    ) -> jax.Array:
+        """The loss along the directions of `project`: [q, k] of L(θ + scaleⱼ zᵢ), float32 or better.
+
+        Args:
+          loss_fn, params, key, *batch: as of `project`.
+          scales: [k], in the place of ±ε; 0 is the loss at the parameters.
+
+        >>> import jax, jax.numpy as jnp, zo_jax
+        >>> estimator = zo_jax.Estimator(num_queries=2)
+        >>> estimator.losses_along(lambda w: jnp.sum(w**2), jnp.zeros(4), jax.random.key(0), [0, 1, 2]).tolist()
+        [[0.0, 4.0, 16.0], [0.0, 4.0, 16.0]]
+        """  # noqa: E501
+        keys, scales = self.keys(key), jnp.asarray(scales, jnp.float32)
+        return self._queries.losses_along(
+            loss_fn, as_arrays(params), keys, batch, self.family, scales
+        )
+
+    @property
+    def _queries(self) -> Queries:
+        names = (field.name for field in dataclasses.fields(Queries))
+        return Queries(**{name: getattr(self, name) for name in names})
 
 
 def takes_options(function: Callable[..., Any]) -> Callable[..., Any]:

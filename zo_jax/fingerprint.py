@@ -41,7 +41,7 @@ def fingerprint(tree: Any) -> jax.Array:
 
 
 @jax.jit
-def probe(tree: Any) -> jax.Array:
+def likeness(tree: Any) -> jax.Array:
     """A number that last bits hardly change and other draws of the same arrays do: Σ x cos(i) over
     all entries.
 
@@ -54,7 +54,7 @@ def probe(tree: Any) -> jax.Array:
 
     >>> import jax.numpy as jnp
     >>> w = jnp.linspace(-1, 1, 100)
-    >>> bool(abs(probe(w) - probe(w * (1 + 1e-6))) < 1e-5), bool(abs(probe(w) - probe(w[::-1])) > 0.1)
+    >>> bool(abs(likeness(w) - likeness(w * (1 + 1e-6))) < 1e-5), bool(abs(likeness(w) - likeness(w[::-1])) > 0.1)
     (True, True)
     """  # noqa: E501
     total = jnp.zeros((), jnp.float32)

@@ -138,13 +138,13 @@ def same_run(header: dict[str, Any], other: dict[str, Any]) -> bool:
     return as_text(header) == as_text(other) and _near(header.get("probe"), other.get("probe"))
 
 
-def _near(probe: Any, other: Any) -> bool:
-    """Whether two probes of a start are of the same numbers but for their last bits; one that is
-    none says nothing.
+def _near(likeness: Any, other: Any) -> bool:
+    """Whether two starts, told by their likenesses (in a header: probe), are of the same numbers
+    but for their last bits; one that is none says nothing.
     """
-    if not isinstance(probe, float) or not isinstance(other, float):
+    if not isinstance(likeness, float) or not isinstance(other, float):
         return True
-    return bool(np.isclose(probe, other, rtol=1e-3, atol=1e-6))
+    return bool(np.isclose(likeness, other, rtol=1e-3, atol=1e-6))
 
 
 def read(path: Path) -> Ledger:

@@ -29,13 +29,14 @@ class _Operands(NamedTuple):
 
     Attributes:
       shared: the loss and the family, where they are pytrees.
+      scales: ε, or all scales of a line [k].
     """
 
     params: Any
     batch: tuple[Any, ...]
     keys: jax.Array
     shared: dict[str, Any]
-    epsilon: jax.Array
+    scales: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +62,8 @@ class Queries:
         epsilon: Any,
     ) -> tuple[jax.Array, jax.Array, Any]:
         """(losses [q], projections [q], aux [q, ...])."""
-        self._check_batch(batch)
-        epsilon = jnp.float32(epsilon)
-        # What is no pytree of arrays is closed over.
-        is_array = lambda x: isinstance(x, jax.Array | np.ndarray)
-        own = dict(loss_fn=loss_fn, family=family)
-        shared = {k: v for k, v in own.items() if all(map(is_array, jax.tree.leaves(v)))}
-        operands = _Operands(params, batch, keys, shared, epsilon)
-        lines = lambda operands: self._lines(operands, **own | operands.shared)
-        queries = np.arange(self.num_queries)
+        epsilon, queries = jnp.float32(epsilon), np.arange(self.num_queries)
+        operands, lines = self._begin(loss_fn, params, keys, batch, family, epsilon)
 
         def both_sides(operands, scales):
             """A loop over the two sides of each query, so that the loss is compiled once."""
@@ -77,11 +71,11 @@ class Queries:
             return lambda query: lax.map(line(query), jnp.stack(scales))
 
         def central(operands):
-            sides = both_sides(operands, [operands.epsilon, -operands.epsilon])
+            sides = both_sides(operands, [operands.scales, -operands.scales])
 
             def of_query(query):
                 losses, aux = sides(query)
-                slope = (losses[0] - losses[1]) / (2 * operands.epsilon)
+                slope = (losses[0] - losses[1]) / (2 * operands.scales)
                 return jnp.mean(losses), slope, jax.tree.map(lambda x: x[0], aux)
 
             return of_query
@@ -92,17 +86,17 @@ class Queries:
             return lambda query: jax.jvp(line(query), (zero,), (one,), has_aux=True)
 
         def forward_on_own_batches(operands):
-            sides = both_sides(operands, [jnp.float32(0), operands.epsilon])
+            sides = both_sides(operands, [jnp.float32(0), operands.scales])
 
             def of_query(query):
                 (base, moved), aux = sides(query)
-                return base, (moved - base) / operands.epsilon, jax.tree.map(lambda x: x[1], aux)
+                return base, (moved - base) / operands.scales, jax.tree.map(lambda x: x[1], aux)
 
             return of_query
 
         def forward(operands):
             line = lines(operands)
-            return lambda query, is_moved: line(query)(is_moved * operands.epsilon)
+            return lambda query, is_moved: line(query)(is_moved * operands.scales)
 
         if self.difference == "central":
             return self._map(central, operands, queries)
@@ -116,6 +110,42 @@ class Queries:
         losses, aux = self._map(forward, operands, query, is_moved)
         base = jnp.broadcast_to(losses[:1], queries.shape)
         return base, (losses[1:] - base) / epsilon, jax.tree.map(lambda x: x[1:], aux)
+
+    def losses_along(
+        self,
+        loss_fn: Callable[..., Any],
+        params: Any,
+        keys: jax.Array,
+        batch: tuple[Any, ...],
+        family: Family,
+        scales: jax.Array,
+    ) -> jax.Array:
+        """The losses at all scales [k] of every query's line, [q, k]."""
+        operands, lines = self._begin(loss_fn, params, keys, batch, family, scales)
+
+        def on_line(operands):
+            line = lines(operands)
+            return lambda query: lax.map(line(query), operands.scales)[0]
+
+        return self._map(on_line, operands, np.arange(self.num_queries))
+
+    def _begin(
+        self,
+        loss_fn: Callable[..., Any],
+        params: Any,
+        keys: jax.Array,
+        batch: tuple[Any, ...],
+        family: Family,
+        scales: jax.Array,
+    ) -> tuple[_Operands, Callable[[_Operands], Callable[[jax.Array], Line]]]:
+        """What evaluations read, and (operands) -> (query) -> the loss along its direction."""
+        self._check_batch(batch)
+        # What is no pytree of arrays is closed over.
+        is_array = lambda x: isinstance(x, jax.Array | np.ndarray)
+        own = dict(loss_fn=loss_fn, family=family)
+        shared = {k: v for k, v in own.items() if all(map(is_array, jax.tree.leaves(v)))}
+        operands = _Operands(params, batch, keys, shared, scales)
+        return operands, lambda operands: self._lines(operands, **own | operands.shared)
 
     def _lines(
         self, operands: _Operands, loss_fn: Callable[..., Any], family: Family

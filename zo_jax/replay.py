@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from zo_jax import families
-from zo_jax.fingerprint import fingerprint, probe
+from zo_jax.fingerprint import fingerprint, likeness
 from zo_jax.layout import Layout
 from zo_jax.ledger import BACKPROP, Ledger, LedgerError, same_run
 from zo_jax.trees import WHOLE, Subset
@@ -55,7 +55,7 @@ def make_header(
         "clip_norm": clip_norm,
         "rounding": rounding,
         "fingerprint": int(fingerprint(start)),
-        "probe": float(probe(start)),
+        "probe": float(likeness(start)),
         "versions": versions(),
         **info,
     }
@@ -169,7 +169,7 @@ def check_start(state: Any, ledger: Ledger) -> bool:
       LedgerError: it differs by more than that.
     """
     there, here = ledger.header.get("fingerprint"), int(fingerprint(state))
-    as_made_here = {"fingerprint": here, "probe": float(probe(state)), "versions": versions()}
+    as_made_here = {"fingerprint": here, "probe": float(likeness(state)), "versions": versions()}
     if not isinstance(there, int) or not same_run(ledger.header, ledger.header | as_made_here):
         raise LedgerError(
             "the ledger begins with other parameters or another optimiser: its fingerprint is "
