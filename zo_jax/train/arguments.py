@@ -110,6 +110,8 @@ def read_experiment(options: argparse.Namespace) -> Config:
 
 
 def _read(one: Setting, text: str) -> Any:
+    if text in one.words:
+        return text
     if one.kind is bool:
         values = {"true": True, "1": True, "false": False, "0": False}
         if text.lower() in values:
@@ -120,6 +122,7 @@ def _read(one: Setting, text: str) -> Any:
     except ValueError:
         raise ConfigError(
             f"--config.{one.name}={text}: it must be a number of type {one.kind.__name__}"
+            + "".join(f", or {word}" for word in one.words)
         ) from None
 
 
@@ -145,7 +148,7 @@ def _help_lines() -> Iterator[str]:
         if one.choices:
             about.append(f"one of {', '.join(as_word(choice) for choice in one.choices)}")
         if one.allowed:
-            about.append(one.allowed)
+            about.append(" or ".join((*one.words, one.allowed)))
         if one.only_if:
             about.append(f"only if {one.only_if}")
         yield _wrap("; ".join(about))

@@ -274,7 +274,8 @@ class ZOConfig:
     )
     epsilon: float = setting(
         1e-3,
-        "perturbation size of the finite difference",
+        "perturbation size of the finite difference; auto: measured before the first step",
+        words=("auto",),
         # What float32 rounds to zero or infinity is no perturbation.
         allowed="above 1e-37 and below 1e37",
         only_if="zo.difference is not jvp",
@@ -452,7 +453,13 @@ class OptimizerConfig:
     """The optimiser and its learning rate."""
 
     name: str = setting("adam", "the optimiser", choices=("sgd", "adam", "adamw", "muon", "mudamw"))
-    learning_rate: float = setting(1e-3, "peak learning rate", allowed=_POSITIVE)
+    learning_rate: float = setting(
+        1e-3,
+        "peak learning rate; auto, in mode zo: found by measurements and short trials before the "
+        "first step",
+        words=("auto",),
+        allowed=_POSITIVE,
+    )
     adam_learning_rate: float = setting(
         0.0,
         "peak learning rate of what Muon leaves to Adam (0: the same)",

@@ -14,6 +14,7 @@ import jax
 from zo_jax.estimators import Estimator
 from zo_jax.layout import Layout
 from zo_jax.train.config import GRADIENT_MODES, QUERY_MODES, Config, blocks_per_step, fixed_fields
+from zo_jax.train.settings import as_word
 from zo_jax.train.tasks.task import MEASURES, Task
 from zo_jax.train.validation import fill_in
 
@@ -36,7 +37,7 @@ def default_run_name(config: Config) -> str:
         parts.append(f"q{config.zo.num_queries}")
     if mode in ("calibrate", "instruct"):
         parts.append(f"bp{config.fo.bp_interval}")
-    parts.append(f"opt{config.optimizer.name}_lr{config.optimizer.learning_rate:g}")
+    parts.append(f"opt{config.optimizer.name}_lr{as_word(config.optimizer.learning_rate)}")
     parts.append(f"bs{config.train.batch_size}")
     if mode == "instruct":
         parts.append(f"ct{config.instruct.cosine_target:g}_ns{config.instruct.noise_scale:g}")

@@ -13,6 +13,7 @@ from zo_jax.train import describe, limits, processes
 from zo_jax.train.config import GRADIENT_MODES, Config, ConfigError, MeshConfig
 from zo_jax.train.data.sources import DataError
 from zo_jax.train.export import as_tokenizer
+from zo_jax.train.find import find_settings
 from zo_jax.train.finish import finish
 from zo_jax.train.loop import Loop
 from zo_jax.train.mesh import MeshError, make_mesh
@@ -57,7 +58,8 @@ def train_and_evaluate(config: Config, workdir: Path, restart: bool = False) -> 
             opened.claim(config, subject.digests, restart)
             if not config.model.path:
                 opened.keep_tokenizer(as_tokenizer(subject.tokenizer))
-            return _train(config, subject, opened, layout)
+            found = find_settings(config, subject, opened, layout)
+            return _train(found, subject, opened, layout)
 
 
 def _train(

@@ -35,6 +35,7 @@ class Setting(NamedTuple):
       default: of that kind.
       help: what it means.
       choices: the strings that it may be; none: any.
+      words: what it may be besides numbers, like "auto".
       allowed: the numbers that it may be, like "at least 0 and below 1", "from 0 to 1" or "at least
         1, or -1"; empty: any.
       only_if: when it has an effect, as in `unmet_part`; empty: always.
@@ -46,13 +47,16 @@ class Setting(NamedTuple):
     default: Any
     help: str
     choices: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
     allowed: str = ""
     only_if: str = ""
     may_change: str = ""
 
 
 def setting(default: Any, help: str, **declared: Any) -> Any:
-    """A field of a dataclass that declares a `Setting`: choices, allowed, only_if, may_change."""
+    """A field of a dataclass that declares a `Setting`: choices, words, allowed, only_if,
+    may_change.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **declared})
 
 

@@ -27,9 +27,8 @@ def fill_in(config: Config) -> Config:
     """
     config = copy.deepcopy(config)
     for name, value in walk(config):
-        if (
-            SETTINGS[name].kind is float
-        ):  # an integer is a number too, but saved configs compare as text
+        # An integer is a number too, but saved configs compare as text.
+        if SETTINGS[name].kind is float and value not in SETTINGS[name].words:
             replace_value(config, name, float(value))
     if config.model.size in SIZES:
         for name, value in SIZES[config.model.size]._asdict().items():
@@ -128,6 +127,8 @@ def check_effects(config: Config) -> None:
 
 
 def _check_setting(one: Setting, value: Any) -> None:
+    if isinstance(value, str) and value in one.words:
+        return
     accepted = (int, float) if one.kind is float else one.kind
     # A bool is an int to Python, but never meant as one here.
     if not isinstance(value, accepted) or (one.kind is not bool and isinstance(value, bool)):
@@ -203,7 +204,8 @@ def _check_task(config: Config) -> None:
 
 def _check_model(config: Config) -> None:
     model, data, zo = config.model, config.data, config.zo
-    if "float16" in (model.param_dtype, model.compute_dtype) and zo.epsilon < 2**-14:
+    is_half = "float16" in (model.param_dtype, model.compute_dtype)
+    if is_half and zo.epsilon != "auto" and zo.epsilon < 2**-14:
         raise ConfigError(
             f"zo.epsilon={zo.epsilon:g} underflows in float16, whose least normal number is "
             "6.1e-05; use a larger one, such as 1e-2, or bfloat16"
@@ -272,11 +274,17 @@ def _check_batches(config: Config) -> None:
 
 
 def _check_optimizer(config: Config) -> None:
-    optimizer = config.optimizer
-    if optimizer.schedule == "cosine" and optimizer.min_learning_rate > optimizer.learning_rate:
+    optimizer, rate = config.optimizer, config.optimizer.learning_rate
+    if rate == "auto" and config.mode != "zo":
+        raise ConfigError(
+            f"optimizer.learning_rate=auto is found by zeroth-order trials: it needs mode=zo, got "
+            f"{config.mode}; set a number"
+        )
+    is_number = rate != "auto"
+    if optimizer.schedule == "cosine" and is_number and optimizer.min_learning_rate > rate:
         raise ConfigError(
             "optimizer.min_learning_rate must be at most optimizer.learning_rate; got "
-            f"{optimizer.min_learning_rate} and {optimizer.learning_rate}"
+            f"{optimizer.min_learning_rate} and {rate}"
         )
     if config.train.num_steps:
         _check_warmup(config)

@@ -36,6 +36,7 @@ class Workdir:
       path: of the folder.
       identity: of the run in it, once it is claimed.
       reports: what the run writes at which step.
+      found: the settings that were found by measurement, by name.
       config_text: of config.json, in the first process.
     """
 
@@ -43,6 +44,7 @@ class Workdir:
         self.path, self._lock = path, None
         self.identity, self.reports, self.config_text = "", Reports([]), ""
         self._base: int | None = None
+        self.found: dict[str, float] = {}
         self._config: dict[str, Any] = {}
 
     def __enter__(self) -> "Workdir":
@@ -93,12 +95,12 @@ class Workdir:
           ConfigError: the folder holds another run; nothing in it was changed.
         """
 
-        def claim() -> tuple[str, list[Interval]]:
+        def claim() -> tuple[str, list[Interval], dict[str, float]]:
             self.lock()
             self._claim(config, digests, restart)
-            return self.identity, self.reports.intervals
+            return self.identity, self.reports.intervals, self.found
 
-        self.identity, intervals = processes.first_tells(claim)
+        self.identity, intervals, self.found = processes.first_tells(claim)
         self.reports = Reports([Interval(*interval) for interval in intervals])
 
     def _claim(self, config: Config, digests: dict[str, Any], restart: bool) -> None:
@@ -115,7 +117,7 @@ class Workdir:
             self._check_same(there, config)
             self.identity = there["identity"]
             self.reports = Reports([Interval(**interval) for interval in there["reports"]])
-            self._base = there.get("base")
+            self._base, self.found = there.get("base"), there.get("found", {})
         elif found := [name for name in RUN_FILES if (self.path / name).exists()]:
             raise ConfigError(
                 f"{self.path} holds {', '.join(found)}, but no config.json to say what run they "
@@ -138,6 +140,8 @@ class Workdir:
         }
         if self._base is not None:
             content["base"] = self._base
+        if self.found:
+            content["found"] = self.found
         content["check"] = _check(content)
         self.config_text = json.dumps(content, indent=2) + "\n"
         write_atomic(self.path / "config.json", self.config_text)
@@ -164,13 +168,18 @@ class Workdir:
             )
         self._base = fingerprint
 
+    def keep_found(self, found: dict[str, float]) -> None:
+        """Writes the settings that were found, with which the run goes on. For all processes."""
+        self.found = found
+        processes.first_does(lambda: self.begin(self.reports))
+
     def go_on(self, config: Config, step: int) -> None:
         """From a step on, the run writes what the configuration says. For all processes."""
         self.reports = self.reports.go_on(config, step)
         processes.first_does(lambda: self.begin(self.reports))
 
     def _check_same(self, there: dict[str, Any], config: Config) -> None:
-        ours = ("identity", "reports", "base", "check")
+        ours = ("identity", "reports", "base", "found", "check")
         before = {name: x for name, x in there.items() if name not in ours}
         before, here = identities.flatten(before), identities.flatten(self._config)
         different, notes = identities.compare(before, here, config)
