@@ -12,6 +12,7 @@ within 30 seconds with exit code 76.
 """
 
 import argparse
+from concurrent import futures
 import csv
 import dataclasses
 import itertools
@@ -202,48 +203,56 @@ def _content(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
+def try_case(name: str, kills: int, num_steps: int, seed: int) -> tuple[dict[str, int], list[str]]:
+    """(what the kills of a case hit, what of its run differs from one that was left alone)."""
+    fields, num_processes = CASES[name]
+    folder = Path(tempfile.mkdtemp(prefix=f"zo_jax_{name}_"))
+    arguments = [
+        f"--config={ROOT / 'tests/train/tiny.py'}",
+        f"--config.train.num_steps={num_steps}",
+        "--config.train.checkpoint_interval=20",
+        "--config.train.eval_interval=25",
+        *(f"--config.{field}" for field in fields.split()),
+    ]
+    whole, killed = folder / "whole", folder / "killed"
+    finish(whole, arguments, num_processes)
+    rng = random.Random(f"{name} {seed}")
+    hit = kill_until_done(killed, arguments, num_processes, num_steps, kills, rng)
+    like = state_like(whole)
+    found = differences(whole, killed, read_states(whole, like), like, num_steps, num_steps + 1)
+    if not found:
+        shutil.rmtree(folder)
+    return hit, found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=200, help="kills, over all cases")
     parser.add_argument("--num-steps", type=int, default=600)
     parser.add_argument("--only", default="", help="the cases whose names contain this")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="cases at once")
     options = parser.parse_args()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="zo_jax_kill_"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    cases = {name: case for name, case in CASES.items() if options.only in name}
+    names = [name for name in CASES if options.only in name]
     shares = [
-        options.count * (i + 1) // len(cases) - options.count * i // len(cases)
-        for i in range(len(cases))
+        options.count * (i + 1) // len(names) - options.count * i // len(names)
+        for i in range(len(names))
     ]
     failed, total = 0, 0
-    for (name, (fields, num_processes)), kills in zip(cases.items(), shares, strict=True):
-        if not kills:
-            continue
-        rng = random.Random(f"{name} {options.seed}")
-        folder = Path(tempfile.mkdtemp(prefix=f"zo_jax_{name}_"))
-        arguments = [
-            f"--config={ROOT / 'tests/train/tiny.py'}",
-            f"--config.train.num_steps={options.num_steps}",
-            "--config.train.checkpoint_interval=20",
-            "--config.train.eval_interval=25",
-            *(f"--config.{field}" for field in fields.split()),
-        ]
-        steps = options.num_steps
-        finish(folder / "whole", arguments, num_processes)
-        hit = kill_until_done(folder / "killed", arguments, num_processes, steps, kills, rng)
-        like = state_like(folder / "whole")
-        runs = folder / "whole", folder / "killed"
-        found = differences(*runs, read_states(runs[0], like), like, steps, steps + 1)
-        counts = ", ".join(f"{count} {what}" for what, count in hit.items())
-        print(
-            f"{name}: {counts}: "
-            f"{'DIFFERENT: ' + ', '.join(found) if found else 'equal to the bit'}",
-            flush=True,
-        )
-        failed, total = failed + bool(found), total + hit["kills"]
-        if not found:
-            shutil.rmtree(folder)
+    with futures.ThreadPoolExecutor(options.workers) as pool:
+        tried = {
+            name: pool.submit(try_case, name, kills, options.num_steps, options.seed)
+            for name, kills in zip(names, shares, strict=True)
+            if kills
+        }
+        for name, outcome in tried.items():
+            hit, found = outcome.result()
+            counts = ", ".join(f"{count} {what}" for what, count in hit.items())
+            how = "DIFFERENT: " + ", ".join(found) if found else "equal to the bit"
+            print(f"{name}: {counts}: {how}", flush=True)
+            failed, total = failed + bool(found), total + hit["kills"]
     print(f"{total} kills, {failed} of the runs different from one left alone")
     sys.exit(bool(failed))
 

@@ -180,33 +180,41 @@ class Layerwise(zo_jax.Family):
 def test_every_family_keeps_the_contract(name):
     family = FAMILIES[name]()
     keys, weights = jax.random.split(KEY, 3), jnp.array([1.0, -2.0, 0.5])
-    z = [family.direction(PARAMS, key) for key in keys]
+    direction = jax.jit(family.direction)
+    z = [direction(PARAMS, key) for key in keys]
     assert jax.tree.map(jnp.dtype, z[0]) == {"w": jnp.float32, "b": jnp.float32, "count": jnp.int32}
     expected = jax.tree.map(
         lambda *x: sum(w * np.float64(y) for w, y in zip(np.array(weights), x, strict=True)), *z
     )
-    combined = jax.jit(family.combine)(PARAMS, keys, weights)
-    assert jax.tree.map(jnp.dtype, combined) == jax.tree.map(jnp.dtype, PARAMS)
-    np.testing.assert_allclose(combined["w"], expected["w"], rtol=1e-4, atol=1e-4)
-    assert combined["count"] == 0
-    total, norm = family.combine_with_norm(PARAMS, keys, weights)
+    is_perturbed = lambda x: hasattr(x, "form")
+    form = lambda x: x.form() if is_perturbed(x) else x
+
+    @jax.jit
+    def run(params, keys, weights):
+        return dict(
+            combined=family.combine(params, keys, weights),
+            with_norm=family.combine_with_norm(params, keys, weights),
+            added=family.add(params, keys, weights),
+            moved=jax.tree.map(form, family.perturb(params, keys[0], 0.25), is_leaf=is_perturbed),
+            estimate=zo_jax.estimate_gradient(loss_fn, params, KEY, perturbation=family),
+        )
+
+    loss_fn = lambda p: jnp.sum(p["w"] ** 2) + p["count"] * jnp.sum(p["b"].astype(jnp.float32))
+    got = run(PARAMS, keys, weights)
+    assert jax.tree.map(jnp.dtype, got["combined"]) == jax.tree.map(jnp.dtype, PARAMS)
+    np.testing.assert_allclose(got["combined"]["w"], expected["w"], rtol=1e-4, atol=1e-4)
+    assert got["combined"]["count"] == 0
+    total, norm = got["with_norm"]
     np.testing.assert_allclose(
         norm, optax.global_norm([total["w"], total["b"].astype(jnp.float32)]), rtol=1e-2
     )
-    added = family.add(PARAMS, keys, weights)
-    np.testing.assert_allclose(added["w"], 1 + expected["w"], rtol=1e-4, atol=1e-4)
-    assert added["count"] == 5
-    moved = family.perturb(PARAMS, keys[0], 0.25)
-    form = lambda x: x.form() if hasattr(x, "form") else x
-    formed = jax.tree.map(form, moved, is_leaf=lambda x: hasattr(x, "form"))
-    np.testing.assert_allclose(formed["w"], 1 + 0.25 * z[0]["w"], rtol=1e-5, atol=1e-5)
-    assert formed["count"] == 5 and formed["b"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(got["added"]["w"], 1 + expected["w"], rtol=1e-4, atol=1e-4)
+    assert got["added"]["count"] == 5
+    moved = got["moved"]
+    np.testing.assert_allclose(moved["w"], 1 + 0.25 * z[0]["w"], rtol=1e-5, atol=1e-5)
+    assert moved["count"] == 5 and moved["b"].dtype == jnp.bfloat16
     assert family.on(None) is not None
-    loss_fn = lambda p: jnp.sum(p["w"] ** 2) + p["count"] * jnp.sum(p["b"].astype(jnp.float32))
-    estimate = jax.jit(lambda k: zo_jax.estimate_gradient(loss_fn, PARAMS, k, perturbation=family))(
-        KEY
-    )
-    assert estimate.num_failed == 0 and estimate.gradient["count"] == 0
+    assert got["estimate"].num_failed == 0 and got["estimate"].gradient["count"] == 0
 
 
 def test_integer_leaves_are_not_trained():
@@ -217,13 +225,14 @@ def test_integer_leaves_are_not_trained():
     }
     fresh = lambda: jax.tree.map(jnp.array, params)  # the update donates them
     loss_fn = lambda p: jnp.sum((p["w"] - 2) ** 2) + 0 * jnp.sum(p["ids"])
+    project = jax.jit(lambda p, key: zo_jax.project(loss_fn, p, key, num_queries=4))
     for optimizer in (optax.sgd(0.1), optax.adamw(0.1, weight_decay=0.1), optax.contrib.muon(0.1)):
         state = zo_jax.Update(optimizer).init(fresh())
         update = zo_jax.make_update(optimizer, zo_jax.rademacher())
         first = None
         for step in range(3):
             key = jax.random.fold_in(KEY, step)
-            loss, c = zo_jax.project(loss_fn, state.params, key, num_queries=4)
+            loss, c = project(state.params, key)
             first = loss if first is None else first
             state, _ = update(state, key, loss, c)
         np.testing.assert_array_equal(state.params["ids"], params["ids"])

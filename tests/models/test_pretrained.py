@@ -116,13 +116,14 @@ def test_a_leaf_goes_where_it_is_told(tmp_path):
 def test_loss_is_the_mean_cross_entropy():
     m = models.create(reference.CASES["llama 3"], jax.random.key(0))
     tokens = reference.TOKENS
-    logits = np.asarray(m.logits(m.params, tokens), np.float64)[:, :-1]
+    logits = np.asarray(jax.jit(m.logits)(m.params, tokens), np.float64)[:, :-1]
     log_p = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     losses = -np.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
-    assert float(m.loss(m.params, tokens)) == pytest.approx(losses.mean(), rel=1e-6)
+    loss = jax.jit(m.loss)
+    assert float(loss(m.params, tokens)) == pytest.approx(losses.mean(), rel=1e-6)
     weights = np.arange(20, dtype=np.float32).reshape(2, 10)
     expected = np.sum(losses * weights[:, 1:]) / np.sum(weights[:, 1:])
-    assert float(m.loss(m.params, tokens, weights)) == pytest.approx(expected, rel=1e-6)
+    assert float(loss(m.params, tokens, weights)) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -155,11 +156,12 @@ def test_estimated_along_low_rank_directions_without_forming_a_matrix(name):
         est = estimate(m.params, reference.TOKENS)
     # What is formed are biases and scales, shaped to go with a batch.
     assert formed and all(np.prod(x.shape) == max(x.shape) for x in formed)
-    gradient = jax.grad(m.loss)(m.params, reference.TOKENS)
+    gradient = jax.jit(jax.grad(m.loss))(m.params, reference.TOKENS)
+    direction_of = jax.jit(zo_jax.low_rank(1).direction)
     for key, projection in zip(
         jax.random.split(jax.random.key(1), 2), est.projections, strict=True
     ):
-        direction = zo_jax.low_rank(1).direction(m.params, key)
+        direction = direction_of(m.params, key)
         assert float(projection) == pytest.approx(
             float(zo_jax.trees.tree_dot(direction, gradient)), rel=1e-3, abs=1e-4
         )

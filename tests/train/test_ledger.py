@@ -268,11 +268,12 @@ def test_replay_equals_numpy(tiny_config, tmp_path):
     tiny_config.optimizer.name = "sgd"
     start, end, there = train_steps(tiny_config, tmp_path)
     params = jax.tree.map(lambda x: x.astype(np.float64), start)
+    direction = jax.jit(zo_jax.rademacher().direction)
     for i, record in enumerate(there.records):
         key = jax.random.fold_in(steps.base_key(tiny_config), i)
         assert record["key"].tolist() == jax.random.key_data(key).tolist()
         for k, c in zip(jax.random.split(key, 3), record["projections"], strict=True):
-            z = zo_jax.rademacher().direction(start, k)
+            z = direction(start, k)
             params = jax.tree.map(
                 lambda p, z, c=c: p - 1e-2 * float(c) * np.array(z, np.float64) / 3, params, z
             )

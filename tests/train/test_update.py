@@ -88,7 +88,7 @@ def test_norm_without_a_pass_over_the_sum(family, q):
 @pytest.mark.parametrize("mode", ["calibrate", "instruct"])  # with the steps of zo, and of fo
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_in_every_mode(tiny_config, mode, dtype):
-    tiny_config.mode = mode
+    tiny_config.mode, tiny_config.scope = mode, "^(wte|ln_f|blocks/0/fc)/"  # one of each kind
     tiny_config.model.param_dtype = tiny_config.model.compute_dtype = dtype
     tiny_config.zo.epsilon = 1e-2
     tiny_config.fo.bp_interval = 2
