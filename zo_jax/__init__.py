@@ -7,6 +7,7 @@ from zo_jax.estimators import (
     mean_weights,
     project,
 )
+from zo_jax.evolution import Evolution, EvolutionState, Members, evolution, shape_scores
 from zo_jax.families import apply_directions, by_name, gaussian, low_rank, rademacher, sphere
 from zo_jax.family import Family
 from zo_jax.guided import guided, instruct_directions
@@ -26,9 +27,12 @@ __all__ = [
     "Dense",
     "Estimate",
     "Estimator",
+    "Evolution",
+    "EvolutionState",
     "Family",
     "Layout",
     "LowRank",
+    "Members",
     "MudamwState",
     "Perturbed",
     "Probe",
@@ -39,6 +43,7 @@ __all__ = [
     "apply_directions",
     "by_name",
     "estimate_gradient",
+    "evolution",
     "fill_frozen",
     "gaussian",
     "guided",
@@ -53,6 +58,7 @@ __all__ = [
     "rademacher",
     "record_formed",
     "register_rule",
+    "shape_scores",
     "sphere",
     "zeroth_order",
 ]
