@@ -100,6 +100,7 @@ def open_run(
     last = processes.first_tells(
         lambda: _find_last(folder, header, num_steps, start, damaged=bool(damaged))
     )
+    _tell_gone(config, folder / "checkpoints", whole, damaged, last)
     with contextlib.ExitStack() as stack:
         writer, kept = None, None
         if header:
@@ -264,6 +265,24 @@ def _tell_missing(
     due = [step for step in log.results if workdir.reports.has_snapshot(step, log.results)]
     if gone := [step for step in due if step <= start and step not in snapshots]:
         processes.say(f"the snapshots of {_steps(gone)} are gone, and no replay makes them again")
+
+
+def _tell_gone(
+    config: Config, folder: Path, whole: list[int], aside: list[int], last: int
+) -> None:
+    """Says which of the newest checkpoints that were due by a step are neither there nor put
+    aside; older ones may have made room for others.
+    """
+    interval, room = config.train.checkpoint_interval, config.train.keep_checkpoints - len(aside)
+    if not interval or room < 1:
+        return
+    due = [*range(interval, last + 1, interval)][-room:]
+    oldest = whole[0] if len(whole) >= room else 0
+    if gone := [step for step in due if step > oldest and step not in {*whole, *aside}]:
+        processes.say(
+            f"{folder}: there is no checkpoint of {_steps(gone)}: deleted, or not yet written when "
+            f"the run ended"
+        )
 
 
 def _steps(steps: list[int]) -> str:
