@@ -171,13 +171,19 @@ class Estimator:
 
     @property
     def num_evaluations(self) -> int:
-        """Loss evaluations of one estimate (a jvp counts as one, though it costs two to three)."""
+        """Loss evaluations of one estimate (a jvp counts as one, though it costs two to three, and
+        so does that of `exact`, whose derivative comes on top).
+        """
         num_bases = self.num_queries if self.batch_per_query else 1
-        return {
-            "central": 2 * self.num_queries,
-            "forward": self.num_queries + num_bases,
-            "jvp": self.num_queries,
-        }[self.difference]
+        num_exact = 0 if self.exact is None else num_bases
+        return (
+            num_exact
+            + {
+                "central": 2 * self.num_queries,
+                "forward": self.num_queries + num_bases,
+                "jvp": self.num_queries,
+            }[self.difference]
+        )
 
     def keys(self, key: jax.Array) -> jax.Array:
         """The keys of the queries [q], from that of the estimate."""

@@ -63,8 +63,25 @@ class Subset(NamedTuple):
         )
         return Subset(tuple(others(*pair) for pair in zip(leaves, indices, strict=True)))
 
+    def within(self, outer: "Subset") -> "Subset":
+        """What this and another have in common, as a subset of what the other selects."""
+        if outer.indices is None:
+            return self
+        own = (ALL,) * len(outer.indices) if self.indices is None else self.indices
+        pairs = zip(own, outer.indices, strict=True)
+        return Subset(tuple(_places(i, there) for i, there in pairs if there is not None))
+
 
 WHOLE = Subset(None)
+
+
+def _places(rows: Any, among: Any) -> Any:
+    """Where the chosen layers are among others that are chosen, as `Subset` has it."""
+    if among is ALL or rows is ALL or rows is None:
+        return rows
+    places = np.flatnonzero(np.isin(among, rows))
+    return None if not places.size else ALL if places.size == len(among) else places
+
 
 # A regular expression, searched for in the paths of leaves; or (path, leaf) -> whether all of it is
 # meant, or the indices of those of its layers that are.
