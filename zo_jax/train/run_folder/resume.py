@@ -17,7 +17,7 @@ from zo_jax.atomic import set_aside
 from zo_jax.layout import Layout
 from zo_jax.replay import make_header
 from zo_jax.train import processes
-from zo_jax.train.config import QUERY_MODES, Config, ConfigError, fixed_fields
+from zo_jax.train.config import Config, ConfigError, fixed_fields, keeps_ledger
 from zo_jax.train.pretrained import Pretrained
 from zo_jax.train.run_folder import checkpoint, metrics
 from zo_jax.train.run_folder.checkpoint import CheckpointError, Checkpoints, open_checkpoints
@@ -91,7 +91,7 @@ def open_run(
     state, start = init(), 0
     if isinstance(model, Pretrained):
         workdir.claim_base(model.base_fingerprint(state.params))
-    has_ledger = config.mode in QUERY_MODES
+    has_ledger = keeps_ledger(config)
     header = run_header(config, model, state, identity) if has_ledger else None
     find = lambda name: checkpoint.find_whole(folder / name, state, identity, part)
     whole, damaged, latest = find("checkpoints")
