@@ -1,5 +1,6 @@
 """Training with forward passes only: zeroth-order gradient estimates for JAX."""
 
+from zo_jax import methods
 from zo_jax.estimators import (
     Estimate,
     Estimator,
@@ -52,6 +53,7 @@ __all__ = [
     "low_rank",
     "make_update",
     "mean_weights",
+    "methods",
     "mudamw",
     "probe",
     "project",
