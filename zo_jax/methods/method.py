@@ -145,9 +145,7 @@ class Method:
         loss, projections = self.at(params, memory, step).project(loss_fn, params, step.key, *batch)
         return loss, projections
 
-    def combine(
-        self, params: Any, memory: Any, step: Step, numbers: jax.Array
-    ) -> tuple[Any, Any]:
+    def combine(self, params: Any, memory: Any, step: Step, numbers: jax.Array) -> tuple[Any, Any]:
         """(updates, memory) from the numbers alone; updates are descended, as a gradient is."""
         estimator = self.at(params, memory, step)
         weights = self.weights(numbers, estimator.epsilon)
