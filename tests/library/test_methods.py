@@ -3,8 +3,8 @@
 import dataclasses
 
 import jax
-from jax.sharding import AxisType
 import jax.numpy as jnp
+from jax.sharding import AxisType
 import numpy as np
 import optax
 import pytest
@@ -229,6 +229,32 @@ def svrg(theta, t, keys, memory):
     return [a - b + x for a, b, x in zip(here, there, g, strict=True)], memory
 
 
+def example_slopes(theta, z, eps):
+    """The projection of each example along its own direction."""
+    return [central(theta, d, eps, X[i : i + 1]) for i, d in enumerate(z)]
+
+
+def group_relative(c, z, eps):
+    """Σ δ z / (2 σ B std(δ)), δ = 2 σ c."""
+    delta = 2 * eps * np.array(c)
+    return mean_of(delta / (2 * eps) / np.std(delta), z)
+
+
+def grzo(theta, t, keys, memory):
+    shared = jax.random.fold_in(jax.random.fold_in(KEY, t), 2**31)
+    (_, u) = drawn(zo_jax.rademacher(), [shared])[0]
+    # The vectors of the signs, in the order of the leaves: b, r, s.
+    like = [jax.ShapeDtypeStruct((n,), jnp.float32) for n in (5, 6, 5)]
+    signs = [[np.float64(x) for x in zo_jax.rademacher().direction(like, key)] for key in keys]
+    z = [[b, u * np.outer(r, s)] for b, r, s in signs]
+    return group_relative(example_slopes(theta, z, 0.02), z, 0.02), memory
+
+
+def grzo_low_rank(theta, t, keys, memory):
+    z = drawn(zo_jax.low_rank(1), keys)
+    return group_relative(example_slopes(theta, z, 0.02), z, 0.02), memory
+
+
 METHODS = {
     "fzoo": (methods.Fzoo(est(4, difference="forward")), fzoo),
     "1.5-spsa": (methods.CurvatureSpsa(est(epsilon=0.1), power=0.3, floor=0.5), spsa),
@@ -246,6 +272,11 @@ METHODS = {
     ),
     "conmezo": (methods.ConMezo(est(perturbation="sphere"), angle=1.2, decay=0.9), conmezo),
     "sparse-mezo": (methods.SparseMezo(est(perturbation="gaussian"), share=0.5), sparse),
+    "grzo": (methods.Grzo(est(8)), grzo),
+    "grzo-low-rank": (
+        methods.Grzo(est(8, perturbation="low_rank"), use_flipout=False),
+        grzo_low_rank,
+    ),
     "mezo-svrg": (methods.MezoSvrg(est(), period=2), svrg),
 }
 
@@ -289,7 +320,7 @@ def model_params(dtype=jnp.float32):
     return dict(emb=draw(7, 6), blocks=blocks, scale=jnp.ones((), dtype), n=jnp.int32(3))
 
 
-TOKENS = jnp.arange(12).reshape(4, 3) * 5 % 7
+TOKENS = jnp.arange(24).reshape(8, 3) * 5 % 7
 
 
 def model_loss(params, tokens):
@@ -391,6 +422,7 @@ def test_what_every_method_promises(name):
         (lambda: methods.SparseMezo(share=-0.1), "share must be in"),
         (lambda: methods.MezoSvrg(est(batch_per_query=True)), "set batch_per_query=False"),
         (lambda: methods.evolution_strategy(population=1), "population must be at least 2"),
+        (lambda: methods.Grzo(est(difference="forward")), "difference 'central'"),
         (lambda: methods.Method(est(has_aux=True)), "set has_aux=False"),
         (lambda: methods.ConMezo(est(perturbation="low_rank")), "directions must be dense"),
     ],
@@ -406,3 +438,98 @@ def test_what_is_missing_is_said():
     tx = methods.Fzoo().transformation(KEY)
     with pytest.raises(ValueError, match="Fzoo evaluates the loss of perturbed parameters"):
         tx.update(None, tx.init(START), START)
+    tx = methods.dizo(KEY)
+    with pytest.raises(ValueError, match="dizo evaluates the loss of scaled changes"):
+        tx.update(START, tx.init(START), START)
+    tx = methods.Grzo(est(4)).transformation(KEY)
+    with pytest.raises(ValueError, match=r"num_queries = 4 examples.*got shape \(8, 6\)"):
+        tx.update(None, tx.init(START), START, value_fn=jax_loss, batch=(X,))
+
+
+def test_flipout_forms_nothing_in_products_look_ups_casts_and_scans():
+    params = model_params()
+    family = methods.flipout(params, KEY)
+
+    def loss(params, tokens):
+        half = {**params, "emb": params["emb"].astype(jnp.bfloat16)}
+        return model_loss(half, tokens)
+
+    def both(params, key, fn):
+        moved = family.perturb(params, key, 0.1)
+        form = lambda x: x.form() if hasattr(x, "form") else x
+        formed = jax.tree.map(form, moved, is_leaf=lambda x: hasattr(x, "form"))
+        with zo_jax.record_formed() as record:
+            lazy = zo_jax.lazily(fn)(moved, TOKENS)
+        assert record == []
+        return lazy, fn(formed, TOKENS)
+
+    lazy, formed = jax.jit(lambda *args: both(*args, model_loss))(params, KEY)
+    np.testing.assert_allclose(lazy, formed, rtol=1e-5)
+    lazy, formed = jax.jit(lambda *args: both(*args, loss))(params, KEY)
+    np.testing.assert_allclose(lazy, formed, rtol=1e-2)
+
+
+def test_directions_of_flipout_are_uncorrelated():
+    """Of 4,000 pairs of directions of 20 entries, within 5 standard deviations."""
+    params = jnp.zeros((4, 5))
+
+    def products(key):
+        shared, one, two = jax.random.split(key, 3)
+        family = methods.flipout(params, shared)
+        z, y = family.direction(params, one), family.direction(params, two)
+        return z.reshape(-1, 1) * z.reshape(1, -1), z.reshape(-1, 1) * y.reshape(1, -1)
+
+    own, other = jax.vmap(products)(jax.random.split(KEY, 4000))
+    bound = 5 / np.sqrt(4000)
+    np.testing.assert_allclose(np.mean(own, axis=0), np.eye(20), atol=bound)
+    np.testing.assert_allclose(np.mean(other, axis=0), np.zeros((20, 20)), atol=bound)
+
+
+def test_dizo_is_the_formula_and_replays():
+    search = methods.dizo(KEY, period=2, num_iterations=3, clip=0.15, delta=0.02, rate=0.3)
+    tx = optax.chain(optax.sgd(1.0), search)
+
+    @jax.jit
+    def step(params, state, updates, numbers=None):
+        known = dict(value_fn=jax_loss, batch=(X,)) if numbers is None else dict(numbers=numbers)
+        updates, state = tx.update(updates, state, params, **known)
+        return optax.apply_updates(params, updates), state
+
+    change = jax.tree.map(lambda x: 0.1 * jnp.sign(x), START)
+    middle, state = step(START, tx.init(START), change)
+    end, after = step(middle, state, change)
+    theta = [np.float64(START[k]) for k in "bw"]
+    moved = [p - 0.2 * np.sign(p) for p in theta]
+    scaled = lambda s: [p + a * (m - p) for p, m, a in zip(theta, moved, s, strict=True)]
+    s, step_key = np.ones(2), jax.random.fold_in(KEY, 1)
+    for i in range(3):
+        key = jax.random.fold_in(step_key, i)
+        n = np.array(
+            [normal(jax.random.fold_in(key, leaf), (1,) * (leaf + 1)).item() for leaf in (0, 1)]
+        )
+        c = (L(scaled(s + 0.02 * n)) - L(scaled(s - 0.02 * n))) / 0.04
+        np.testing.assert_allclose(after[1].numbers[i], c, rtol=2e-3, atol=1e-5)
+        s = np.clip(s - 0.3 * c * n, 0.85, 1.15)
+    assert np.any(s != 1)
+    for k, got, wanted in zip("bw", middle.values(), theta, strict=True):
+        np.testing.assert_allclose(got, wanted - 0.1 * np.sign(wanted), rtol=1e-5)
+    for k, wanted in zip("bw", scaled(s), strict=True):
+        np.testing.assert_allclose(end[k], wanted, rtol=1e-4, atol=1e-4)
+    replayed, _ = step(middle, state, change, after[1].numbers)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), replayed, end)
+
+
+def test_addax_mixes_the_estimate_and_the_gradient():
+    tx = methods.addax(KEY, alpha=0.3, estimator=est())
+    updates, state = jax.jit(
+        lambda p, s: tx.update(None, s, p, value_fn=jax_loss, batch=(FULL,), fo_batch=(X,))
+    )(START, tx.init(START))
+    keys = jax.random.split(jax.random.fold_in(KEY, 0), 3)
+    theta = [np.float64(START[k]) for k in "bw"]
+    z = drawn(zo_jax.rademacher(), keys)
+    estimate = mean_of([central(theta, d, 0.02, FULL) for d in z], z)
+    exact = jax.grad(jax_loss)(START, X)
+    for i, k in enumerate("bw"):
+        wanted = 0.3 * estimate[i] + 0.7 * np.float64(exact[k])
+        np.testing.assert_allclose(updates[k], wanted, rtol=1e-3, atol=1e-4)
+    assert int(state.count) == 1
