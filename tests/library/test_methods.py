@@ -511,8 +511,8 @@ def test_dizo_is_the_formula_and_replays():
         np.testing.assert_allclose(after[1].numbers[i], c, rtol=2e-3, atol=1e-5)
         s = np.clip(s - 0.3 * c * n, 0.85, 1.15)
     assert np.any(s != 1)
-    for k, got, wanted in zip("bw", middle.values(), theta, strict=True):
-        np.testing.assert_allclose(got, wanted - 0.1 * np.sign(wanted), rtol=1e-5)
+    for k, wanted in zip("bw", theta, strict=True):
+        np.testing.assert_allclose(middle[k], wanted - 0.1 * np.sign(wanted), rtol=1e-5)
     for k, wanted in zip("bw", scaled(s), strict=True):
         np.testing.assert_allclose(end[k], wanted, rtol=1e-4, atol=1e-4)
     replayed, _ = step(middle, state, change, after[1].numbers)
