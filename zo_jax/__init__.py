@@ -1,5 +1,7 @@
 """Training with forward passes only: zeroth-order gradient estimates for JAX."""
 
+from importlib import metadata as _metadata
+
 from zo_jax import methods
 from zo_jax.estimators import (
     Estimate,
@@ -22,7 +24,10 @@ from zo_jax.rules import register_rule
 from zo_jax.transforms import ZerothOrderState, fill_frozen, zeroth_order
 from zo_jax.update import TrainState, Update, UpdateMetrics, make_update
 
-__version__ = "0.1.0"
+try:  # of the installed package, from the tags of git
+    __version__ = _metadata.version("zo_jax")
+except _metadata.PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "Dense",

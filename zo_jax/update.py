@@ -45,10 +45,12 @@ class UpdateMetrics(NamedTuple):
     """Scalars of one step.
 
     Attributes:
-      loss, grad_norm: float32.
+      loss: float32, as handed to the step.
+      grad_norm: float32, of the estimate.
       num_updates: int32, steps of the optimiser before this one, of which its schedule is a
         function.
-      num_skipped, skipped_in_row: as in `TrainState`, after this step.
+      num_skipped: as in `TrainState`, after this step.
+      skipped_in_row: likewise.
     """
 
     loss: jax.Array

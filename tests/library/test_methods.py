@@ -348,6 +348,19 @@ def some_steps(method, params, state, numbers=None, length=None):
     return jax.lax.scan(step, (params, state), numbers, length=length)
 
 
+# Float32 numbers that a method keeps between steps of that model, of 42 + 72 + 12 + 1 parameters; a
+# method that is not here keeps none.
+KEPT = {
+    "lozo-m": (7 + 2 * 6) * 2 + 12 + 1,
+    "tezo-m": (1 + 2) * 3 + 12 + 1,
+    "mopi": (1 + 2) * (3 + 2) * 6 + 12 + 1,
+    "hizoo": 127,
+    "conmezo": 127,
+    "sparse-mezo": 1 + 2 + 1 + 1,
+    "mezo-svrg": 127 + 3,
+}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_what_every_method_promises(name):
     method = METHODS[name][0]
@@ -362,6 +375,8 @@ def test_what_every_method_promises(name):
     params = model_params()
     start = method.transformation(KEY).init(params)
     assert start.numbers.shape == (method.num_numbers,)
+    floats = [x for x in jax.tree.leaves(start.memory) if x.dtype == jnp.float32]
+    assert sum(x.size for x in floats) == KEPT.get(name, 0)
     (middle, state), first = two_steps(params, start)
     (end, last), second = two_steps(middle, state)
     assert int(last.count) == 4 and int(last.num_failed) == 0 and int(end["n"]) == 3

@@ -305,6 +305,14 @@ class ZOConfig:
     batch_per_query: bool = setting(
         False, "a fresh batch for every query, rather than one batch shared by all"
     )
+    exact: str = setting(
+        "none",
+        "parameters whose gradient is exact, with directions for the rest: none; head (the last "
+        "norm and the output head, in closed form); or a regular expression over paths like "
+        "blocks/3/fc/kernel, by backprop down to the lowest of them. Such a run has no ledger: it "
+        "goes on from checkpoints",
+        only_if="mode is zo",
+    )
 
 
 @dataclasses.dataclass
@@ -726,6 +734,13 @@ def fixed_fields(config: Config) -> dict[str, Any]:
         section, _, leaf = name.rpartition(".")
         del tree[section][leaf]
     return tree
+
+
+def keeps_ledger(config: Config) -> bool:
+    """Whether a run has a ledger: whether the projections of some of its steps are all that these
+    depend on.
+    """
+    return config.mode in QUERY_MODES and config.zo.exact == "none"
 
 
 def blocks_per_step(config: Config) -> int:

@@ -80,7 +80,10 @@ def passes_until(config: Config, step: int) -> int:
 def _evaluations_per_step(config: Config) -> int:
     zo = config.zo
     estimator = Estimator(
-        num_queries=zo.num_queries, difference=zo.difference, batch_per_query=zo.batch_per_query
+        num_queries=zo.num_queries,
+        difference=zo.difference,
+        batch_per_query=zo.batch_per_query,
+        exact=None if zo.exact == "none" else zo.exact,
     )
     return estimator.num_evaluations
 
@@ -160,6 +163,17 @@ def _describe_feedback(config: Config, batch: str) -> str:
     )
 
 
+def _describe_exact(exact: str, queries: str) -> str:
+    if exact == "none":
+        return f"forward passes only: {queries}"
+    if exact == "head":
+        return (
+            f"forward passes only, and the gradient of the last norm and the output head in closed "
+            f"form; for the rest {queries}; no ledger"
+        )
+    return f"backprop for {exact}, down to the lowest of it; for the rest {queries}; no ledger"
+
+
 def describe(
     config: Config,
     task: Task,
@@ -191,7 +205,7 @@ def describe(
         "feedback": _describe_feedback(config, batch),
         "block_local": _describe_feedback(config, batch),
         "fo": backprop,
-        "zo": f"forward passes only: {queries}",
+        "zo": _describe_exact(zo.exact, queries),
         "calibrate": f"{queries}; instead, {every}, {backprop}",
         "instruct": f"{queries}; {every} {guided} of them guided ({config.instruct.method}) by {backprop}",  # noqa: E501
     }[config.mode]

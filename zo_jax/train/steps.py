@@ -20,7 +20,7 @@ from zo_jax.train import feedback, hybrid
 from zo_jax.train.config import QUERY_MODES, Config
 from zo_jax.train.losses import next_token_loss
 from zo_jax.train.optimizers import make_optimizer, make_schedule
-from zo_jax.train.scopes import make_scope
+from zo_jax.train.scopes import make_exact, make_scope
 from zo_jax.trees import ALL, WHOLE, Subset
 from zo_jax.update import TrainState, Update, UpdateMetrics
 
@@ -80,8 +80,10 @@ class StepRecord(NamedTuple):
     projections: jax.Array
 
 
-def make_estimator(config: Config, layout: Layout | None = None) -> Estimator:
-    """The estimator that the configuration names."""
+def make_estimator(config: Config, layout: Layout | None = None, model: Any = None) -> Estimator:
+    """The estimator that the configuration names; without the model, which is asked for it, what
+    is exact is left out.
+    """
     zo = config.zo
     return Estimator(
         num_queries=zo.num_queries,
@@ -92,7 +94,13 @@ def make_estimator(config: Config, layout: Layout | None = None) -> Estimator:
         batch_per_query=zo.batch_per_query,
         batch_chunks=zo.batch_chunks,
         mesh=None if layout is None else layout.mesh,
+        exact=exact_of(config, model) if model else None,
     )
+
+
+def exact_of(config: Config, model: Any) -> Subset | None:
+    """The part of what a run trains whose gradient is exact beside its directions."""
+    return make_exact(config.zo.exact, model, scope_of(config, model))
 
 
 def base_key(config: Config) -> jax.Array:
@@ -185,7 +193,7 @@ def make_project(
     """
     scope = scope_of(config, model)
     loss = make_loss(model, scope, loss_fn)
-    estimator = make_estimator(config, layout)
+    estimator = make_estimator(config, layout, model)
 
     @jax.jit
     def project(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, ...]:
@@ -211,6 +219,24 @@ def make_update(
         return tell(state, *rules.from_projections(family, state.train, key, loss, projections))
 
     return jax.jit(update, donate_argnums=0)
+
+
+def make_exact_step(
+    config: Config, model: Any, layout: Layout | None = None, loss_fn: Loss | None = None
+) -> Callable[..., tuple[RunState, StepMetrics]]:
+    """The jitted step along directions for a part of the parameters and the gradient of the rest,
+    `zo.exact`: (state, key, batch) -> (state, metrics), the state donated.
+    """
+    rules, tell = make_rules(config, model, layout), _make_tell(config)
+    loss = make_loss(model, rules.subset, loss_fn)
+    estimator = make_estimator(config, layout, model)
+
+    def exact_step(state: RunState, key: jax.Array, batch: Any) -> tuple[RunState, StepMetrics]:
+        trained = rules.subset.select(state.params)
+        estimate = estimator.estimate(loss(state.params), trained, key, batch)
+        return tell(state, *rules.from_gradient(state.train, key, estimate.loss, estimate.gradient))
+
+    return jax.jit(exact_step, donate_argnums=0)
 
 
 def make_fo_step(
@@ -304,6 +330,9 @@ def make_train_step(
         fo_step = make_feedback_step(*parts)
     if config.mode == "instruct":
         guided_step = make_guided_step(*parts, loss_fn)
+    if config.zo.exact != "none":
+        exact_step = make_exact_step(*parts, loss_fn)
+        return lambda state, step, batch, _: (*exact_step(state, step_key(step), batch), None)
     if config.mode in QUERY_MODES:
         project = make_project(*parts, loss_fn)
         update = make_update(*parts)

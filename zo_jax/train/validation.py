@@ -280,6 +280,11 @@ def _check_optimizer(config: Config) -> None:
             f"optimizer.learning_rate=auto is found by zeroth-order trials: it needs mode=zo, got "
             f"{config.mode}; set a number"
         )
+    if rate == "auto" and config.zo.exact != "none":
+        raise ConfigError(
+            f"optimizer.learning_rate=auto is found by trials along directions, which have no part "
+            f"in zo.exact={config.zo.exact}; set a number, or zo.exact=none"
+        )
     is_number = rate != "auto"
     if optimizer.schedule == "cosine" and is_number and optimizer.min_learning_rate > rate:
         raise ConfigError(
