@@ -439,6 +439,7 @@ def test_what_every_method_promises(name):
         (lambda: methods.evolution_strategy(population=1), "population must be at least 2"),
         (lambda: methods.Grzo(est(difference="forward")), "difference 'central'"),
         (lambda: methods.Method(est(has_aux=True)), "set has_aux=False"),
+        (lambda: methods.Method(est(exact="head")), "set exact=None"),
         (lambda: methods.ConMezo(est(perturbation="low_rank")), "directions must be dense"),
     ],
 )

@@ -80,7 +80,8 @@ class Method:
         from.
 
     Raises:
-      ValueError: the estimator has `has_aux`, for which an update has no place.
+      ValueError: the estimator has `has_aux`, for which an update has no place, or `exact`, whose
+        gradient is no matter of numbers.
 
     >>> import jax, jax.numpy as jnp, optax, zo_jax
     >>> method = zo_jax.methods.Method(zo_jax.Estimator(num_queries=4))
@@ -102,6 +103,11 @@ class Method:
             raise ValueError(
                 f"{self._name} returns updates alone: set has_aux=False, and return the loss from "
                 "value_fn"
+            )
+        if self.estimator.exact is not None:
+            raise ValueError(
+                f"{self._name} makes updates of numbers alone: set exact=None, and partition the "
+                "parameters with optax.partition"
             )
 
     @property
