@@ -61,7 +61,9 @@ def main() -> None:
     }.items():
         seconds = time_in_turn(programs, rounds)
         rows.append([what, *(ratio(seconds[k], seconds["plain"]) for k in ("Flipout", "low rank"))])
-    print_table("Passes with a direction an example, over plain ones", ["model", "Flipout", "rank 1"], rows)
+    print_table(
+        "Passes with a direction an example, over plain ones", ["model", "Flipout", "rank 1"], rows
+    )
 
 
 def gpt():

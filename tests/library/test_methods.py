@@ -427,6 +427,11 @@ def test_what_every_method_promises(name):
     [
         (lambda: methods.Fzoo(est()), "Fzoo needs an estimator with difference 'forward'"),
         (lambda: methods.Fzoo(est(1, difference="forward")), "num_queries of at least 2"),
+        (
+            lambda: methods.Fzoo(est(difference="forward", batch_per_query=True)),
+            "losses of one batch",
+        ),
+        (lambda: methods.weights_of({"name": "x"}), "must be None or"),
         (lambda: methods.CurvatureSpsa(est(difference="jvp")), "difference 'central'"),
         (lambda: methods.CurvatureSpsa(power=2.0), r"power must be in \[0, 1\]"),
         (lambda: methods.Lozo(rank=0), "rank must be a positive integer, got 0"),

@@ -5,7 +5,7 @@ from zo_jax.methods.conmezo import ConMezo
 from zo_jax.methods.dizo import DizoState, dizo
 from zo_jax.methods.es import EvolutionStrategy, eggroll, evolution_strategy
 from zo_jax.methods.flipout import flipout
-from zo_jax.methods.fzoo import Fzoo
+from zo_jax.methods.fzoo import Fzoo, weights_of
 from zo_jax.methods.grzo import Grzo
 from zo_jax.methods.hizoo import Hizoo
 from zo_jax.methods.lozo import Lozo
@@ -41,4 +41,5 @@ __all__ = [
     "eggroll",
     "evolution_strategy",
     "flipout",
+    "weights_of",
 ]
