@@ -31,7 +31,7 @@ def test_fzoo_steps_are_those_of_the_library_and_replay(tiny_config, tmp_path):
     train_step = steps.make_train_step(config, model)
     for step in range(2):
         tokens, _ = batches.read_batches(config, corpus.train_NT, step)
-        state, info, record = train_step(state, step, tokens, None)
+        state, _, record = train_step(state, step, tokens, None)
         assert record is not None
         writer.append(step + 1, ledger.REPLAYABLE, *record)
         if step == 0:
@@ -71,7 +71,7 @@ def test_impossible_methods_are_refused(tiny_config, change, message):
     with pytest.raises(ConfigError, match=message):
         validate(tiny_config)
     tiny_config.zo.method = "lozo"
-    with pytest.raises(ConfigError, match="zo.method must be one of plain, fzoo"):
+    with pytest.raises(ConfigError, match=r"zo\.method must be one of plain, fzoo"):
         validate(tiny_config)
 
 
