@@ -58,7 +58,7 @@ def addax(
 
     def update_fn(
         updates: Any,
-        state: ZerothOrderState,
+        state: Any,
         params: Any = None,
         *,
         value_fn: Callable[..., jax.Array] | None = None,

@@ -100,7 +100,7 @@ def dizo(
 
     def update_fn(
         updates: Any,
-        state: DizoState,
+        state: Any,
         params: Any = None,
         *,
         value_fn: Callable[..., jax.Array] | None = None,

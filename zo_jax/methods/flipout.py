@@ -151,7 +151,8 @@ class Flipout(Family):
 
         def move_leaf(leaf, words, z):
             if isinstance(z, tuple):
-                return Flipped(leaf, words, *z, scale, leaf.dtype)
+                r, s = z
+                return Flipped(leaf, words, r, s, scale, leaf.dtype)
             return add_rounded(leaf, scale * z) if is_floating(leaf) else leaf
 
         moved = map(move_leaf, leaves, self.words, direction)

@@ -188,7 +188,7 @@ class Method:
 
         def update_fn(
             updates: Any,
-            state: MethodState,
+            state: Any,
             params: Any = None,
             *,
             value_fn: Callable[..., jax.Array] | None = None,
@@ -205,6 +205,7 @@ class Method:
             params, step = as_arrays(params), Step(state.key, state.count)
             loss = state.loss
             if numbers is None:
+                assert value_fn is not None
                 loss, numbers = self.project(
                     value_fn, params, state.memory, step, *batch, **extra_args
                 )
