@@ -43,6 +43,13 @@ def test_the_page_of_families_and_rules_runs():
     assert names["est"].gradient.shape == (6, 7)
 
 
+def test_the_page_of_methods_runs():
+    names = {}
+    for block in python_blocks(ROOT / "docs/methods.md"):
+        exec(block, names)
+    assert len(names["again"]) == 2
+
+
 def test_the_readme_runs():
     """Its code, with a loss, parameters and a batch that a reader would have."""
     names = {

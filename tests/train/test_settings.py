@@ -102,6 +102,7 @@ IN_PROGRAMS = {
     "zo.parallel_batch_size": Case(2),
     "zo.batch_chunks": Case(2),
     "zo.batch_per_query": Case(True),
+    "zo.method": Case("fzoo", {"zo.difference": "forward"}),
     "zo.exact": Case("^ln_f/"),
     "fo.gradient_accumulation_steps": Case(2, BACKPROP),
     "instruct.method": Case("gram_schmidt", INSTRUCT),

@@ -1,8 +1,12 @@
 """The methods of the field, each a file: its formula, what it costs, and where it comes from."""
 
+from zo_jax.methods.addax import addax
 from zo_jax.methods.conmezo import ConMezo
+from zo_jax.methods.dizo import DizoState, dizo
 from zo_jax.methods.es import EvolutionStrategy, eggroll, evolution_strategy
-from zo_jax.methods.fzoo import Fzoo
+from zo_jax.methods.flipout import flipout
+from zo_jax.methods.fzoo import Fzoo, weights_of
+from zo_jax.methods.grzo import Grzo
 from zo_jax.methods.hizoo import Hizoo
 from zo_jax.methods.lozo import Lozo
 from zo_jax.methods.method import Method, MethodState, Step
@@ -17,8 +21,10 @@ from zo_jax.methods.zo_muon import ZoMuon
 __all__ = [
     "ConMezo",
     "CurvatureSpsa",
+    "DizoState",
     "EvolutionStrategy",
     "Fzoo",
+    "Grzo",
     "Hizoo",
     "Lozo",
     "Method",
@@ -30,6 +36,10 @@ __all__ = [
     "SubZero",
     "Tezo",
     "ZoMuon",
+    "addax",
+    "dizo",
     "eggroll",
     "evolution_strategy",
+    "flipout",
+    "weights_of",
 ]

@@ -101,5 +101,3 @@ def eggroll(
       **options: other fields of `zo_jax.Evolution`.
     """
     return EvolutionStrategy(estimator, Evolution(population, sigma, perturbation, **options))
-
-

@@ -9,7 +9,9 @@ Passes a step: N + 1. Memory beside the parameters: none. std(lᵢ) is ε std(c�
 cᵢ = (lᵢ - l₀) / ε, so a step replays from these.
 """
 
+from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -27,7 +29,8 @@ class Fzoo(Method):
     is updated.
 
     Raises:
-      ValueError: the difference is not "forward", or there are fewer than two queries.
+      ValueError: the difference is not "forward", there are fewer than two queries, or they have
+        batches of their own.
 
     >>> import jax, jax.numpy as jnp, zo_jax
     >>> tx = zo_jax.methods.Fzoo().transformation(jax.random.key(0))
@@ -44,11 +47,43 @@ class Fzoo(Method):
         require_difference(self, "forward")
         if self.estimator.num_queries < 2:
             raise ValueError("Fzoo needs num_queries of at least 2: one loss has no deviation")
+        if self.estimator.batch_per_query:
+            raise ValueError("Fzoo compares the losses of one batch: set batch_per_query=False")
 
     def weights(self, numbers: jax.Array, epsilon: Any) -> jax.Array:
-        deviation = epsilon * _standard_deviation(numbers)
-        weights = mean_weights(numbers)
-        return jnp.where(deviation > 0, weights / jnp.where(deviation > 0, deviation, 1), 0)
+        return fzoo_weights(numbers, epsilon)
+
+
+def fzoo_weights(projections: jax.Array, epsilon: Any) -> jax.Array:
+    """The weights of the directions: cᵢ / N, over ε std(c).
+
+    Args:
+      projections: floating [N].
+      epsilon: ε.
+
+    >>> import jax.numpy as jnp
+    >>> fzoo_weights(jnp.array([3.0, 1.0, jnp.nan]), 0.5).round(3).tolist()
+    [2.121, 0.707, 0.0]
+    """
+    deviation = epsilon * _standard_deviation(projections)
+    weights = mean_weights(projections)
+    return jnp.where(deviation > 0, weights / jnp.where(deviation > 0, deviation, 1), 0)
+
+
+def weights_of(method: dict[str, Any] | None) -> Callable[[jax.Array], jax.Array]:
+    """What makes weights of projections in a run: `mean_weights` for None, and for `{"name":
+    "fzoo", "epsilon": ε}` FZOO's; JSON, for ledgers to keep.
+
+    Raises:
+      ValueError: there is no such method.
+    """
+    if method is None:
+        return mean_weights
+    if method.get("name") != "fzoo" or not method.get("epsilon", 0) > 0:
+        raise ValueError(
+            f'the method must be None or {{"name": "fzoo", "epsilon": a number}}, got {method!r}'
+        )
+    return functools.partial(fzoo_weights, epsilon=method["epsilon"])
 
 
 def _standard_deviation(x: jax.Array) -> jax.Array:

@@ -20,7 +20,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from zo_jax.estimators import Estimator

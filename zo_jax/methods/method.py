@@ -80,7 +80,8 @@ class Method:
         from.
 
     Raises:
-      ValueError: the estimator has `has_aux`, for which an update has no place.
+      ValueError: the estimator has `has_aux`, for which an update has no place, or `exact`, whose
+        gradient is no matter of numbers.
 
     >>> import jax, jax.numpy as jnp, optax, zo_jax
     >>> method = zo_jax.methods.Method(zo_jax.Estimator(num_queries=4))
@@ -102,6 +103,11 @@ class Method:
             raise ValueError(
                 f"{self._name} returns updates alone: set has_aux=False, and return the loss from "
                 "value_fn"
+            )
+        if self.estimator.exact is not None:
+            raise ValueError(
+                f"{self._name} makes updates of numbers alone: set exact=None, and partition the "
+                "parameters with optax.partition"
             )
 
     @property
@@ -145,9 +151,7 @@ class Method:
         loss, projections = self.at(params, memory, step).project(loss_fn, params, step.key, *batch)
         return loss, projections
 
-    def combine(
-        self, params: Any, memory: Any, step: Step, numbers: jax.Array
-    ) -> tuple[Any, Any]:
+    def combine(self, params: Any, memory: Any, step: Step, numbers: jax.Array) -> tuple[Any, Any]:
         """(updates, memory) from the numbers alone; updates are descended, as a gradient is."""
         estimator = self.at(params, memory, step)
         weights = self.weights(numbers, estimator.epsilon)
@@ -184,7 +188,7 @@ class Method:
 
         def update_fn(
             updates: Any,
-            state: MethodState,
+            state: Any,
             params: Any = None,
             *,
             value_fn: Callable[..., jax.Array] | None = None,
@@ -201,6 +205,7 @@ class Method:
             params, step = as_arrays(params), Step(state.key, state.count)
             loss = state.loss
             if numbers is None:
+                assert value_fn is not None
                 loss, numbers = self.project(
                     value_fn, params, state.memory, step, *batch, **extra_args
                 )

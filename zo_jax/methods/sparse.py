@@ -118,9 +118,9 @@ class SparseMezo(Method):
         def threshold(x):
             if not is_floating(x):
                 return None
-            axes = (-2, -1) if x.ndim >= 2 else (-1,) if x.ndim else None
             size = jnp.abs(x.astype(jnp.float32))
-            return jnp.quantile(size, self.share, axis=axes, keepdims=True)
+            layer = tuple(range(-min(x.ndim, 2), 0))
+            return jnp.quantile(size, self.share, axis=layer, keepdims=True) if layer else size
 
         return [threshold(x) for x in jax.tree.leaves(params)]
 

@@ -107,7 +107,8 @@ def keep_factors(params: Any, key: jax.Array, rank: int, draw: Any) -> list[Any]
     ]
     keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
     return [
-        draw(k, leaf) if is_in else None for k, leaf, is_in in zip(keys, leaves, treated, strict=True)
+        draw(k, leaf) if is_in else None
+        for k, leaf, is_in in zip(keys, leaves, treated, strict=True)
     ]
 
 

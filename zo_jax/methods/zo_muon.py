@@ -79,7 +79,8 @@ class ZoMuon(Method):
         weights = self.weights(numbers, estimator.epsilon)
         total = family.sum_of_coordinates(params, estimator.keys(step.key), weights)
         signs = [
-            x if kept is None else matrix_sign(x) for kept, x in zip(family.kept, total, strict=True)
+            x if kept is None else matrix_sign(x)
+            for kept, x in zip(family.kept, total, strict=True)
         ]
         return like_params(params, family.lift(signs)), memory
 

@@ -305,6 +305,13 @@ class ZOConfig:
     batch_per_query: bool = setting(
         False, "a fresh batch for every query, rather than one batch shared by all"
     )
+    method: str = setting(
+        "plain",
+        "what is made of the differences: plain (their mean) or fzoo (that over the standard "
+        "deviation of the losses)",
+        choices=("plain", "fzoo"),
+        only_if="mode is zo",
+    )
     exact: str = setting(
         "none",
         "parameters whose gradient is exact, with directions for the rest: none; head (the last "
@@ -734,6 +741,12 @@ def fixed_fields(config: Config) -> dict[str, Any]:
         section, _, leaf = name.rpartition(".")
         del tree[section][leaf]
     return tree
+
+
+def method_of(config: Config) -> dict[str, Any] | None:
+    """What makes weights of a run's projections, as `zo_jax.methods.weights_of` takes it."""
+    zo = config.zo
+    return None if zo.method == "plain" else {"name": zo.method, "epsilon": zo.epsilon}
 
 
 def keeps_ledger(config: Config) -> bool:

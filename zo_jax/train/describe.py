@@ -195,8 +195,9 @@ def describe(
     fo_batch = f"batches of {config.fo.batch_size or train.batch_size} {what}"
     backprop = f"backprop; {fo_batch} in {config.fo.gradient_accumulation_steps} part(s)"
     evaluations = _evaluations_per_step(config)
+    method = "" if zo.method == "plain" else f" over the deviation of the losses ({zo.method})"
     queries = (
-        f"{zo.num_queries} {zo.perturbation} directions a step, {ways[zo.difference]}, "
+        f"{zo.num_queries} {zo.perturbation} directions a step, {ways[zo.difference]}{method}, "
         f"{evaluations} loss evaluations; {batch}{per_query}"
     )
     every = f"every {config.fo.bp_interval} steps"

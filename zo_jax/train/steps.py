@@ -16,8 +16,9 @@ import numpy as np
 from zo_jax import families
 from zo_jax.estimators import Estimator
 from zo_jax.layout import Layout
+from zo_jax.methods import weights_of
 from zo_jax.train import feedback, hybrid
-from zo_jax.train.config import QUERY_MODES, Config
+from zo_jax.train.config import QUERY_MODES, Config, method_of
 from zo_jax.train.losses import next_token_loss
 from zo_jax.train.optimizers import make_optimizer, make_schedule
 from zo_jax.train.scopes import make_exact, make_scope
@@ -127,6 +128,7 @@ def make_rules(config: Config, model: Any, layout: Layout | None = None) -> Upda
         clip_norm=config.instruct.grad_clip_norm,
         rounding=config.optimizer.rounding,
         layout=layout,
+        weights=weights_of(method_of(config)),
     )
 
 

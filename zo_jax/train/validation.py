@@ -150,6 +150,7 @@ def _check_combinations(config: Config) -> None:
     _check_feedback(config)
     _check_sources(config)
     _check_batches(config)
+    _check_method(config)
     _check_optimizer(config)
     if config.mode in ("calibrate", "instruct") and not config.fo.bp_interval:
         raise ConfigError(
@@ -270,6 +271,31 @@ def _check_batches(config: Config) -> None:
         raise ConfigError(
             "the backprop batch must be divisible by fo.gradient_accumulation_steps; got "
             f"{fo_size} and {parts}"
+        )
+
+
+def _check_method(config: Config) -> None:
+    zo = config.zo
+    if zo.method == "plain":
+        return
+    if zo.difference != "forward" or zo.num_queries < 2:
+        raise ConfigError(
+            f"zo.method={zo.method} needs zo.difference=forward, and the deviation of at least two "
+            f"losses; got {zo.difference} and zo.num_queries={zo.num_queries}"
+        )
+    if zo.batch_per_query:
+        raise ConfigError(
+            f"zo.method={zo.method} compares the losses of one batch: set zo.batch_per_query=false"
+        )
+    if zo.exact != "none":
+        raise ConfigError(
+            f"zo.method={zo.method} makes steps of another length than zo.exact={zo.exact}: set "
+            "zo.exact=none, or zo.method=plain"
+        )
+    if config.optimizer.learning_rate == "auto":
+        raise ConfigError(
+            "optimizer.learning_rate=auto is found by trials of plain estimates: set a number with "
+            f"zo.method={zo.method}"
         )
 
 

@@ -17,7 +17,7 @@ from zo_jax.atomic import set_aside
 from zo_jax.layout import Layout
 from zo_jax.replay import make_header
 from zo_jax.train import processes
-from zo_jax.train.config import Config, ConfigError, fixed_fields, keeps_ledger
+from zo_jax.train.config import Config, ConfigError, fixed_fields, keeps_ledger, method_of
 from zo_jax.train.pretrained import Pretrained
 from zo_jax.train.run_folder import checkpoint, metrics
 from zo_jax.train.run_folder.checkpoint import CheckpointError, Checkpoints, open_checkpoints
@@ -64,6 +64,7 @@ def run_header(config: Config, model: Any, start: RunState, identity: str = "") 
         scope=config.scope,
         clip_norm=config.instruct.grad_clip_norm,
         rounding=config.optimizer.rounding,
+        method=method_of(config),
         vocab_size=model.vocab_size,
         config=fixed_fields(config),
         identity=identity,
@@ -267,9 +268,7 @@ def _tell_missing(
         processes.say(f"the snapshots of {_steps(gone)} are gone, and no replay makes them again")
 
 
-def _tell_gone(
-    config: Config, folder: Path, whole: list[int], aside: list[int], last: int
-) -> None:
+def _tell_gone(config: Config, folder: Path, whole: list[int], aside: list[int], last: int) -> None:
     """Says which of the newest checkpoints that were due by a step are neither there nor put
     aside; older ones may have made room for others.
     """
