@@ -1,5 +1,6 @@
 """Training with forward passes only: zeroth-order gradient estimates for JAX."""
 
+from zo_jax.anchor import AnchorState, anchor
 from zo_jax.estimators import (
     Estimate,
     Estimator,
@@ -24,6 +25,7 @@ from zo_jax.update import TrainState, Update, UpdateMetrics, make_update
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnchorState",
     "Dense",
     "Estimate",
     "Estimator",
@@ -40,6 +42,7 @@ __all__ = [
     "Update",
     "UpdateMetrics",
     "ZerothOrderState",
+    "anchor",
     "apply_directions",
     "by_name",
     "estimate_gradient",
