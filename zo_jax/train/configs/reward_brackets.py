@@ -36,7 +36,7 @@ def get_config(model: str = "") -> Config:
             num_test=500,
         ),
         objective=ObjectiveConfig(
-            name="reward", path=f"{REWARD}:valid", max_new_tokens=32, stop="\n"
+            name="reward", path=f"{REWARD}:valid", max_new_tokens=16, stop="\n"
         ),
         zo=ZOConfig(num_queries=32, epsilon=0.02, perturbation="low_rank"),
         optimizer=OptimizerConfig(name="adam", learning_rate=1e-3),
