@@ -146,6 +146,7 @@ def _check_setting(one: Setting, value: Any) -> None:
 def _check_combinations(config: Config) -> None:
     _check_pretrained(config)
     _check_task(config)
+    _check_objective(config)
     _check_model(config)
     _check_feedback(config)
     _check_sources(config)
@@ -194,13 +195,49 @@ def _check_task(config: Config) -> None:
         return
     if not task.path:
         raise ConfigError("task.name=file needs task.path; set it to a .jsonl or .csv file")
-    if bool(task.labels) == bool(task.target):
+    needs_answers = config.objective.name != "reward"
+    if bool(task.labels) == bool(task.target) and (needs_answers or task.labels):
         raise ConfigError(
             "task.name=file needs either task.labels, what follows the prompt for each label, or "
             "task.target, the column of the answers; set one of them"
         )
     if not task.template and not (task.chat and task.target):
         raise ConfigError("task.name=file needs task.template, the prompt, like '{text} It was'")
+
+
+def _check_objective(config: Config) -> None:
+    objective, zo = config.objective, config.zo
+    if objective.name == "loss":
+        return
+    if config.mode != "zo":
+        raise ConfigError(
+            f"objective.name={objective.name} has no gradient that backprop could find: it needs "
+            f"mode=zo; got {config.mode}"
+        )
+    if config.task.name == "text":
+        raise ConfigError(
+            f"objective.name={objective.name} needs prompts: set task.name=file and task.path, and "
+            "model.path to a model that writes"
+        )
+    if zo.perturbation != "low_rank":
+        raise ConfigError(
+            f"objective.name={objective.name} needs zo.perturbation=low_rank, whose members share "
+            f"their products; got {zo.perturbation}"
+        )
+    for name, value in (
+        ("zo.epsilon", zo.epsilon),
+        ("optimizer.learning_rate", config.optimizer.learning_rate),
+    ):
+        if value == "auto":
+            raise ConfigError(
+                f"{name}=auto is found by a loss: with objective.name={objective.name} set a number"
+            )
+    file, _, function = objective.path.rpartition(":")
+    if objective.name == "reward" and not (file.endswith(".py") and function.isidentifier()):
+        raise ConfigError(
+            "objective.path must be a Python file and one of its functions, like "
+            f"my_reward.py:score; got {objective.path!r}"
+        )
 
 
 def _check_model(config: Config) -> None:

@@ -40,6 +40,10 @@ COLUMNS: tuple[str, ...] = (
     "grad_norm",
     "instruct_cosine_target",
     "instruct_noise_scale",
+    "reward",
+    "best_reward",
+    "flat_steps",
+    "drift",
     *MEASURES,
     "forward_passes",
     "tokens",
@@ -173,7 +177,7 @@ class Files:
         """Tells the other files of a row that is in metrics.csv."""
         row = {name: _number(cell) for name, cell in cells.items() if cell != ""}
         seconds = datetime.datetime.fromisoformat(row["timestamp"]).timestamp()
-        scalars = ("loss", *MEASURES, "grad_norm", "current_lr")
+        scalars = ("loss", "reward", *MEASURES, "grad_norm", "current_lr", "drift")
         values = [Summary.Value(tag=x, simple_value=row[x]) for x in scalars if x in row]
         self._events.write_event(
             Event(wall_time=seconds, step=row["step"], summary=Summary(value=values))
