@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.core import Tracer
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 import numpy as np
 
 from zo_jax import families
@@ -137,6 +137,11 @@ class Estimator:
                 f"the mesh has no axis {self.query_axis!r}; its axes are "
                 f"{', '.join(self.mesh.shape)}; name one of "
                 "them as query_axis"
+            )
+        if self.mesh is not None and AxisType.Explicit in self.mesh.axis_types:
+            raise ValueError(
+                "the mesh's axes must be Auto, and jax.make_mesh makes them Explicit; make it with "
+                f"jax.sharding.Mesh(devices, {self.mesh.axis_names}), or axis_types="
             )
         if not isinstance(self.perturbation, Family | str):
             raise ValueError(
