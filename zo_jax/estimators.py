@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.core import Tracer
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 import numpy as np
 
 from zo_jax import exact as exactly
@@ -154,6 +154,11 @@ class Estimator:
             raise ValueError(
                 "exact must be a regular expression or a function of (path, leaf), got "
                 f"{self.exact!r:.80}"
+            )
+        if self.mesh is not None and AxisType.Explicit in self.mesh.axis_types:
+            raise ValueError(
+                "the mesh's axes must be Auto, and jax.make_mesh makes them Explicit; make it with "
+                f"jax.sharding.Mesh(devices, {self.mesh.axis_names}), or axis_types="
             )
         if not isinstance(self.perturbation, Family | str):
             raise ValueError(
