@@ -223,7 +223,7 @@ def grouped(
 
     Args:
       groups: "layers": every layer of a stack (or of a list) is a group, and every other top-level
-        entry of the parameters; "leaves": every leaf, of a stack every layer of it; or a function
+        entry of the parameters; "leaves": every leaf, of a stack all layers together; or a function
         (path, leaf) -> the name of the group of a leaf, or the names of those of the layers of a
         stack [L, ...].
       perturbation: the family of directions inside a group, or its name.
@@ -299,7 +299,7 @@ def _names_of(groups: Groups, path: str, leaf: Any, is_stack: bool) -> str | lis
             )
         return names
     if groups == "leaves":
-        return [f"{path}/{i}" for i in range(leaf.shape[0])] if is_stack else path
+        return path
     top, *rest = path.split("/")
     if is_stack:
         return [f"{top}/{i}" for i in range(leaf.shape[0])]

@@ -18,6 +18,7 @@ import optax
 
 from zo_jax import families
 from zo_jax.fingerprint import fingerprint, likeness
+from zo_jax.grouped import grouped
 from zo_jax.layout import Layout
 from zo_jax.ledger import BACKPROP, Ledger, LedgerError, same_run
 from zo_jax.trees import WHOLE, Subset
@@ -30,6 +31,7 @@ def make_header(
     num_queries: int,
     perturbation: str = "rademacher",
     rank: int = 1,
+    groups: str = "none",
     scope: str = "full",
     clip_norm: float = 0.0,
     rounding: str = "stochastic",
@@ -41,6 +43,7 @@ def make_header(
       start: the state before step 1, told by its fingerprint.
       num_queries: q.
       perturbation, rank: the family of directions, as `families.by_name` knows it.
+      groups: of `zo_jax.grouped`, "layers" or "leaves"; "none" for directions of all parameters.
       scope: a name for the parameters that are trained, "full" for all.
       clip_norm, rounding: as in `make_update`.
       info: anything besides that JSON can hold, such as the configuration of the run and the name
@@ -51,6 +54,7 @@ def make_header(
         "num_queries": num_queries,
         "perturbation": perturbation,
         "rank": rank,
+        "groups": groups,
         "scope": scope,
         "clip_norm": clip_norm,
         "rounding": rounding,
@@ -142,11 +146,17 @@ def replay(
     subset = subset or WHOLE
     try:
         family = families.by_name(header["perturbation"], header["rank"])
+        learns = header.get("groups", "none") != "none"
+        family = grouped(header["groups"], family) if learns else family
         parts = dict(clip_norm=header["clip_norm"], rounding=header["rounding"])
         update = make_update(optimizer, family, subset=subset, **parts)
     except (KeyError, TypeError, ValueError) as error:
         raise LedgerError(f"the header does not say how to replay: {error!r}") from None
-    state = start if is_state else Update(optimizer, subset=subset).init(params)
+    state = start
+    if not is_state:
+        trained = subset.floating(params).select(params)
+        own = family.start(trained) if learns else None
+        state = Update(optimizer, subset=subset).init(params, own)
     if not is_state and not check_start(state, ledger):
         warnings.warn(
             f"the run began with {header.get('versions')}, and is replayed with {versions()}: last "

@@ -103,6 +103,7 @@ IN_PROGRAMS = {
     "zo.batch_chunks": Case(2),
     "zo.batch_per_query": Case(True),
     "zo.exact": Case("^ln_f/"),
+    "zo.groups": Case("layers"),
     "fo.gradient_accumulation_steps": Case(2, BACKPROP),
     "instruct.method": Case("gram_schmidt", INSTRUCT),
     "instruct.cosine_target": Case(0.5, INSTRUCT),

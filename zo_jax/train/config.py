@@ -305,6 +305,14 @@ class ZOConfig:
     batch_per_query: bool = setting(
         False, "a fresh batch for every query, rather than one batch shared by all"
     )
+    groups: str = setting(
+        "none",
+        "none: a direction moves all parameters; layers (each layer, and each other top-level "
+        "entry) or leaves: one group of them, with queries shared out by what the projections tell "
+        "of the groups' gradients; the loss is compiled once for each group",
+        choices=("none", "layers", "leaves"),
+        only_if="mode is zo",
+    )
     exact: str = setting(
         "none",
         "parameters whose gradient is exact, with directions for the rest: none; head (the last "

@@ -195,8 +195,13 @@ def describe(
     fo_batch = f"batches of {config.fo.batch_size or train.batch_size} {what}"
     backprop = f"backprop; {fo_batch} in {config.fo.gradient_accumulation_steps} part(s)"
     evaluations = _evaluations_per_step(config)
+    of_groups = {
+        "none": "",
+        "layers": ", each of one layer or other entry, shared out by what their projections tell",
+        "leaves": ", each of one leaf, shared out by what their projections tell",
+    }[zo.groups]
     queries = (
-        f"{zo.num_queries} {zo.perturbation} directions a step, {ways[zo.difference]}, "
+        f"{zo.num_queries} {zo.perturbation} directions a step{of_groups}, {ways[zo.difference]}, "
         f"{evaluations} loss evaluations; {batch}{per_query}"
     )
     every = f"every {config.fo.bp_interval} steps"
