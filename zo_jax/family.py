@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from zo_jax import noise
 from zo_jax.layout import Layout
 from zo_jax.noise import key_words
-from zo_jax.trees import is_floating
+from zo_jax.trees import Subset, is_floating
 
 # A sum over directions makes one pass over a leaf for so many of them, written out: XLA fuses
 # these.
@@ -69,6 +69,39 @@ class Family:
         once for all directions.
         """
         return [True] * len(jax.tree.leaves(params))
+
+    def parts(self, params: Any) -> list[Subset] | None:
+        """If each direction moves one part of the parameters alone, the parts: a loss is then
+        evaluated as a function of that part, below which nothing is evaluated twice.
+        """
+        del params
+        return None
+
+    def part_of(self, params: Any, key: jax.Array) -> jax.Array:
+        """Which of the `parts` the direction moves that `key` names, int32."""
+        raise NotImplementedError(f"{type(self).__name__} has parts, and must define part_of")
+
+    def on_part(self, params: Any, part: int) -> "Family":
+        """The family, of the parameters of a part, of those directions that move it."""
+        raise NotImplementedError(f"{type(self).__name__} has parts, and must define on_part")
+
+    def start(self, params: Any) -> "Family":
+        """The family at the first step of a run; one that learns has its state in it from now
+        on.
+        """
+        del params
+        return self
+
+    def learn(self, params: Any, keys: jax.Array, projections: jax.Array) -> "Family":
+        """The family at the next step, which may depend on the projections of this one.
+
+        Args:
+          params: pytree of arrays or their shapes.
+          keys: [q], of the step's queries.
+          projections: [q], nan where the loss was not finite.
+        """
+        del params, keys, projections
+        return self
 
     def add(self, params: Any, keys: jax.Array, weights: jax.Array) -> Any:
         """params + Σᵢ weightsᵢ zᵢ, summed in float32 and rounded once: an update without a gradient

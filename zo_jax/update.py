@@ -32,6 +32,7 @@ class TrainState(NamedTuple):
       opt_state: optax's state, of the parameters that are trained.
       num_skipped: int32, those of the steps that changed nothing, for want of a finite loss.
       skipped_in_row: int32, those of them since the last step that changed something.
+      family: of the directions, where it learns from their projections; otherwise None.
     """
 
     step: jax.Array
@@ -39,6 +40,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     num_skipped: jax.Array
     skipped_in_row: jax.Array
+    family: Any = None
 
 
 class UpdateMetrics(NamedTuple):
@@ -84,11 +86,11 @@ class Update:
     layout: Layout | None = None
     weights: Callable[[jax.Array], jax.Array] = mean_weights
 
-    def init(self, params: Any) -> TrainState:
-        """The state before the first step."""
+    def init(self, params: Any, family: Family | None = None) -> TrainState:
+        """The state before the first step; `family`, if it learns, as `Family.start` returns it."""
         zero = lambda: jnp.zeros((), jnp.int32)
         opt_state = self.optimizer.init(_as_float32(self._trained(params).select(params)))
-        return TrainState(zero(), params, opt_state, zero(), zero())
+        return TrainState(zero(), params, opt_state, zero(), zero(), family)
 
     def from_projections(
         self,
@@ -99,10 +101,12 @@ class Update:
         projections_q: jax.Array,
     ) -> tuple[TrainState, UpdateMetrics]:
         """A step along ĝ = 1/q Σ cᵢ zᵢ, or with other weights, summed again from the key: of the
-        data only the projections c have a part in it.
+        data only the projections c have a part in it. A family in the state is taken rather than
+        `perturbation`, and learns.
 
         If none of them is finite the step changes nothing, but is counted.
         """
+        perturbation = perturbation if state.family is None else state.family
         keys = jax.random.split(key, len(projections_q))
         weights = self.weights(projections_q)
         trained = _as_float32_shapes(self._trained(state.params).select(state.params))
@@ -112,6 +116,8 @@ class Update:
         # Told without the gradient, whose leaves can then be made and applied one by one.
         usable = jnp.any(jnp.isfinite(projections_q))
         usable &= jnp.isfinite(_LARGEST_ENTRY * jnp.sum(jnp.abs(weights)))
+        if state.family is not None:
+            state = state._replace(family=perturbation.learn(trained, keys, projections_q))
         return self._descend(state, key, loss, gradient, norm, usable)
 
     def from_gradient(
@@ -144,6 +150,7 @@ class Update:
             opt_state=opt_state,
             num_skipped=state.num_skipped + skipped,
             skipped_in_row=skipped * (state.skipped_in_row + 1),
+            family=state.family,
         )
         if self.layout is not None:
             new = self.layout.constrain(new)

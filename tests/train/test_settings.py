@@ -119,6 +119,7 @@ IN_PROGRAMS = {
     "zo.batch_per_query": Case(True),
     "zo.method": Case("fzoo", {"zo.difference": "forward"}),
     "zo.exact": Case("^ln_f/"),
+    "zo.groups": Case("layers"),
     "fo.gradient_accumulation_steps": Case(2, BACKPROP),
     "instruct.method": Case("gram_schmidt", INSTRUCT),
     "instruct.cosine_target": Case(0.5, INSTRUCT),
