@@ -108,19 +108,19 @@ def _look_up(x: Any, indices: Any, **params: Any) -> Any:
         and tuple(numbers.start_index_map) == tuple(numbers.collapsed_slice_dims) == (0,)
         and tuple(params["slice_sizes"]) == (1, x.shape[1])
         and tuple(numbers.offset_dims) == (indices.ndim - 1,)
-        and params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
     )
     if not takes_rows:
         return NotImplemented
 
-    def rows(part):
-        sizes = dict(slice_sizes=(1, part.shape[1]))
-        return lax.gather_p.bind(part, indices, **params | sizes)
+    def rows(part, fill_value=0):
+        own = dict(slice_sizes=(1, part.shape[1]), fill_value=fill_value)
+        return lax.gather_p.bind(part, indices, **params | own)
 
+    # Zero for rows that do not exist, where these are filled.
     r = rows(x.r[:, None])
     s = _along(x.s, r.ndim - 1, r.ndim)
     z = noise.signs(rows(x.words), x.shape[1]) * r * s
-    base = rows(x.base)
+    base = rows(x.base, params["fill_value"])
     return (base.astype(sum_dtype(base.dtype)) + x.scale * z).astype(x.dtype)
 
 
