@@ -476,7 +476,12 @@ def test_flipout_forms_nothing_in_products_look_ups_casts_and_scans():
     def loss(params, tokens):
         half = lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
         rows = jnp.take(params["emb"], tokens - 3, axis=0)  # the first of them do not exist
-        return model_loss(jax.tree.map(half, params), tokens) + jnp.nansum(rows**2)
+        # A layer, and some rows, with indices that are known and that are not.
+        first, second = params["blocks"]["w"][0], params["blocks"]["w"][tokens[0, 0]]
+        head = jax.lax.dynamic_slice_in_dim(params["emb"], tokens[0, 1] - 3, 4)
+        x = jnp.ones((2, 6)) @ first @ second
+        used = jnp.sum((x @ head.T) ** 2) + jnp.sum((x @ params["emb"][2:5].T) ** 2)
+        return model_loss(jax.tree.map(half, params), tokens) + jnp.nansum(rows**2) + used
 
     def both(params, key, fn):
         moved = family.perturb(params, key, 0.1)
