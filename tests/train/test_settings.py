@@ -213,7 +213,7 @@ IN_FINE_TUNES = {
     "objective.shaping": Case("ranks", REWARD),
     "objective.max_new_tokens": Case(3, REWARD),
     "objective.temperature": Case(1.0, REWARD),
-    "objective.stop": Case("e", REWARD),
+    "objective.stop": Case("e", REWARD | {"objective.temperature": 2.0}),
     "objective.timeout": Case(1e-6, REWARD),
     "objective.text_path": Case("a.txt", REWARD),
 }

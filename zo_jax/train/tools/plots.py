@@ -27,13 +27,16 @@ Y_LABELS = {
     "eval_loss": "validation loss (nats per token)",
     "loss": "training loss (nats per token)",
     "grad_norm": "gradient norm",
+    "reward": "mean reward of the members",
+    "eval_reward": "validation reward",
 }
 
 Rows = list[dict[str, str]]
 
 
 def plot_losses(rows: Rows, path: Path, title: str) -> None:
-    """Draws training and validation loss against steps into a PNG or SVG file.
+    """Draws training and validation loss against steps, or rewards where a run has them, into a PNG
+    or SVG file.
 
     Args:
       rows: of metrics.csv.
@@ -45,10 +48,19 @@ def plot_losses(rows: Rows, path: Path, title: str) -> None:
         ("loss", "training (one batch)"): dict(alpha=0.6, linewidth=1),
         ("eval_loss", "validation"): dict(marker="o", markersize=3),
     }
+    what = "cross-entropy (nats per token)"
+    if any(row["reward"] for row in rows):
+        what, (training, validation) = "mean score", styles.values()
+        measures = ("eval_reward", "eval_exact_match", "eval_accuracy")
+        held_out = next((y for y in measures if any(row[y] for row in rows)), measures[0])
+        styles = {
+            ("reward", "members (one batch)"): training,
+            (held_out, "validation"): validation,
+        }
     for (y, label), style in styles.items():
         if points := _points(rows, "step", y):
             axes.plot(*zip(*points, strict=True), label=label, **style)
-    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=title)
+    axes.set(xlabel="step", ylabel=what, title=title)
     _save(figure, axes, path)
 
 
@@ -59,7 +71,7 @@ def plot_runs(runs: dict[str, Rows], path: Path, x: str = "step", y: str = "eval
       runs: the rows of each run's metrics.csv, by its name.
       path: the file, replaced as a whole.
       x: "step", "forward_passes", "tokens" or "seconds".
-      y: "eval_loss", "loss" or "grad_norm".
+      y: "eval_loss", "loss", "grad_norm", "reward" or "eval_reward".
 
     Raises:
       ValueError: a run has no such rows.
