@@ -8,7 +8,7 @@ import jax
 from zo_jax.atomic import write_atomic
 from zo_jax.layout import Layout
 from zo_jax.models import lora
-from zo_jax.train import describe, evaluate, processes
+from zo_jax.train import describe, evaluate, processes, summary
 from zo_jax.train.config import Config
 from zo_jax.train.run_folder import checkpoint, metrics
 from zo_jax.train.run_folder.folder import Workdir
@@ -44,6 +44,7 @@ def finish(
             f"finished {num_steps} steps: training loss {loss:.6f} (last batch), validation "
             f"loss {describe.tell_results(results, task.unit)}"
         )
+        print(summary.tabulate(rows, task.measure))
         if skipped:
             print(f"{skipped} of the steps changed nothing: their loss was not finite")
         if tested:

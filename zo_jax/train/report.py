@@ -126,6 +126,11 @@ class Report:
             nothing = np.full(self.config.zo.num_queries, np.nan, np.float32)
             writer.append(step, ledger.BACKPROP, 0, last.loss, nothing)
 
+    def _validation(self) -> str:
+        """The latest validation loss, for the line of progress."""
+        results = self.run.log.results
+        return f"validation {results[max(results)]['eval_loss']:.4f}, " if results else ""
+
     def _show(self, step: int, last: StepMetrics) -> None:
         # Compilation is in the first step, and not in the rate.
         self._began = self._began or time.monotonic()
@@ -135,6 +140,7 @@ class Report:
         rate = blocks * self.task.tokens_per_example / max(time.monotonic() - self._began, 1e-9)
         self.progress.show(
             step,
-            f"loss {last.loss:.4f}, lr {last.learning_rate:.2e}, |g| {last.grad_norm:.3g}, "
+            f"loss {last.loss:.4f}, {self._validation()}lr {last.learning_rate:.2e}, "
+            f"|g| {last.grad_norm:.3g}, "
             f"{rate:,.0f} tokens/s, {describe.passes_until(self.config, step):,} passes",
         )
