@@ -2,6 +2,8 @@
 
 from importlib import metadata as _metadata
 
+from zo_jax import methods
+from zo_jax.anchor import AnchorState, anchor
 from zo_jax.estimators import (
     Estimate,
     Estimator,
@@ -29,6 +31,7 @@ except _metadata.PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AnchorState",
     "Dense",
     "Estimate",
     "Estimator",
@@ -45,6 +48,7 @@ __all__ = [
     "Update",
     "UpdateMetrics",
     "ZerothOrderState",
+    "anchor",
     "apply_directions",
     "by_name",
     "estimate_gradient",
@@ -57,6 +61,7 @@ __all__ = [
     "low_rank",
     "make_update",
     "mean_weights",
+    "methods",
     "mudamw",
     "probe",
     "project",

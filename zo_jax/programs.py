@@ -46,7 +46,11 @@ def lazily(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_halves(
-    fn: Callable[..., Any], params: Any, is_moved: Sequence[bool], *known: Any
+    fn: Callable[..., Any],
+    params: Any,
+    is_moved: Sequence[bool],
+    *known: Any,
+    keep_vjp: bool = False,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """`fn(params, *known)` as two functions, of which the first is evaluated once for many
     parameters.
@@ -61,6 +65,8 @@ def in_halves(
       params: pytree of arrays.
       is_moved: for each leaf whether it is another in `moved`.
       *known: pytrees of arrays or their shapes.
+      keep_vjp: whether the rules of `jax.custom_vjp` stay, for reverse mode (then no leaf of
+        `moved` is perturbed).
     """
     leaves, treedef = jax.tree.flatten(params)
     pick = lambda leaves: [x for x, moved in zip(leaves, is_moved, strict=True) if moved]
@@ -70,7 +76,7 @@ def in_halves(
         of = [next(moved) if is_in else x for x, is_in in zip(leaves, is_moved, strict=True)]
         return fn(jax.tree.unflatten(treedef, of), *known)
 
-    program = _trace(fn_of_moved, pick(leaves), *known)
+    program = _trace(fn_of_moved, pick(leaves), *known, keep_vjp=keep_vjp)
     num_moved, num_known = sum(is_moved), len(jax.tree.leaves(known))
     statuses = [Known.NOT] * num_moved + [Known.CHEAP] * num_known
     plan = plan_of(program.jaxpr, program.consts, statuses)
@@ -119,9 +125,10 @@ class _Program(NamedTuple):
         return jax.tree.unflatten(jax.tree.structure(self.out_shape), outs)
 
 
-def _trace(fn: Callable[..., Any], *args: Any) -> _Program:
+def _trace(fn: Callable[..., Any], *args: Any, keep_vjp: bool = False) -> _Program:
     """`fn` of arrays of the shapes and dtypes of `args`."""
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     shapes = jax.tree.map(shape, args, is_leaf=is_perturbed)
     closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*shapes)
-    return _Program(without_custom_vjp(closed.jaxpr), closed.consts, out_shape)
+    jaxpr = closed.jaxpr if keep_vjp else without_custom_vjp(closed.jaxpr)
+    return _Program(jaxpr, closed.consts, out_shape)

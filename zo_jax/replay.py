@@ -20,6 +20,7 @@ from zo_jax import families
 from zo_jax.fingerprint import fingerprint, likeness
 from zo_jax.layout import Layout
 from zo_jax.ledger import BACKPROP, Ledger, LedgerError, same_run
+from zo_jax.methods.fzoo import weights_of
 from zo_jax.trees import WHOLE, Subset
 from zo_jax.update import TrainState, Update, make_update
 
@@ -33,6 +34,7 @@ def make_header(
     scope: str = "full",
     clip_norm: float = 0.0,
     rounding: str = "stochastic",
+    method: dict[str, Any] | None = None,
     **info: Any,
 ) -> dict[str, Any]:
     """What fixes a replay, and what is told of it.
@@ -43,6 +45,8 @@ def make_header(
       perturbation, rank: the family of directions, as `families.by_name` knows it.
       scope: a name for the parameters that are trained, "full" for all.
       clip_norm, rounding: as in `make_update`.
+      method: what makes weights of projections where it is not their mean, as
+        `zo_jax.methods.weights_of` knows it.
       info: anything besides that JSON can hold, such as the configuration of the run and the name
         of the optimiser. An `identity` stands for all that makes the run what it is, and is what
         tells it from others.
@@ -57,6 +61,7 @@ def make_header(
         "fingerprint": int(fingerprint(start)),
         "probe": float(likeness(start)),
         "versions": versions(),
+        **({} if method is None else {"method": method}),
         **info,
     }
 
@@ -142,7 +147,8 @@ def replay(
     subset = subset or WHOLE
     try:
         family = families.by_name(header["perturbation"], header["rank"])
-        parts = dict(clip_norm=header["clip_norm"], rounding=header["rounding"])
+        parts: dict[str, Any] = {name: header[name] for name in ("clip_norm", "rounding")}
+        parts["weights"] = weights_of(header.get("method"))
         update = make_update(optimizer, family, subset=subset, **parts)
     except (KeyError, TypeError, ValueError) as error:
         raise LedgerError(f"the header does not say how to replay: {error!r}") from None

@@ -73,6 +73,8 @@ class Update:
       clip_norm: largest global norm of an estimate (0: any).
       rounding: of parameters of 16 bits, "stochastic" or "nearest"; see `rounding.apply`.
       layout: where the state lives; each device then sums and applies what it holds.
+      weights: projections [q] -> the weights [q] of their directions, 0 where one is not finite; of
+        a method that is no mean, such as `zo_jax.methods.Fzoo`.
     """
 
     optimizer: optax.GradientTransformation
@@ -80,6 +82,7 @@ class Update:
     clip_norm: float = 0.0
     rounding: str = "stochastic"
     layout: Layout | None = None
+    weights: Callable[[jax.Array], jax.Array] = mean_weights
 
     def init(self, params: Any) -> TrainState:
         """The state before the first step."""
@@ -95,13 +98,13 @@ class Update:
         loss: jax.Array,
         projections_q: jax.Array,
     ) -> tuple[TrainState, UpdateMetrics]:
-        """A step along ĝ = 1/q Σ cᵢ zᵢ, summed again from the key: of the data only the projections
-        c have a part in it.
+        """A step along ĝ = 1/q Σ cᵢ zᵢ, or with other weights, summed again from the key: of the
+        data only the projections c have a part in it.
 
         If none of them is finite the step changes nothing, but is counted.
         """
         keys = jax.random.split(key, len(projections_q))
-        weights = mean_weights(projections_q)
+        weights = self.weights(projections_q)
         trained = _as_float32_shapes(self._trained(state.params).select(state.params))
         gradient, norm = perturbation.on(self.layout).combine_with_norm(trained, keys, weights)
         if self.clip_norm:

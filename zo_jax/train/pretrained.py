@@ -26,6 +26,8 @@ RULES = (
     (r"(o_proj|down_proj|c_proj)/weight$", -1),
     (r"(embed_tokens|lm_head|wte|wpe)/weight$", -1),
 )
+# What the folder of a run has, and no model's.
+_OF_RUN = "metrics.csv"
 _BITS = {"none": 0, "file": 0, "int8": 8, "int4": 4}
 
 
@@ -85,6 +87,11 @@ class Pretrained:
             return rf"^h/{last}/(mlp|ln_2)/|^(lm_head|{_unless(self.files.config.tied, 'wte')})/"
         head = _unless(self.files.config.tied, "embed_tokens")
         return rf"^layers/{last}/(mlp|post_attention_layernorm)/|^(lm_head|{head})/"
+
+    @property
+    def output(self) -> str:
+        """Regular expression of the last norm and the output head, if it has one of its own."""
+        return "" if self.files.config.tied else "^(norm|ln_f|lm_head)/"
 
     @property
     def model(self) -> Model:
@@ -187,6 +194,11 @@ def open_pretrained(config: Config) -> Pretrained | None:
     if not config.model.path:
         return None
     path = Path(config.model.path).expanduser()
+    if (path / _OF_RUN).exists():
+        raise ConfigError(
+            f"model.path={config.model.path} is the folder of a run; write its model with zo-jax "
+            f"export {config.model.path} --out=MODEL, and set model.path=MODEL"
+        )
     try:
         files = open_files(path)
     except ValueError as error:

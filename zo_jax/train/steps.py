@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from zo_jax import families
+from zo_jax.anchor import distance
 from zo_jax.estimators import Estimator
 from zo_jax.layout import Layout
+from zo_jax.methods import weights_of
 from zo_jax.train import feedback, hybrid
-from zo_jax.train.config import QUERY_MODES, Config
+from zo_jax.train.config import QUERY_MODES, Config, method_of
 from zo_jax.train.losses import next_token_loss
 from zo_jax.train.optimizers import make_optimizer, make_schedule
-from zo_jax.train.scopes import make_scope
+from zo_jax.train.scopes import make_exact, make_scope
 from zo_jax.trees import ALL, WHOLE, Subset
 from zo_jax.update import TrainState, Update, UpdateMetrics
 
@@ -34,10 +36,12 @@ class RunState(NamedTuple):
     Attributes:
       train: step, parameters, optimiser state and counts.
       history: of the losses, for the adaptive schedule of mode instruct; elsewhere None.
+      num_flat: int32, steps so far whose scores were all equal; None where a loss is lowered.
     """
 
     train: TrainState
     history: hybrid.LossHistory | None
+    num_flat: jax.Array | None = None
 
     @property
     def step(self) -> jax.Array:
@@ -55,6 +59,9 @@ class StepMetrics(NamedTuple):
       loss, grad_norm, learning_rate: float32.
       num_skipped, skipped_in_row: int32, as in `TrainState`, after this step.
       cosine_target, noise_scale: float32, of guided directions.
+      drift: float32, how far the trained parameters are from the anchor.
+      num_flat: int32, as in `RunState`, after this step.
+      best_score: float32, the best member's mean score.
     """
 
     loss: jax.Array
@@ -64,6 +71,9 @@ class StepMetrics(NamedTuple):
     skipped_in_row: jax.Array
     cosine_target: jax.Array
     noise_scale: jax.Array
+    drift: jax.Array
+    num_flat: jax.Array | float
+    best_score: jax.Array | float
 
 
 class StepRecord(NamedTuple):
@@ -80,8 +90,10 @@ class StepRecord(NamedTuple):
     projections: jax.Array
 
 
-def make_estimator(config: Config, layout: Layout | None = None) -> Estimator:
-    """The estimator that the configuration names."""
+def make_estimator(config: Config, layout: Layout | None = None, model: Any = None) -> Estimator:
+    """The estimator that the configuration names; without the model, which is asked for it, what
+    is exact is left out.
+    """
     zo = config.zo
     return Estimator(
         num_queries=zo.num_queries,
@@ -92,7 +104,13 @@ def make_estimator(config: Config, layout: Layout | None = None) -> Estimator:
         batch_per_query=zo.batch_per_query,
         batch_chunks=zo.batch_chunks,
         mesh=None if layout is None else layout.mesh,
+        exact=exact_of(config, model) if model else None,
     )
+
+
+def exact_of(config: Config, model: Any) -> Subset | None:
+    """The part of what a run trains whose gradient is exact beside its directions."""
+    return make_exact(config.zo.exact, model, scope_of(config, model))
 
 
 def base_key(config: Config) -> jax.Array:
@@ -119,6 +137,7 @@ def make_rules(config: Config, model: Any, layout: Layout | None = None) -> Upda
         clip_norm=config.instruct.grad_clip_norm,
         rounding=config.optimizer.rounding,
         layout=layout,
+        weights=weights_of(method_of(config)),
     )
 
 
@@ -129,21 +148,21 @@ def init_state(config: Config, model: Any, layout: Layout | None = None) -> RunS
     rules = make_rules(config, model, layout)
     params = model.start(jax.random.fold_in(base_key(config), 2**31), layout)
 
-    def init(params: Any) -> RunState:
-        history = hybrid.new_history() if config.instruct.adaptive else None
-        return RunState(rules.init(params), history)
-
+    init = lambda params: _begin(config, rules, params)
     places = layout and layout.shardings(jax.eval_shape(init, params))
     return jax.jit(init, donate_argnums=0, out_shardings=places)(params)
 
 
 def state_shapes(config: Config, model: Any) -> RunState:
     """The shapes of `init_state`, without allocating any."""
-    rules, history = make_rules(config, model), hybrid.new_history()
-    init = lambda params: RunState(
-        rules.init(params), history if config.instruct.adaptive else None
-    )
-    return jax.eval_shape(init, model.shapes())
+    rules = make_rules(config, model)
+    return jax.eval_shape(lambda params: _begin(config, rules, params), model.shapes())
+
+
+def _begin(config: Config, rules: Update, params: Any) -> RunState:
+    history = hybrid.new_history() if config.instruct.adaptive else None
+    num_flat = None if config.objective.name == "loss" else jnp.zeros((), jnp.int32)
+    return RunState(rules.init(params), history, num_flat)
 
 
 def kept_part(config: Config, model: Any) -> Subset:
@@ -185,7 +204,7 @@ def make_project(
     """
     scope = scope_of(config, model)
     loss = make_loss(model, scope, loss_fn)
-    estimator = make_estimator(config, layout)
+    estimator = make_estimator(config, layout, model)
 
     @jax.jit
     def project(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, ...]:
@@ -202,22 +221,49 @@ def make_update(
 
     The state is donated. Replay calls the same function.
     """
-    rules, tell = make_rules(config, model, layout), _make_tell(config)
+    rules = make_rules(config, model, layout)
+    tell = _make_tell(config, rules.subset)
     family = make_estimator(config).family
 
     def update(
         state: RunState, key: jax.Array, loss: jax.Array, projections: jax.Array
     ) -> tuple[RunState, StepMetrics]:
-        return tell(state, *rules.from_projections(family, state.train, key, loss, projections))
+        new, metrics = tell(
+            state, *rules.from_projections(family, state.train, key, loss, projections)
+        )
+        if state.num_flat is None:
+            return new, metrics
+        has_signal = jnp.any(jnp.isfinite(projections) & (projections != 0))
+        num_flat = state.num_flat + 1 - has_signal.astype(jnp.int32)
+        return new._replace(num_flat=num_flat), metrics._replace(num_flat=num_flat)
 
     return jax.jit(update, donate_argnums=0)
+
+
+def make_exact_step(
+    config: Config, model: Any, layout: Layout | None = None, loss_fn: Loss | None = None
+) -> Callable[..., tuple[RunState, StepMetrics]]:
+    """The jitted step along directions for a part of the parameters and the gradient of the rest,
+    `zo.exact`: (state, key, batch) -> (state, metrics), the state donated.
+    """
+    rules, tell = make_rules(config, model, layout), _make_tell(config)
+    loss = make_loss(model, rules.subset, loss_fn)
+    estimator = make_estimator(config, layout, model)
+
+    def exact_step(state: RunState, key: jax.Array, batch: Any) -> tuple[RunState, StepMetrics]:
+        trained = rules.subset.select(state.params)
+        estimate = estimator.estimate(loss(state.params), trained, key, batch)
+        return tell(state, *rules.from_gradient(state.train, key, estimate.loss, estimate.gradient))
+
+    return jax.jit(exact_step, donate_argnums=0)
 
 
 def make_fo_step(
     config: Config, model: Any, layout: Layout | None = None, loss_fn: Loss | None = None
 ) -> Callable[..., tuple[RunState, StepMetrics]]:
     """The jitted backprop step: (state, batch) -> (state, metrics), the state donated."""
-    rules, tell = make_rules(config, model, layout), _make_tell(config)
+    rules = make_rules(config, model, layout)
+    tell = _make_tell(config, rules.subset)
     loss_and_grad = _make_loss_and_grad(config, make_loss(model, rules.subset, loss_fn), rules)
 
     def fo_step(state: RunState, batch: Any) -> tuple[RunState, StepMetrics]:
@@ -234,7 +280,8 @@ def make_feedback_step(
     """The jitted step of modes feedback and block_local: (state, tokens [B, T]) -> (state,
     metrics), the state donated.
     """
-    rules, tell = make_rules(config, model, layout), _make_tell(config)
+    rules = make_rules(config, model, layout)
+    tell = _make_tell(config, rules.subset)
     loss_and_gradient = feedback.make_gradient(config, model)
 
     def feedback_step(state: RunState, tokens_BT: jax.Array) -> tuple[RunState, StepMetrics]:
@@ -252,7 +299,8 @@ def make_guided_step(
     """The jitted step of mode instruct with a backprop gradient: (state, key, batch, fo_batch) ->
     (state, metrics).
     """
-    rules, tell = make_rules(config, model, layout), _make_tell(config)
+    rules = make_rules(config, model, layout)
+    tell = _make_tell(config, rules.subset)
     loss = make_loss(model, rules.subset, loss_fn)
     loss_and_grad = _make_loss_and_grad(config, loss, rules)
     estimator = make_estimator(config, layout)
@@ -304,6 +352,9 @@ def make_train_step(
         fo_step = make_feedback_step(*parts)
     if config.mode == "instruct":
         guided_step = make_guided_step(*parts, loss_fn)
+    if config.zo.exact != "none":
+        exact_step = make_exact_step(*parts, loss_fn)
+        return lambda state, step, batch, _: (*exact_step(state, step_key(step), batch), None)
     if config.mode in QUERY_MODES:
         project = make_project(*parts, loss_fn)
         update = make_update(*parts)
@@ -332,7 +383,7 @@ def make_step_key(config: Config, layout: Layout | None) -> Callable[[int], jax.
     return lambda step: fold_in(np.uint32(step))
 
 
-def _make_tell(config: Config) -> Callable[..., tuple[RunState, StepMetrics]]:
+def _make_tell(config: Config, scope: Subset) -> Callable[..., tuple[RunState, StepMetrics]]:
     """(state before, updated state and metrics, of guided directions cosine and noise) -> the state
     after, and what is told.
     """
@@ -346,6 +397,10 @@ def _make_tell(config: Config) -> Callable[..., tuple[RunState, StepMetrics]]:
         noise_scale: Any = jnp.nan,
     ) -> tuple[RunState, StepMetrics]:
         history = before.history and hybrid.remember(before.history, metrics.loss)
+        drift = jnp.float32(jnp.nan)
+        if config.optimizer.anchor:
+            anchor = train.opt_state[-1]
+            drift = distance(anchor, scope.floating(train.params).select(train.params))
         return RunState(train, history), StepMetrics(
             loss=metrics.loss,
             grad_norm=metrics.grad_norm,
@@ -354,6 +409,9 @@ def _make_tell(config: Config) -> Callable[..., tuple[RunState, StepMetrics]]:
             skipped_in_row=metrics.skipped_in_row,
             cosine_target=jnp.float32(cosine_target),
             noise_scale=jnp.float32(noise_scale),
+            drift=drift,
+            num_flat=np.nan,
+            best_score=np.nan,
         )
 
     return tell

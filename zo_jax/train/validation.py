@@ -146,10 +146,12 @@ def _check_setting(one: Setting, value: Any) -> None:
 def _check_combinations(config: Config) -> None:
     _check_pretrained(config)
     _check_task(config)
+    _check_objective(config)
     _check_model(config)
     _check_feedback(config)
     _check_sources(config)
     _check_batches(config)
+    _check_method(config)
     _check_optimizer(config)
     if config.mode in ("calibrate", "instruct") and not config.fo.bp_interval:
         raise ConfigError(
@@ -193,13 +195,49 @@ def _check_task(config: Config) -> None:
         return
     if not task.path:
         raise ConfigError("task.name=file needs task.path; set it to a .jsonl or .csv file")
-    if bool(task.labels) == bool(task.target):
+    needs_answers = config.objective.name != "reward"
+    if bool(task.labels) == bool(task.target) and (needs_answers or task.labels):
         raise ConfigError(
             "task.name=file needs either task.labels, what follows the prompt for each label, or "
             "task.target, the column of the answers; set one of them"
         )
     if not task.template and not (task.chat and task.target):
         raise ConfigError("task.name=file needs task.template, the prompt, like '{text} It was'")
+
+
+def _check_objective(config: Config) -> None:
+    objective, zo = config.objective, config.zo
+    if objective.name == "loss":
+        return
+    if config.mode != "zo":
+        raise ConfigError(
+            f"objective.name={objective.name} has no gradient that backprop could find: it needs "
+            f"mode=zo; got {config.mode}"
+        )
+    if config.task.name == "text":
+        raise ConfigError(
+            f"objective.name={objective.name} needs prompts: set task.name=file and task.path, and "
+            "model.path to a model that writes"
+        )
+    if zo.perturbation != "low_rank":
+        raise ConfigError(
+            f"objective.name={objective.name} needs zo.perturbation=low_rank, whose members share "
+            f"their products; got {zo.perturbation}"
+        )
+    for name, value in (
+        ("zo.epsilon", zo.epsilon),
+        ("optimizer.learning_rate", config.optimizer.learning_rate),
+    ):
+        if value == "auto":
+            raise ConfigError(
+                f"{name}=auto is found by a loss: with objective.name={objective.name} set a number"
+            )
+    file, _, function = objective.path.rpartition(":")
+    if objective.name == "reward" and not (file.endswith(".py") and function.isidentifier()):
+        raise ConfigError(
+            "objective.path must be a Python file and one of its functions, like "
+            f"my_reward.py:score; got {objective.path!r}"
+        )
 
 
 def _check_model(config: Config) -> None:
@@ -273,12 +311,42 @@ def _check_batches(config: Config) -> None:
         )
 
 
+def _check_method(config: Config) -> None:
+    zo = config.zo
+    if zo.method == "plain":
+        return
+    if zo.difference != "forward" or zo.num_queries < 2:
+        raise ConfigError(
+            f"zo.method={zo.method} needs zo.difference=forward, and the deviation of at least two "
+            f"losses; got {zo.difference} and zo.num_queries={zo.num_queries}"
+        )
+    if zo.batch_per_query:
+        raise ConfigError(
+            f"zo.method={zo.method} compares the losses of one batch: set zo.batch_per_query=false"
+        )
+    if zo.exact != "none":
+        raise ConfigError(
+            f"zo.method={zo.method} makes steps of another length than zo.exact={zo.exact}: set "
+            "zo.exact=none, or zo.method=plain"
+        )
+    if config.optimizer.learning_rate == "auto":
+        raise ConfigError(
+            "optimizer.learning_rate=auto is found by trials of plain estimates: set a number with "
+            f"zo.method={zo.method}"
+        )
+
+
 def _check_optimizer(config: Config) -> None:
     optimizer, rate = config.optimizer, config.optimizer.learning_rate
     if rate == "auto" and config.mode != "zo":
         raise ConfigError(
             f"optimizer.learning_rate=auto is found by zeroth-order trials: it needs mode=zo, got "
             f"{config.mode}; set a number"
+        )
+    if rate == "auto" and config.zo.exact != "none":
+        raise ConfigError(
+            f"optimizer.learning_rate=auto is found by trials along directions, which have no part "
+            f"in zo.exact={config.zo.exact}; set a number, or zo.exact=none"
         )
     is_number = rate != "auto"
     if optimizer.schedule == "cosine" and is_number and optimizer.min_learning_rate > rate:

@@ -41,6 +41,10 @@ COLUMNS: tuple[str, ...] = (
     "grad_norm",
     "instruct_cosine_target",
     "instruct_noise_scale",
+    "reward",
+    "best_reward",
+    "flat_steps",
+    "drift",
     *MEASURES,
     "forward_passes",
     "tokens",
@@ -177,7 +181,7 @@ class Files:
         """Tells the other files of a row that is in metrics.csv."""
         row = {name: _number(cell) for name, cell in cells.items() if cell != ""}
         seconds = datetime.datetime.fromisoformat(row["timestamp"]).timestamp()
-        scalars = ("loss", *MEASURES, "grad_norm", "current_lr")
+        scalars = ("loss", "reward", *MEASURES, "grad_norm", "current_lr", "drift")
         told = {name: row[name] for name in scalars if name in row}
         values = [Summary.Value(tag=name, simple_value=x) for name, x in told.items()]
         self._events.write_event(

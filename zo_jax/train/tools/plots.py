@@ -39,6 +39,9 @@ Y_LABELS = {
     "current_lr": "learning rate",
     "instruct_cosine_target": "cosine to the gradient",
     "eval_accuracy": "validation accuracy",
+    "reward": "mean reward of the members",
+    "eval_reward": "validation reward",
+    "drift": "distance from the start",
 }
 # Of the picture that no --x and no --y asks for; those of which no run has anything are left out.
 PANELS = (
@@ -49,6 +52,8 @@ PANELS = (
     ("step", "current_lr"),
     ("step", "instruct_cosine_target"),
     ("step", "eval_accuracy"),
+    ("step", "eval_reward"),
+    ("step", "drift"),
 )
 _MARKERS, _STROKES = "osD^v<>PX*", ("-", "--", ":", "-.")
 # More marks than this would be a line.

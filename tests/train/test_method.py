@@ -1,0 +1,82 @@
+"""zo.method in the program: the step is that of the method in the library, and replays."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from zo_jax import ledger, methods
+from zo_jax.replay import replay
+from zo_jax.train import steps
+from zo_jax.train.config import ConfigError
+from zo_jax.train.data import batches
+from zo_jax.train.data.corpus import load_corpus
+from zo_jax.train.losses import next_token_loss
+from zo_jax.train.model import make_model
+from zo_jax.train.run_folder.resume import run_header
+from zo_jax.train.validation import resolve, validate
+
+
+def test_fzoo_steps_are_those_of_the_library_and_replay(tiny_config, tmp_path):
+    config = tiny_config
+    config.zo.method, config.zo.difference, config.zo.epsilon = "fzoo", "forward", 1e-2
+    config.optimizer.name, config.optimizer.learning_rate = "sgd", 1e-2
+    validate(config)
+    corpus = load_corpus(config.data)
+    config = resolve(config, len(corpus.train_NT))
+    model = make_model(config.model, corpus.tokenizer.vocab_size)
+    state = steps.init_state(config, model)
+    start = jax.tree.map(np.array, state.params)
+    writer = ledger.Writer(tmp_path / "ledger.bin", run_header(config, model, state))
+    train_step = steps.make_train_step(config, model)
+    for step in range(2):
+        tokens, _ = batches.read_batches(config, corpus.train_NT, step)
+        state, _, record = train_step(state, step, tokens, None)
+        assert record is not None
+        writer.append(step + 1, ledger.REPLAYABLE, *record)
+        if step == 0:
+            first, first_tokens = jax.tree.map(np.array, state.params), tokens
+    end = jax.tree.map(np.array, state.params)
+    writer.close()
+
+    method = methods.Fzoo(steps.make_estimator(config))
+    transformation = method.transformation(steps.base_key(config))
+    loss = lambda params, tokens: next_token_loss(model, params, tokens)
+    updates, _ = jax.jit(
+        lambda p: transformation.update(
+            None, transformation.init(p), p, value_fn=loss, batch=(first_tokens,)
+        )
+    )(start)
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    jax.tree.map(lambda a, u, b: near(a - 1e-2 * u, b), start, updates, first)
+    assert max(np.max(np.abs(x)) for x in jax.tree.leaves(updates)) > 1, "far from the plain mean"
+
+    again = replay(start, ledger.read(tmp_path / "ledger.bin"), optax.sgd(1e-2))
+    jax.tree.map(near, again.params, end)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(difference="central"), "zo.method=fzoo needs zo.difference=forward"),
+        (dict(num_queries=1), "at least two losses"),
+        (dict(batch_per_query=True), "losses of one batch"),
+        (dict(exact="head"), "steps of another length"),
+    ],
+)
+def test_impossible_methods_are_refused(tiny_config, change, message):
+    tiny_config.zo.method, tiny_config.zo.difference = "fzoo", "forward"
+    for name, value in change.items():
+        setattr(tiny_config.zo, name, value)
+    with pytest.raises(ConfigError, match=message):
+        validate(tiny_config)
+    tiny_config.zo.method = "lozo"
+    with pytest.raises(ConfigError, match=r"zo\.method must be one of plain, fzoo"):
+        validate(tiny_config)
+
+
+def test_a_rate_found_by_plain_trials_is_refused(tiny_config):
+    tiny_config.zo.method, tiny_config.zo.difference = "fzoo", "forward"
+    tiny_config.optimizer.learning_rate = "auto"
+    with pytest.raises(ConfigError, match="trials of plain estimates"):
+        validate(tiny_config)
