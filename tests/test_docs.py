@@ -3,6 +3,7 @@
 import contextlib
 import doctest
 import importlib
+import inspect
 from pathlib import Path
 import pkgutil
 import re
@@ -49,8 +50,9 @@ def test_the_code_of_a_page_runs(page):
 
 
 def public_names():
-    for module in (zo_jax, zo_jax.models):
-        yield from (f"{module.__name__}.{name}" for name in module.__all__)
+    for module in (zo_jax, zo_jax.methods, zo_jax.models):
+        names = (name for name in module.__all__ if not inspect.ismodule(getattr(module, name)))
+        yield from (f"{module.__name__}.{name}" for name in names)
 
 
 def test_every_public_name_is_in_the_reference():

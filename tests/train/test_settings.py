@@ -266,7 +266,9 @@ ON_DEVICES = {
     "mesh.data": Case(2),
     "mesh.model": Case(2),
 }
-CASES = IN_PROGRAMS | IN_BLOCKS | IN_FINE_TUNES | ON_DEVICES
+# What it changes is in test_tracking.py, for its library is an extra.
+TRACKED = {"train.wandb": Case("a project")}
+CASES = TRACKED | IN_PROGRAMS | IN_BLOCKS | IN_FINE_TUNES | ON_DEVICES
 for name, (run, _, _) in IN_RUNS.items():
     others = {field: value for field, value in RUNS[run].items() if field != name}
     CASES[name] = Case(RUNS[run][name], others)

@@ -733,6 +733,12 @@ class TrainConfig:
         only_if=f"{_TEXT} and train.sample_tokens is not 0",
         may_change="the sample at the end",
     )
+    wandb: str = setting(
+        "",
+        "project of Weights & Biases to which rows are sent besides (empty: none); needs its "
+        "library, pip install 'zo_jax[wandb]'",
+        may_change=_NOTHING,
+    )
 
 
 @dataclasses.dataclass
