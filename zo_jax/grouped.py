@@ -157,6 +157,7 @@ class Grouped(Family):
 
     def _norms(self, params: Any) -> Norms:
         norms = self.norms if self.norms is not None else self.start(params).norms
+        assert norms is not None
         count = len(find_groups(self.groups, params))
         if norms.ends.shape != (count,):
             raise ValueError(

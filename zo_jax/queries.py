@@ -150,7 +150,7 @@ class Queries:
         self._check_batch(batch)
         # What is no pytree of arrays is closed over.
         is_array = lambda x: isinstance(x, jax.Array | np.ndarray)
-        own = dict(loss_fn=loss_fn, family=family)
+        own: dict[str, Any] = dict(loss_fn=loss_fn, family=family)
         shared = {k: v for k, v in own.items() if all(map(is_array, jax.tree.leaves(v)))}
         operands = _Operands(params, batch, keys, shared, scales)
         return operands, lambda operands: self._lines(operands, **own | operands.shared)
