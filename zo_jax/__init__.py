@@ -1,5 +1,11 @@
 """Training with forward passes only: zeroth-order gradient estimates for JAX."""
 
+from zo_jax.activations import (
+    ActivationEstimate,
+    ActivationState,
+    activation_gradient,
+    activation_zeroth_order,
+)
 from zo_jax.estimators import (
     Estimate,
     Estimator,
@@ -25,6 +31,8 @@ from zo_jax.update import TrainState, Update, UpdateMetrics, make_update
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationEstimate",
+    "ActivationState",
     "Dense",
     "Estimate",
     "Estimator",
@@ -41,6 +49,8 @@ __all__ = [
     "Update",
     "UpdateMetrics",
     "ZerothOrderState",
+    "activation_gradient",
+    "activation_zeroth_order",
     "apply_directions",
     "by_name",
     "estimate_gradient",

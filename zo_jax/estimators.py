@@ -290,6 +290,7 @@ class Estimator:
         self, gradient: Any, loss_fn: Callable[..., Any], params: Any, batch: tuple[Any, ...]
     ) -> Any:
         """The gradient with that of the exact part in its place."""
+        assert self.exact is not None
         part = exactly.split(self.exact, params).exact
         loss = loss_of(part, loss_fn, params)
         count = (self.num_queries if self.batch_per_query else 1) * self.batch_chunks
