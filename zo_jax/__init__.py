@@ -14,6 +14,7 @@ from zo_jax.estimators import (
 from zo_jax.evolution import Evolution, EvolutionState, Members, evolution, shape_scores
 from zo_jax.families import apply_directions, by_name, gaussian, low_rank, rademacher, sphere
 from zo_jax.family import Family
+from zo_jax.grouped import grouped
 from zo_jax.guided import guided, instruct_directions
 from zo_jax.interpreter import record_formed
 from zo_jax.layout import Layout
@@ -55,6 +56,7 @@ __all__ = [
     "evolution",
     "fill_frozen",
     "gaussian",
+    "grouped",
     "guided",
     "instruct_directions",
     "lazily",

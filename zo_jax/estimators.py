@@ -24,7 +24,7 @@ from zo_jax import exact as exactly
 from zo_jax import families
 from zo_jax.family import Family
 from zo_jax.queries import DIFFERENCES, Queries
-from zo_jax.trees import Rule, Subset, as_arrays
+from zo_jax.trees import Rule, Subset, as_arrays, loss_of
 
 
 class Estimate(NamedTuple):
@@ -190,6 +190,20 @@ class Estimator:
             }[self.difference]
         )
 
+    def start(self, params: Any) -> Family:
+        """The family at the first step of a run, of what has directions of these parameters."""
+        if self.exact is not None:
+            params = exactly.split(self.exact, params).rest.select(params)
+        return self.family.start(params)
+
+    def learn(self, params: Any, key: jax.Array, projections: jax.Array) -> Family:
+        """The family at the next step, from the key and the projections of this one; itself, unless
+        it learns, as `zo_jax.grouped` does.
+        """
+        if self.exact is not None:
+            params = exactly.split(self.exact, params).rest.select(params)
+        return self.family.learn(params, self.keys(key), projections)
+
     def keys(self, key: jax.Array) -> jax.Array:
         """The keys of the queries [q], from that of the estimate."""
         return jax.random.split(typed_key(key), self.num_queries)
@@ -275,14 +289,15 @@ class Estimator:
         if self.exact is None:
             return loss_fn, params
         rest = exactly.split(self.exact, params).rest
-        return exactly.loss_of(rest, loss_fn, params), rest.select(params)
+        return loss_of(rest, loss_fn, params), rest.select(params)
 
     def _with_exact(
         self, gradient: Any, loss_fn: Callable[..., Any], params: Any, batch: tuple[Any, ...]
     ) -> Any:
         """The gradient with that of the exact part in its place."""
+        assert self.exact is not None
         part = exactly.split(self.exact, params).exact
-        loss = exactly.loss_of(part, loss_fn, params)
+        loss = loss_of(part, loss_fn, params)
         count = (self.num_queries if self.batch_per_query else 1) * self.batch_chunks
 
         def in_parts(x: Any) -> jax.Array:

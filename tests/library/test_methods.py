@@ -335,15 +335,17 @@ def model_loss(params, tokens):
 
 def some_steps(method, params, state, numbers=None, length=None):
     """Some steps in a scan: (parameters, state), and the numbers of each."""
-    tx = optax.chain(method.transformation(KEY), optax.scale(-1e-3))
+    tx = method.transformation(KEY)
+    descent = lambda u: (-1e-3 * u).astype(u.dtype)
 
     def step(carry, numbers):
         params, state = carry
         known = dict(value_fn=model_loss, batch=(TOKENS,), unknown=1)
         known = known if numbers is None else dict(numbers=numbers)
-        updates, (state, _) = tx.update(None, (state, optax.EmptyState()), params, **known)
+        updates, state = tx.update(None, state, params, **known)
         assert jax.tree.map(jnp.dtype, updates) == jax.tree.map(jnp.dtype, params)
-        return (optax.apply_updates(params, updates), state), state.numbers
+        params = optax.apply_updates(params, jax.tree.map(descent, updates))
+        return (params, state), state.numbers
 
     return jax.lax.scan(step, (params, state), numbers, length=length)
 
@@ -472,8 +474,14 @@ def test_flipout_forms_nothing_in_products_look_ups_casts_and_scans():
     family = methods.flipout(params, KEY)
 
     def loss(params, tokens):
-        half = {**params, "emb": params["emb"].astype(jnp.bfloat16)}
-        return model_loss(half, tokens)
+        half = lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
+        rows = jnp.take(params["emb"], tokens - 3, axis=0)  # the first of them do not exist
+        # A layer, and some rows, with indices that are known and that are not.
+        first, second = params["blocks"]["w"][0], params["blocks"]["w"][tokens[0, 0]]
+        head = jax.lax.dynamic_slice_in_dim(params["emb"], tokens[0, 1] - 3, 4)
+        x = jnp.ones((2, 6)) @ first @ second
+        used = jnp.sum((x @ head.T) ** 2) + jnp.sum((x @ params["emb"][2:5].T) ** 2)
+        return model_loss(jax.tree.map(half, params), tokens) + jnp.nansum(rows**2) + used
 
     def both(params, key, fn):
         moved = family.perturb(params, key, 0.1)

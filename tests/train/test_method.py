@@ -2,7 +2,6 @@
 
 import jax
 import numpy as np
-import optax
 import pytest
 
 from zo_jax import ledger, methods
@@ -13,6 +12,7 @@ from zo_jax.train.data import batches
 from zo_jax.train.data.corpus import load_corpus
 from zo_jax.train.losses import next_token_loss
 from zo_jax.train.model import make_model
+from zo_jax.train.optimizers import make_optimizer
 from zo_jax.train.run_folder.resume import run_header
 from zo_jax.train.validation import resolve, validate
 
@@ -51,7 +51,8 @@ def test_fzoo_steps_are_those_of_the_library_and_replay(tiny_config, tmp_path):
     jax.tree.map(lambda a, u, b: near(a - 1e-2 * u, b), start, updates, first)
     assert max(np.max(np.abs(x)) for x in jax.tree.leaves(updates)) > 1, "far from the plain mean"
 
-    again = replay(start, ledger.read(tmp_path / "ledger.bin"), optax.sgd(1e-2))
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    again = replay(start, ledger.read(tmp_path / "ledger.bin"), optimizer)
     jax.tree.map(near, again.params, end)
 
 

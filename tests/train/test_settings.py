@@ -119,6 +119,7 @@ IN_PROGRAMS = {
     "zo.batch_per_query": Case(True),
     "zo.method": Case("fzoo", {"zo.difference": "forward"}),
     "zo.exact": Case("^ln_f/"),
+    "zo.groups": Case("layers"),
     "fo.gradient_accumulation_steps": Case(2, BACKPROP),
     "instruct.method": Case("gram_schmidt", INSTRUCT),
     "instruct.cosine_target": Case(0.5, INSTRUCT),
@@ -212,7 +213,7 @@ IN_FINE_TUNES = {
     "objective.shaping": Case("ranks", REWARD),
     "objective.max_new_tokens": Case(3, REWARD),
     "objective.temperature": Case(1.0, REWARD),
-    "objective.stop": Case("e", REWARD),
+    "objective.stop": Case("e", REWARD | {"objective.temperature": 2.0}),
     "objective.timeout": Case(1e-6, REWARD),
     "objective.text_path": Case("a.txt", REWARD),
 }

@@ -7,9 +7,9 @@ signs U of a matrix [A, B], shared, and signs r [A] and s [B] of a direction's o
 
 Each z is of independent signs, and two of them are uncorrelated; but they are not independent. So
 a batch of which every example has a direction takes two products with a matrix, W and U, in the
-place of one. This holds for matrices, and stacks of them under `lax.scan`, that are multiplied or
-looked up, cast or transposed on the way; anywhere else they are formed for each example, which is
-right and dear. U is formed for its product: memory of one matrix at a time.
+place of one. This holds for matrices, and stacks of them, that are multiplied or looked up, and
+are scanned, sliced by rows, cast or transposed on the way; anywhere else they are formed for each
+example, which is right and dear. U is formed for its product: memory of one matrix at a time.
 """
 
 import dataclasses
@@ -108,20 +108,72 @@ def _look_up(x: Any, indices: Any, **params: Any) -> Any:
         and tuple(numbers.start_index_map) == tuple(numbers.collapsed_slice_dims) == (0,)
         and tuple(params["slice_sizes"]) == (1, x.shape[1])
         and tuple(numbers.offset_dims) == (indices.ndim - 1,)
-        and params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
     )
     if not takes_rows:
         return NotImplemented
 
-    def rows(part):
-        sizes = dict(slice_sizes=(1, part.shape[1]))
-        return lax.gather_p.bind(part, indices, **params | sizes)
+    def rows(part, fill_value=0):
+        own = dict(slice_sizes=(1, part.shape[1]), fill_value=fill_value)
+        return lax.gather_p.bind(part, indices, **params | own)
 
+    # Zero for rows that do not exist, where these are filled.
     r = rows(x.r[:, None])
     s = _along(x.s, r.ndim - 1, r.ndim)
     z = noise.signs(rows(x.words), x.shape[1]) * r * s
-    base = rows(x.base)
+    base = rows(x.base, params["fill_value"])
     return (base.astype(sum_dtype(base.dtype)) + x.scale * z).astype(x.dtype)
+
+
+def _take_block(x: Flipped, primitive: Any, starts: Any, sizes: Any, **params: Any) -> Any:
+    """A block of matrices and of rows, with the columns whole; `primitive` takes it from an array
+    of the axes that are named.
+    """
+    if sizes[-1] != x.shape[-1]:
+        return NotImplemented
+    n = x.ndim
+
+    def of(part, axes):
+        own = [part.shape[-1] if a == n - 1 else sizes[a] for a in axes]
+        return primitive(part, [starts[a] for a in axes], own, **params)
+
+    rows = tuple(range(n - 1))
+    return dataclasses.replace(
+        x,
+        base=of(x.base, (*rows, n - 1)),
+        words=of(x.words, (*rows, n - 1)),
+        r=of(x.r, rows),
+        s=of(x.s, (*range(n - 2), n - 1)),
+    )
+
+
+@register_rule(lax.dynamic_slice_p, Flipped)
+def _dynamic_slice(x: Any, *starts: Any, slice_sizes: Any, **_: Any) -> Any:
+    if len(starts) != x.ndim:
+        return NotImplemented
+    bind = lambda part, starts, sizes: lax.dynamic_slice_p.bind(
+        part, *starts, slice_sizes=tuple(sizes)
+    )
+    return _take_block(x, bind, starts, slice_sizes)
+
+
+@register_rule(lax.slice_p, Flipped)
+def _slice(x: Flipped, *, start_indices: Any, limit_indices: Any, strides: Any) -> Any:
+    if strides is not None and any(stride != 1 for stride in strides):
+        return NotImplemented
+    sizes = [end - start for start, end in zip(start_indices, limit_indices, strict=True)]
+    take = lambda part, starts, sizes: lax.slice(
+        part, starts, [start + size for start, size in zip(starts, sizes, strict=True)]
+    )
+    return _take_block(x, take, start_indices, sizes)
+
+
+@register_rule(lax.squeeze_p, Flipped)
+def _squeeze(x: Flipped, *, dimensions: Any) -> Any:
+    if any(axis >= x.ndim - 2 for axis in dimensions):
+        return NotImplemented
+    parts = {name: getattr(x, name) for name in ("base", "words", "r", "s")}
+    squeezed = {name: lax.squeeze(part, dimensions) for name, part in parts.items()}
+    return dataclasses.replace(x, **squeezed)
 
 
 def _along(x: jax.Array, axis: int, ndim: int) -> jax.Array:

@@ -377,6 +377,14 @@ class ZOConfig:
         choices=("plain", "fzoo"),
         only_if="mode is zo",
     )
+    groups: str = setting(
+        "none",
+        "none: a direction moves all parameters; layers (each layer, and each other top-level "
+        "entry) or leaves: one group of them, with queries shared out by what the projections tell "
+        "of the groups' gradients; the loss is compiled once for each group",
+        choices=("none", "layers", "leaves"),
+        only_if="mode is zo",
+    )
     exact: str = setting(
         "none",
         "parameters whose gradient is exact, with directions for the rest: none; head (the last "

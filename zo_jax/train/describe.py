@@ -211,8 +211,14 @@ def describe(
     backprop = f"backprop; {fo_batch} in {config.fo.gradient_accumulation_steps} part(s)"
     evaluations = _evaluations_per_step(config)
     method = "" if zo.method == "plain" else f" over the deviation of the losses ({zo.method})"
+    of_groups = {
+        "none": "",
+        "layers": ", each of one layer or other entry, shared out by what their projections tell",
+        "leaves": ", each of one leaf, shared out by what their projections tell",
+    }[zo.groups]
     queries = (
-        f"{zo.num_queries} {zo.perturbation} directions a step, {ways[zo.difference]}{method}, "
+        f"{zo.num_queries} {zo.perturbation} directions a step{of_groups}, "
+        f"{ways[zo.difference]}{method}, "
         f"{evaluations} loss evaluations; {batch}{per_query}"
     )
     if config.objective.name != "loss":

@@ -31,7 +31,7 @@ def finish(
     results, num_steps = task.evaluate(state.params), int(state.step)
     skipped = int(state.train.num_skipped)
     text = tested = None
-    samples = task.samples
+    samples, num_flat = task.samples, 0 if state.num_flat is None else int(state.num_flat)
     if isinstance(task, PromptedTask | RewardTask):
         state, tested = _test(config, model, task, state, folder, layout)
     elif config.train.sample_tokens:  # by all processes, which hold the parameters together
@@ -50,8 +50,8 @@ def finish(
             print(table)
         for sample in samples:
             print(sample)
-        if state.num_flat is not None and int(state.num_flat):
-            print(describe.tell_flat(num_steps, int(state.num_flat)))
+        if num_flat:
+            print(describe.tell_flat(num_steps, num_flat))
         if isinstance(task, RewardTask) and task.reward.num_failed:
             print(f"the reward failed for {task.reward.num_failed} completions of this session")
         if skipped:

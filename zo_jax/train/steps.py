@@ -16,6 +16,7 @@ import numpy as np
 from zo_jax import families
 from zo_jax.anchor import distance
 from zo_jax.estimators import Estimator
+from zo_jax.grouped import grouped
 from zo_jax.layout import Layout
 from zo_jax.methods import weights_of
 from zo_jax.train import feedback, hybrid
@@ -95,10 +96,13 @@ def make_estimator(config: Config, layout: Layout | None = None, model: Any = No
     is exact is left out.
     """
     zo = config.zo
+    family = families.by_name(zo.perturbation, zo.rank)
+    if zo.groups != "none":
+        family = grouped(zo.groups, family)
     return Estimator(
         num_queries=zo.num_queries,
         epsilon=zo.epsilon,
-        perturbation=families.by_name(zo.perturbation, zo.rank).on(layout),
+        perturbation=family.on(layout),
         difference=zo.difference,
         parallel_batch_size=zo.parallel_batch_size,
         batch_per_query=zo.batch_per_query,
@@ -148,7 +152,7 @@ def init_state(config: Config, model: Any, layout: Layout | None = None) -> RunS
     rules = make_rules(config, model, layout)
     params = model.start(jax.random.fold_in(base_key(config), 2**31), layout)
 
-    init = lambda params: _begin(config, rules, params)
+    init = lambda params: _begin(config, model, rules, layout, params)
     places = layout and layout.shardings(jax.eval_shape(init, params))
     return jax.jit(init, donate_argnums=0, out_shardings=places)(params)
 
@@ -156,13 +160,25 @@ def init_state(config: Config, model: Any, layout: Layout | None = None) -> RunS
 def state_shapes(config: Config, model: Any) -> RunState:
     """The shapes of `init_state`, without allocating any."""
     rules = make_rules(config, model)
-    return jax.eval_shape(lambda params: _begin(config, rules, params), model.shapes())
+    begin = lambda params: _begin(config, model, rules, None, params)
+    return jax.eval_shape(begin, model.shapes())
 
 
-def _begin(config: Config, rules: Update, params: Any) -> RunState:
+def _begin(
+    config: Config, model: Any, rules: Update, layout: Layout | None, params: Any
+) -> RunState:
     history = hybrid.new_history() if config.instruct.adaptive else None
     num_flat = None if config.objective.name == "loss" else jnp.zeros((), jnp.int32)
-    return RunState(rules.init(params), history, num_flat)
+    family = _start(config, model, layout, params)
+    return RunState(rules.init(params, family), history, num_flat)
+
+
+def _start(config: Config, model: Any, layout: Layout | None, params: Any) -> Any:
+    """The family of directions at the first step, if it learns; otherwise None."""
+    if config.zo.groups == "none":
+        return None
+    trained = scope_of(config, model).select(params)
+    return make_estimator(config, layout, model).start(trained)
 
 
 def kept_part(config: Config, model: Any) -> Subset:
@@ -197,7 +213,8 @@ def make_loss(
 def make_project(
     config: Config, model: Any, layout: Layout | None = None, loss_fn: Loss | None = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The jitted forward passes of a step: (params, key, batch) -> (loss, projections [q]).
+    """The jitted forward passes of a step: (params, key, batch) -> (loss, projections [q]); the
+    family of directions, if it learns, is a fourth argument.
 
     The leaves of a batch are [B, ...], or [q, B, ...] with `zo.batch_per_query`. A query whose
     loss is not finite has the projection nan. `loss_fn` is as in `make_loss`.
@@ -207,8 +224,10 @@ def make_project(
     estimator = make_estimator(config, layout, model)
 
     @jax.jit
-    def project(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, ...]:
-        return estimator.project(loss(params), scope.select(params), key, batch)
+    def project(
+        params: Any, key: jax.Array, batch: Any, family: Any = None
+    ) -> tuple[jax.Array, ...]:
+        return _along(estimator, family).project(loss(params), scope.select(params), key, batch)
 
     return project
 
@@ -246,14 +265,20 @@ def make_exact_step(
     """The jitted step along directions for a part of the parameters and the gradient of the rest,
     `zo.exact`: (state, key, batch) -> (state, metrics), the state donated.
     """
-    rules, tell = make_rules(config, model, layout), _make_tell(config)
+    rules = make_rules(config, model, layout)
+    tell = _make_tell(config, rules.subset)
     loss = make_loss(model, rules.subset, loss_fn)
     estimator = make_estimator(config, layout, model)
 
     def exact_step(state: RunState, key: jax.Array, batch: Any) -> tuple[RunState, StepMetrics]:
         trained = rules.subset.select(state.params)
-        estimate = estimator.estimate(loss(state.params), trained, key, batch)
-        return tell(state, *rules.from_gradient(state.train, key, estimate.loss, estimate.gradient))
+        before = state.train
+        now = _along(estimator, before.family)
+        estimate = now.estimate(loss(state.params), trained, key, batch)
+        if before.family is not None:
+            before = before._replace(family=now.learn(trained, key, estimate.projections))
+        new = rules.from_gradient(before, key, estimate.loss, estimate.gradient)
+        return tell(state, *new)
 
     return jax.jit(exact_step, donate_argnums=0)
 
@@ -362,7 +387,7 @@ def make_train_step(
     def train_step(state, step, batch, fo_batch):
         if fo_batch is None:
             k = step_key(step)
-            loss, projections = project(state.params, k, batch)
+            loss, projections = project(state.params, k, batch, state.train.family)
             return *update(state, k, loss, projections), StepRecord(words(k), loss, projections)
         if batch is None:
             return *fo_step(state, fo_batch), None
@@ -381,6 +406,11 @@ def make_step_key(config: Config, layout: Layout | None) -> Callable[[int], jax.
         lambda step: jax.random.fold_in(base_key(config), step), out_shardings=everywhere
     )
     return lambda step: fold_in(np.uint32(step))
+
+
+def _along(estimator: Estimator, family: Any) -> Estimator:
+    """The estimator with the family of a state, if there is one."""
+    return estimator if family is None else dataclasses.replace(estimator, perturbation=family)
 
 
 def _make_tell(config: Config, scope: Subset) -> Callable[..., tuple[RunState, StepMetrics]]:

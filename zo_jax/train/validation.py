@@ -348,6 +348,11 @@ def _check_optimizer(config: Config) -> None:
             f"optimizer.learning_rate=auto is found by trials along directions, which have no part "
             f"in zo.exact={config.zo.exact}; set a number, or zo.exact=none"
         )
+    if rate == "auto" and config.zo.groups != "none":
+        raise ConfigError(
+            f"optimizer.learning_rate=auto is found by trials whose shares of zo.groups="
+            f"{config.zo.groups} stay what they are at the start; set a number, or zo.groups=none"
+        )
     is_number = rate != "auto"
     if optimizer.schedule == "cosine" and is_number and optimizer.min_learning_rate > rate:
         raise ConfigError(

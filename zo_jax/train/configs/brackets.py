@@ -15,5 +15,5 @@ def get_config() -> Config:
         model=ModelConfig(num_layers=2, num_heads=4, width=64, context_length=64),
         data=DataConfig(source="text", path="brackets/brackets.txt", block_size=64),
         optimizer=OptimizerConfig(name="adam", learning_rate=2e-3),
-        train=TrainConfig(num_steps=300, batch_size=16, eval_interval=100),
+        train=TrainConfig(num_steps=800, batch_size=16, eval_interval=200),
     )

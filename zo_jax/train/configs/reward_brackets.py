@@ -38,7 +38,13 @@ def get_config(model: str = "") -> Config:
         objective=ObjectiveConfig(
             name="reward", path=f"{REWARD}:valid", max_new_tokens=16, stop="\n"
         ),
-        zo=ZOConfig(num_queries=32, epsilon=0.02, perturbation="low_rank"),
-        optimizer=OptimizerConfig(name="adam", learning_rate=1e-3),
-        train=TrainConfig(num_steps=600, batch_size=16, eval_interval=50),
+        zo=ZOConfig(num_queries=16, epsilon=0.02, perturbation="low_rank"),
+        optimizer=OptimizerConfig(
+            name="adam",
+            learning_rate=4e-3,
+            schedule="cosine",
+            warmup_steps=0,
+            min_learning_rate=1e-5,
+        ),
+        train=TrainConfig(num_steps=600, batch_size=24, eval_interval=50),
     )

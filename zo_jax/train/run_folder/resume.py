@@ -62,6 +62,7 @@ def run_header(config: Config, model: Any, start: RunState, identity: str = "") 
         start,
         num_queries=config.zo.num_queries,
         perturbation=config.zo.perturbation,
+        groups=config.zo.groups,
         rank=config.zo.rank,
         scope=config.scope,
         clip_norm=config.instruct.grad_clip_norm,

@@ -18,6 +18,7 @@ from zo_jax.layout import Layout
 from zo_jax.models.generate import generate
 from zo_jax.models.population import populate
 from zo_jax.train.config import Config
+from zo_jax.train.data.corpus import permutation
 from zo_jax.train.data.sources import DataError
 from zo_jax.train.evaluate import choose_blocks, make_evaluate
 from zo_jax.train.rewards.pool import Call, Reward
@@ -25,7 +26,6 @@ from zo_jax.train.scopes import make_scope
 from zo_jax.train.settings import ConfigError
 from zo_jax.train.tasks import answers, encode
 from zo_jax.train.tasks.example import Example, Examples
-from zo_jax.train.tasks.order import Order
 from zo_jax.train.tasks.prompted import Part, PromptedTask
 
 # Completions written at once in an evaluation, and how many of them are shown.
@@ -135,7 +135,6 @@ class RewardTask:
         self.test = self._encode(examples.test) if examples.test else None
         lengths_N = np.asarray([len(tokens) for tokens in self.train.tokens])
         self.num_examples, self.tokens_per_example = len(lengths_N), round(float(lengths_N.mean()))
-        self._order = Order(lengths_N, config.train.batch_size, config.seed)
         self.strategy = make_strategy(config)
         self._writer = Writer(config, model, self.strategy)
         self._stops = _stops(model, config.objective.stop)
@@ -177,9 +176,15 @@ class RewardTask:
         )
 
     def batches(self, step: int, layout: Layout | None = None) -> tuple[Any, Any]:
-        """Indices [P] of the prompts of a step."""
+        """Indices [P] of the prompts of a step: in an epoch each comes once, in an order that the
+        seed decides, whatever its length; a step of like prompts would say less.
+        """
         del layout
-        return self._order.batch(step)[0], None
+        size, count = self.config.train.batch_size, self.num_examples
+        epoch, place = divmod(step, max(1, count // size))
+        order = permutation(count, self.config.seed, epoch)
+        # With fewer prompts than a batch they come again and again.
+        return np.resize(order, max(size, count))[place * size : (place + 1) * size], None
 
     def loss(self, params: Any, batch: Any) -> jax.Array:
         raise NotImplementedError("a reward has no loss that can be traced")

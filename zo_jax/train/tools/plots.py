@@ -78,7 +78,8 @@ class Curve(NamedTuple):
 
 
 def plot_losses(rows: Rows, path: Path, title: str) -> None:
-    """Draws training and validation loss against steps into a PNG or SVG file.
+    """Draws training and validation loss against steps, or rewards where a run has them, into a PNG
+    or SVG file.
 
     Args:
       rows: of metrics.csv.
@@ -91,10 +92,19 @@ def plot_losses(rows: Rows, path: Path, title: str) -> None:
         ("loss", "training (one batch)"): dict(alpha=0.6, linewidth=1),
         ("eval_loss", "validation"): dict(marker="o", markersize=3),
     }
+    what = "cross-entropy (nats per token)"
+    if any(row["reward"] for row in rows):
+        what, (training, validation) = "mean score", styles.values()
+        measures = ("eval_reward", "eval_exact_match", "eval_accuracy")
+        held_out = next((y for y in measures if any(row[y] for row in rows)), measures[0])
+        styles = {
+            ("reward", "members (one batch)"): training,
+            (held_out, "validation"): validation,
+        }
     for (y, label), style in styles.items():
         if points := _points(rows, "step", y):
             axes.plot(*zip(*points.values(), strict=True), label=label, **style)
-    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=title)
+    axes.set(xlabel="step", ylabel=what, title=title)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
