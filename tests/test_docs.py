@@ -70,6 +70,14 @@ def test_every_public_name_is_in_the_reference():
     assert not missing, f"docs/reference/ says nothing of {', '.join(sorted(missing))}"
 
 
+@pytest.mark.parametrize("name", public_names())
+def test_every_public_function_has_an_example(name):
+    module, _, name = name.rpartition(".")
+    function = getattr(importlib.import_module(module), name)
+    if inspect.isfunction(function):
+        assert ">>>" in (inspect.getdoc(function) or "")
+
+
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
@@ -86,6 +94,17 @@ def test_what_a_page_names_is_there(page):
     if page.stem != "CHANGELOG":  # which tells of names that are no longer
         names = re.findall(r"\bzo_jax\.([a-zA-Z]\w+)", text)
         assert not [name for name in names if not is_name(name)]
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(name):
+    """Those of the site are looked at where it is built."""
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text())
+    assert not [x for x in links if not x.startswith("http") and not (ROOT / x).exists()]
+
+
+def test_the_readme_is_narrow():
+    assert not [x for x in (ROOT / "README.md").read_text().splitlines() if len(x) > 120]
 
 
 def is_name(name):

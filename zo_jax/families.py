@@ -246,6 +246,10 @@ def by_name(name: str, rank: int = 1) -> Family:
 
     Raises:
       ValueError: there is none of that name.
+
+    >>> import zo_jax
+    >>> zo_jax.by_name("low_rank", rank=2) == zo_jax.low_rank(2)
+    True
     """
     if name == "low_rank":
         return low_rank(rank)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 import numpy as np
 
 from zo_jax.atomic import write_atomic
@@ -175,6 +176,7 @@ def plot_runs(
             marker = _MARKERS[i % len(_MARKERS)]
             _draw(axes, curve, x, y, color=f"C{i % 10}", linestyle=stroke, marker=marker)
         axes.set(xlabel=X_LABELS[x], ylabel=Y_LABELS[y])
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 2M for two million
         axes.grid(alpha=0.3)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
