@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zo_jax import families
+from zo_jax import families, methods
 from zo_jax.estimators import Estimator
+from zo_jax.family import Family
 from zo_jax.layout import Layout
 from zo_jax.methods import weights_of
 from zo_jax.train import feedback, hybrid
-from zo_jax.train.config import QUERY_MODES, Config, method_of
+from zo_jax.train.config import KEPT, QUERY_MODES, Config, method_of
 from zo_jax.train.losses import next_token_loss
 from zo_jax.train.optimizers import make_optimizer, make_schedule
 from zo_jax.train.scopes import make_exact, make_scope
@@ -89,7 +90,10 @@ def make_estimator(config: Config, layout: Layout | None = None, model: Any = No
     return Estimator(
         num_queries=zo.num_queries,
         epsilon=zo.epsilon,
-        perturbation=families.by_name(zo.perturbation, zo.rank).on(layout),
+        # In the place of kept directions, which differ from step to step: see `directions_of`.
+        perturbation=families.by_name(
+            "gaussian" if zo.perturbation in KEPT else zo.perturbation, zo.rank
+        ).on(layout),
         difference=zo.difference,
         parallel_batch_size=zo.parallel_batch_size,
         batch_per_query=zo.batch_per_query,
@@ -97,6 +101,22 @@ def make_estimator(config: Config, layout: Layout | None = None, model: Any = No
         mesh=None if layout is None else layout.mesh,
         exact=exact_of(config, model) if model else None,
     )
+
+
+def directions_of(config: Config, trained: Any, step: Any) -> Family:
+    """The directions of a step.
+
+    Args:
+      trained: the parameters that are trained, or their shapes.
+      step: int32, from 0; the factors that LOZO, SubZero and TeZO keep depend on it.
+    """
+    zo = config.zo
+    if zo.perturbation not in KEPT:
+        return families.by_name(zo.perturbation, zo.rank)
+    options = {} if zo.perturbation == "tezo" else dict(period=zo.period)
+    make = {"lozo": methods.Lozo, "subzero": methods.SubZero, "tezo": methods.Tezo}
+    method = make[zo.perturbation](rank=zo.rank, **options)
+    return method.family(trained, (), methods.Step(jax.random.key_data(base_key(config)), step))
 
 
 def exact_of(config: Config, model: Any) -> Subset | None:
@@ -188,18 +208,22 @@ def make_loss(
 def make_project(
     config: Config, model: Any, layout: Layout | None = None, loss_fn: Loss | None = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The jitted forward passes of a step: (params, key, batch) -> (loss, projections [q]).
+    """The jitted forward passes of a step: (params, key, batch, step) -> (loss, projections [q]).
 
     The leaves of a batch are [B, ...], or [q, B, ...] with `zo.batch_per_query`. A query whose
-    loss is not finite has the projection nan. `loss_fn` is as in `make_loss`.
+    loss is not finite has the projection nan. `loss_fn` is as in `make_loss`. The step, from 0, is
+    read where directions have factors that are kept.
     """
     scope = scope_of(config, model)
     loss = make_loss(model, scope, loss_fn)
     estimator = make_estimator(config, layout, model)
 
     @jax.jit
-    def project(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, ...]:
-        return estimator.project(loss(params), scope.select(params), key, batch)
+    def project(params: Any, key: jax.Array, batch: Any, step: Any = 0) -> tuple[jax.Array, ...]:
+        trained = scope.select(params)
+        family = directions_of(config, trained, step).on(layout)
+        own = dataclasses.replace(estimator, perturbation=family)
+        return own.project(loss(params), trained, key, batch)
 
     return project
 
@@ -213,11 +237,12 @@ def make_update(
     The state is donated. Replay calls the same function.
     """
     rules, tell = make_rules(config, model, layout), _make_tell(config)
-    family = make_estimator(config).family
 
     def update(
         state: RunState, key: jax.Array, loss: jax.Array, projections: jax.Array
     ) -> tuple[RunState, StepMetrics]:
+        trained = rules.subset.floating(state.params).select(state.params)
+        family = directions_of(config, trained, state.step)
         return tell(state, *rules.from_projections(family, state.train, key, loss, projections))
 
     return jax.jit(update, donate_argnums=0)
@@ -342,7 +367,7 @@ def make_train_step(
     def train_step(state, step, batch, fo_batch):
         if fo_batch is None:
             k = step_key(step)
-            loss, projections = project(state.params, k, batch)
+            loss, projections = project(state.params, k, batch, state.step)
             return *update(state, k, loss, projections), StepRecord(words(k), loss, projections)
         if batch is None:
             return *fo_step(state, fo_batch), None

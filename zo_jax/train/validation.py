@@ -7,7 +7,7 @@ import copy
 import difflib
 from typing import Any
 
-from zo_jax.train.config import SETTINGS, Config, blocks_per_step
+from zo_jax.train.config import KEPT, SETTINGS, Config, blocks_per_step
 from zo_jax.train.model import SIZES
 from zo_jax.train.settings import (
     ConfigError,
@@ -276,6 +276,17 @@ def _check_batches(config: Config) -> None:
 
 def _check_method(config: Config) -> None:
     zo = config.zo
+    is_kept = zo.perturbation in KEPT
+    if is_kept and (config.mode != "zo" or zo.exact != "none"):
+        raise ConfigError(
+            f"zo.perturbation={zo.perturbation} needs mode=zo and zo.exact=none, got "
+            f"{config.mode} and {zo.exact}; change these, or set zo.perturbation=low_rank"
+        )
+    if is_kept and "auto" in (zo.epsilon, config.optimizer.learning_rate):
+        raise ConfigError(
+            "auto is found along directions that no factors are kept of: set zo.epsilon and "
+            f"optimizer.learning_rate with zo.perturbation={zo.perturbation}"
+        )
     if zo.method == "plain":
         return
     if zo.difference != "forward" or zo.num_queries < 2:
