@@ -98,7 +98,7 @@ def sum_by_row_blocks(x, words, weights, num_blocks=16):
 def sum_by_table(x, words, weights):
     is_minus = (jnp.arange(2**QUERIES)[:, None] >> jnp.arange(QUERIES)) & 1
     table = jnp.sum(jnp.where(is_minus == 1, -weights, weights), axis=1)
-    index = sum(signs(words[j]) << jnp.uint32(j) for j in range(QUERIES))
+    index = sum(signs(words[j]) >> jnp.uint32(31 - j) for j in range(QUERIES))
     return x + table[index]
 
 

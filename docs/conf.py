@@ -1,12 +1,17 @@
 """The documentation site: sphinx-build -W -n docs docs/_build."""
 
+import ast
 import os
+from pathlib import Path
 import re
+import shutil
 
 import zo_jax
+from zo_jax.train import config, experiment
 
 project = "zo_jax"
-copyright = "the zo_jax authors"
+author = "the zo_jax authors"
+copyright = author
 version = release = zo_jax.__version__
 extensions = [
     "myst_nb",
@@ -19,6 +24,8 @@ exclude_patterns = ["_build"]
 
 html_theme = "sphinx_book_theme"
 html_title = "zo_jax"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme_options = {
     "repository_url": "https://github.com/zo-jax/zo_jax",
     "use_repository_button": True,
@@ -85,6 +92,48 @@ def _escape(app, what, name, obj, options, lines):
             in_code ^= len(parts) % 2 == 0
 
 
+def _copy_notebooks(app):
+    """Sources are found below docs/ alone, links to them through no symbolic link."""
+    folder = Path(app.srcdir)
+    shutil.copytree(folder.parent / "notebooks", folder / "notebooks", dirs_exist_ok=True)
+
+
+def _cell(text):
+    return " ".join(str(text).split()).replace("|", r"\|")
+
+
+def _write_settings(app):
+    """The tables of docs/settings.md, from the declarations of the program."""
+    folder = Path(app.srcdir) / "_build"
+    folder.mkdir(exist_ok=True)
+    rows = ["| `--config=` | what |", "|---|---|"]
+    for name in experiment.shipped():
+        module = ast.parse((experiment.FOLDER / f"{name}.py").read_text())
+        takes = any(isinstance(x, ast.FunctionDef) and x.args.args for x in module.body)
+        summary = (ast.get_docstring(module) or "").split("\n\n")[0]
+        rows.append(f"| `{name}{':...' if takes else ''}` | {_cell(summary)} |")
+    (folder / "experiments.md").write_text("\n".join(rows) + "\n")
+    rows = ["| setting | what |", "|---|---|"]
+    for one in config.SETTINGS.values():
+        words = [f"`{word or '(empty)'}`" for word in (*one.choices, *one.words)]
+        parts = [
+            one.help,
+            *(
+                f"{name}: {text}"
+                for name, text in (
+                    ("One of", ", ".join(words)),
+                    ("Numbers", one.allowed),
+                    ("If", one.only_if),
+                )
+                if text
+            ),
+        ]
+        rows.append(f"| `{one.name}={one.default}` | {_cell('. '.join(parts))} |")
+    (folder / "settings.md").write_text("\n".join(rows) + "\n")
+
+
 def setup(app):
+    app.connect("builder-inited", _copy_notebooks)
+    app.connect("builder-inited", _write_settings)
     app.connect("autodoc-process-docstring", _escape, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", _skip_fields)

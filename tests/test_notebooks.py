@@ -15,6 +15,7 @@ SMALL = {
     "00_getting_started": "STEPS = 60",
     "01_your_own_model": "STEPS = 100",
     "02_fine_tune": "NUM_STEPS = 30",
+    "03_rewards": "PRETRAINING_STEPS, STEPS = 20, 3",
     "04_replay": "STEPS = 100",
 }
 

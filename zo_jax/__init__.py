@@ -3,6 +3,13 @@
 from importlib import metadata as _metadata
 
 from zo_jax import methods
+from zo_jax.activations import (
+    ActivationEstimate,
+    ActivationState,
+    activation_gradient,
+    activation_zeroth_order,
+)
+from zo_jax.anchor import AnchorState, anchor
 from zo_jax.estimators import (
     Estimate,
     Estimator,
@@ -13,6 +20,7 @@ from zo_jax.estimators import (
 from zo_jax.evolution import Evolution, EvolutionState, Members, evolution, shape_scores
 from zo_jax.families import apply_directions, by_name, gaussian, low_rank, rademacher, sphere
 from zo_jax.family import Family
+from zo_jax.grouped import grouped
 from zo_jax.guided import guided, instruct_directions
 from zo_jax.interpreter import record_formed
 from zo_jax.layout import Layout
@@ -30,6 +38,9 @@ except _metadata.PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "ActivationEstimate",
+    "ActivationState",
+    "AnchorState",
     "Dense",
     "Estimate",
     "Estimator",
@@ -46,12 +57,16 @@ __all__ = [
     "Update",
     "UpdateMetrics",
     "ZerothOrderState",
+    "activation_gradient",
+    "activation_zeroth_order",
+    "anchor",
     "apply_directions",
     "by_name",
     "estimate_gradient",
     "evolution",
     "fill_frozen",
     "gaussian",
+    "grouped",
     "guided",
     "instruct_directions",
     "lazily",

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import jax
 from jax.core import Tracer
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 import numpy as np
 
 from zo_jax import exact as exactly
 from zo_jax import families
 from zo_jax.family import Family
 from zo_jax.queries import DIFFERENCES, Queries
-from zo_jax.trees import Rule, Subset, as_arrays
+from zo_jax.trees import Rule, Subset, as_arrays, loss_of
 
 
 class Estimate(NamedTuple):
@@ -155,6 +155,11 @@ class Estimator:
                 "exact must be a regular expression or a function of (path, leaf), got "
                 f"{self.exact!r:.80}"
             )
+        if self.mesh is not None and AxisType.Explicit in self.mesh.axis_types:
+            raise ValueError(
+                "the mesh's axes must be Auto, and jax.make_mesh makes them Explicit; make it with "
+                f"jax.sharding.Mesh(devices, {self.mesh.axis_names}), or axis_types="
+            )
         if not isinstance(self.perturbation, Family | str):
             raise ValueError(
                 f"perturbation must be a Family or one of {', '.join(families.NAMES)}; got "
@@ -184,6 +189,20 @@ class Estimator:
                 "jvp": self.num_queries,
             }[self.difference]
         )
+
+    def start(self, params: Any) -> Family:
+        """The family at the first step of a run, of what has directions of these parameters."""
+        if self.exact is not None:
+            params = exactly.split(self.exact, params).rest.select(params)
+        return self.family.start(params)
+
+    def learn(self, params: Any, key: jax.Array, projections: jax.Array) -> Family:
+        """The family at the next step, from the key and the projections of this one; itself, unless
+        it learns, as `zo_jax.grouped` does.
+        """
+        if self.exact is not None:
+            params = exactly.split(self.exact, params).rest.select(params)
+        return self.family.learn(params, self.keys(key), projections)
 
     def keys(self, key: jax.Array) -> jax.Array:
         """The keys of the queries [q], from that of the estimate."""
@@ -270,14 +289,15 @@ class Estimator:
         if self.exact is None:
             return loss_fn, params
         rest = exactly.split(self.exact, params).rest
-        return exactly.loss_of(rest, loss_fn, params), rest.select(params)
+        return loss_of(rest, loss_fn, params), rest.select(params)
 
     def _with_exact(
         self, gradient: Any, loss_fn: Callable[..., Any], params: Any, batch: tuple[Any, ...]
     ) -> Any:
         """The gradient with that of the exact part in its place."""
+        assert self.exact is not None
         part = exactly.split(self.exact, params).exact
-        loss = exactly.loss_of(part, loss_fn, params)
+        loss = loss_of(part, loss_fn, params)
         count = (self.num_queries if self.batch_per_query else 1) * self.batch_chunks
 
         def in_parts(x: Any) -> jax.Array:

@@ -43,17 +43,6 @@ def split(rule: Rule | Subset, params: Any) -> Split:
     return Split(exact, rest)
 
 
-def loss_of(part: Subset, loss_fn: Callable[..., Any], params: Any) -> Callable[..., Any]:
-    """(part, *batch) -> loss_fn of `params` with the part in its place, as a pytree if the loss is
-    one.
-    """
-    if isinstance(loss_fn, jax.tree_util.Partial):
-        merged = lambda loss_fn, params, own, *batch: loss_fn(part.merge(params, own), *batch)
-        return jax.tree_util.Partial(merged, loss_fn, params)
-    merged = lambda params, own, *batch: loss_fn(part.merge(params, own), *batch)
-    return jax.tree_util.Partial(merged, params)
-
-
 def exact_gradient(
     loss_fn: Callable[[Any, Any], jax.Array], part: Any, batches: Any, num_batches: int
 ) -> Any:

@@ -24,6 +24,14 @@ def lazily(fn: Callable[..., Any]) -> Callable[..., Any]:
     The result has plain arrays only. `fn` itself sees ordinary tracers of the perturbed arrays'
     shapes and dtypes. Derivatives are those of the function as it is written: the rules of
     `jax.custom_vjp` are left out, so that every function has them in forward mode.
+
+    >>> import jax, jax.numpy as jnp, zo_jax
+    >>> w, family = jnp.ones((2, 3)), zo_jax.low_rank(1)
+    >>> moved = family.perturb(w, jax.random.key(0), 0.5)  # not formed
+    >>> y = zo_jax.lazily(lambda w: w @ jnp.ones(3))(moved)  # nor here
+    >>> z = family.direction(w, jax.random.key(0))
+    >>> bool(jnp.allclose(y, (w + 0.5 * z) @ jnp.ones(3)))
+    True
     """
 
     def wrapped(*args):

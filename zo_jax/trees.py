@@ -83,6 +83,17 @@ def _places(rows: Any, among: Any) -> Any:
     return None if not places.size else ALL if places.size == len(among) else places
 
 
+def loss_of(part: Subset, loss_fn: Callable[..., Any], params: Any) -> Callable[..., Any]:
+    """(part, *batch) -> loss_fn of `params` with the part in its place, as a pytree if the loss is
+    one.
+    """
+    if isinstance(loss_fn, jax.tree_util.Partial):
+        merged = lambda loss_fn, params, own, *batch: loss_fn(part.merge(params, own), *batch)
+        return jax.tree_util.Partial(merged, loss_fn, params)
+    merged = lambda params, own, *batch: loss_fn(part.merge(params, own), *batch)
+    return jax.tree_util.Partial(merged, params)
+
+
 # A regular expression, searched for in the paths of leaves; or (path, leaf) -> whether all of it is
 # meant, or the indices of those of its layers that are.
 Rule = str | Callable[[str, Any], Any]
@@ -199,6 +210,17 @@ def matrices(params: Any) -> Any:
     {'blocks': {'fc': {'bias': False, 'kernel': True}, 'norm': False}, 'head': True}
     """
     flat, treedef = jax.tree.flatten_with_path(params)
+    stacked = stacked_leaves(params)
+    is_matrix = [
+        leaf.ndim >= 3 or (leaf.ndim == 2 and not x)
+        for (_, leaf), x in zip(flat, stacked, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, is_matrix)
+
+
+def stacked_leaves(params: Any) -> list[bool]:
+    """For each leaf whether it is a stack of layers, by the rule of `matrices`."""
+    flat = jax.tree.leaves_with_path(params)
     subtrees: dict[tuple[str, ...], list[Any]] = {}
     for path, leaf in flat:
         names = _names(path)
@@ -211,12 +233,11 @@ def matrices(params: Any) -> Any:
 
     stacks = {prefix for prefix, leaves in subtrees.items() if is_stack(leaves)}
 
-    def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
+    def is_stacked(path: tuple[Any, ...]) -> bool:
         names = _names(path)
-        stacked = any(names[:depth] in stacks for depth in range(len(names)))
-        return leaf.ndim >= 3 or (leaf.ndim == 2 and not stacked)
+        return any(names[:depth] in stacks for depth in range(len(names)))
 
-    return jax.tree.unflatten(treedef, [is_matrix(path, leaf) for path, leaf in flat])
+    return [is_stacked(path) for path, _ in flat]
 
 
 def tree_dot(a: Any, b: Any) -> jax.Array:

@@ -94,11 +94,11 @@ def test_steps_along_kept_directions_are_those_of_the_library(tiny_config):
 def test_factors_are_kept_for_a_period(tiny_config, name):
     tiny_config.zo.perturbation, tiny_config.zo.rank, tiny_config.zo.period = name, 2, 3
     params = {"w": jnp.ones((4, 3))}
-    kept = lambda step: jax.tree.leaves(steps.directions_of(tiny_config, params, step))
+    kept = lambda step: jax.tree.leaves(steps.kept_directions(tiny_config, params, step))
     same = lambda a, b: all(map(np.array_equal, kept(a), kept(b)))
     assert same(0, 2) and same(3, 5) and same(2, 3) == (name == "tezo")
     kinds = {"lozo": methods.Lozo, "subzero": methods.SubZero, "tezo": methods.Tezo}
-    assert type(steps.directions_of(tiny_config, params, 0)) is type(
+    assert type(steps.kept_directions(tiny_config, params, 0)) is type(
         kinds[name](rank=2).family(params, (), methods.Step(jnp.zeros(2, jnp.uint32), 0))
     )
 
@@ -110,6 +110,7 @@ def test_factors_are_kept_for_a_period(tiny_config, name):
         (dict(num_queries=1), "at least two losses"),
         (dict(batch_per_query=True), "losses of one batch"),
         (dict(exact="head"), "steps of another length"),
+        (dict(groups="leaves"), "by the groups' own"),
     ],
 )
 def test_impossible_methods_are_refused(tiny_config, change, message):
@@ -133,8 +134,11 @@ def test_a_rate_found_by_plain_trials_is_refused(tiny_config):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"mode": "calibrate", "fo.bp_interval": 2}, "needs mode=zo and zo.exact=none"),
-        ({"zo.exact": "head"}, "needs mode=zo and zo.exact=none"),
+        (
+            {"mode": "calibrate", "fo.bp_interval": 2},
+            "needs mode=zo, zo.exact=none and zo.groups=none",
+        ),
+        ({"zo.exact": "head"}, "needs mode=zo, zo.exact=none and zo.groups=none"),
         ({"zo.epsilon": "auto"}, "auto is found along directions"),
     ],
 )

@@ -20,10 +20,12 @@ import pytest
 import tiny
 
 from zo_jax import estimators, families, ledger
+from zo_jax.evolution import SHAPINGS
 from zo_jax.guided import METHODS
 from zo_jax.train import describe, model, steps
 from zo_jax.train.config import HUB_SOURCES, SETTINGS, SIZES, Config, ConfigError
 from zo_jax.train.data import batches, sources
+from zo_jax.train.rewards.pool import RewardFailed
 from zo_jax.train.run import make_layout, train_and_evaluate
 from zo_jax.train.run_folder import metrics
 from zo_jax.train.settings import replace_value, walk
@@ -79,6 +81,19 @@ FINE = {
     "train.batch_size": 4,
 }
 ANSWERS = FINE | {"task.labels": "", "task.target": "answer"}
+LOW_RANK = {"zo.perturbation": "low_rank"}
+REWARD = (
+    FINE
+    | LOW_RANK
+    | {
+        "task.labels": "",
+        "objective.name": "reward",
+        "objective.path": "reward.py:length",
+        "objective.max_new_tokens": 16,
+        "zo.num_queries": 2,
+        "zo.epsilon": 0.3,
+    }
+)
 # Files that the fixture `folder` writes, in the current folder.
 TEXT = {"data.source": "text", "data.path": "a.txt"}
 TEXTS = {"data.source": "text", "data.path": "?.txt"}
@@ -105,6 +120,7 @@ IN_PROGRAMS = {
     "zo.batch_per_query": Case(True),
     "zo.method": Case("fzoo", {"zo.difference": "forward"}),
     "zo.exact": Case("^ln_f/"),
+    "zo.groups": Case("layers"),
     "fo.gradient_accumulation_steps": Case(2, BACKPROP),
     "instruct.method": Case("gram_schmidt", INSTRUCT),
     "instruct.cosine_target": Case(0.5, INSTRUCT),
@@ -129,6 +145,7 @@ IN_PROGRAMS = {
     "optimizer.b2": Case(0.7, OF("muon")),
     "optimizer.eps": Case(0.7, OF("mudamw")),
     "optimizer.weight_decay": Case(0.7, OF("adamw")),
+    "optimizer.anchor": Case(0.7),
     "optimizer.rounding": Case("nearest", {"model.param_dtype": "bfloat16"}),
     "optimizer.cautious": Case(True, OF("mudamw")),
     "optimizer.orthogonalize_embedding": Case(False, OF("muon")),
@@ -192,6 +209,14 @@ IN_FINE_TUNES = {
     "task.num_test": Case(0, FINE),
     "task.max_tokens": Case(6, FINE),
     "task.answer_tokens": Case(3, ANSWERS),
+    "objective.name": Case("accuracy", FINE | LOW_RANK),
+    "objective.path": Case("reward.py:capitals", REWARD),
+    "objective.shaping": Case("ranks", REWARD),
+    "objective.max_new_tokens": Case(3, REWARD),
+    "objective.temperature": Case(1.0, REWARD),
+    "objective.stop": Case("e", REWARD | {"objective.temperature": 2.0}),
+    "objective.timeout": Case(1e-6, REWARD),
+    "objective.text_path": Case("a.txt", REWARD),
 }
 RUN = TEXT | BACKPROP | {"optimizer.learning_rate": 1e-2}
 # Runs that differ in several fields, each of which shows in a part of what they leave.
@@ -242,7 +267,9 @@ ON_DEVICES = {
     "mesh.data": Case(2),
     "mesh.model": Case(2),
 }
-CASES = IN_PROGRAMS | IN_BLOCKS | IN_FINE_TUNES | ON_DEVICES
+# What it changes is in test_tracking.py, for its library is an extra.
+TRACKED = {"train.wandb": Case("a project")}
+CASES = TRACKED | IN_PROGRAMS | IN_BLOCKS | IN_FINE_TUNES | ON_DEVICES
 for name, (run, _, _) in IN_RUNS.items():
     others = {field: value for field, value in RUNS[run].items() if field != name}
     CASES[name] = Case(RUNS[run][name], others)
@@ -259,6 +286,9 @@ BROKEN = {
     "optimizer.name is muon": {"optimizer.name": "mudamw"},
     "mode is instruct": {"mode": "calibrate"},
     "mode is zo": {"mode": "calibrate", "fo.bp_interval": 2},
+    "objective.name is loss": {"objective.name": "reward"},
+    "objective.name is not loss": {"objective.name": "loss"},
+    "objective.name is reward": {"objective.name": "accuracy"},
     "mode is calibrate or instruct": {"mode": "zo"},
     "mode is not fo or fo.batch_size is 0": {"mode": "fo", "fo.batch_size": 4},
     "model.size is custom": {"model.size": "20M"},
@@ -327,6 +357,10 @@ def write_fine_tunes(folder):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         rows = [row | {"other": 1 - row["label"]} for row in rows]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "reward.py").write_text(
+        "def length(prompts, texts, rows): return [-len(set(text)) for text in texts]\n"
+        "def capitals(prompts, texts, rows): return [sum(map(str.isupper, t)) for t in texts]\n"
+    )
     (folder / "sst2").mkdir()
     for name in ("train", "validation"):
         rows = [{"sentence": f"{name} {i}", "label": i % 2} for i in range(24)]
@@ -389,7 +423,7 @@ def lower(config, is_init, is_update):
     if is_update:
         loss, c = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((), (q,)))
         return steps.make_update(config, gpt).lower(state, key, loss, c)
-    return steps.make_project(config, gpt).lower(state.params, key, tokens, state.step)
+    return steps.make_project(config, gpt).lower(state.params, key, tokens, None, state.step)
 
 
 @pytest.mark.parametrize("name", IN_PROGRAMS)
@@ -422,14 +456,25 @@ def test_it_changes_what_is_read(name, folder):
 
 def fine_tune_of(config):
     """What a configuration makes of a pretrained model and its examples."""
+    try:
+        return _fine_tune_of(config)
+    except RewardFailed as error:
+        return str(error)
+
+
+def _fine_tune_of(config):
     config = resolve(config, 10)
     subject = make_subject(config, load_sources(config))
     task, state = subject.task, steps.init_state(config, subject.model)
     read = [jax.tree.map(np.ndarray.tolist, task.batches(i)) for i in range(3)]
-    written = task.write(state.params, task.validation) if task.writes else None
+    written = task.write(state.params, task.validation) if getattr(task, "writes", 0) else None
+    key, scores = steps.make_step_key(config, None)(0), None
+    if config.objective.name != "loss":
+        scores = jnp.asarray(task.score(state.params, key, task.batches(0)[0]))
+        scores = scores.tolist(), task.strategy.projections(scores).tolist(), task.samples
     measured = task.evaluate_part(state.params, task.test) if task.test else None
     factors = jax.tree.map(lambda x: (x.shape, float(jnp.sum(jnp.abs(x)))), state.params["lora"])
-    return read, task.evaluate(state.params), written, measured, factors
+    return read, task.evaluate(state.params), written, measured, factors, scores
 
 
 @pytest.mark.parametrize("name", IN_FINE_TUNES)
@@ -547,6 +592,7 @@ def test_choices_are_what_there_is():
     assert SIZES == ("custom", *model.SIZES) and HUB_SOURCES == tuple(sources.HUB_DATASETS)
     assert SETTINGS["instruct.method"].choices == METHODS
     assert SETTINGS["zo.difference"].choices == estimators.DIFFERENCES
+    assert SETTINGS["objective.shaping"].choices == SHAPINGS
     kinds = {type(families.by_name(name)) for name in SETTINGS["zo.perturbation"].choices}
     assert len(kinds) == len(SETTINGS["zo.perturbation"].choices)
     # The largest number of queries is the largest of a ledger's records.

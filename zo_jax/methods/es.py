@@ -76,6 +76,13 @@ def evolution_strategy(
       sigma: σ.
       estimator: as of `EvolutionStrategy`.
       **options: other fields of `zo_jax.Evolution`.
+
+    >>> import jax, jax.numpy as jnp, zo_jax
+    >>> method = zo_jax.methods.evolution_strategy(population=8, sigma=0.1)
+    >>> tx, params = method.transformation(jax.random.key(0)), jnp.ones(5)
+    >>> updates, _ = tx.update(None, tx.init(params), params, value_fn=lambda p: jnp.sum(p**2))
+    >>> updates.shape
+    (5,)
     """
     options = dict(perturbation="gaussian", antithetic=False) | options
     return EvolutionStrategy(estimator, Evolution(population, sigma, **options))
@@ -99,5 +106,9 @@ def eggroll(
       perturbation: directions; `zo_jax.low_rank(r)`.
       estimator: as of `EvolutionStrategy`.
       **options: other fields of `zo_jax.Evolution`.
+
+    >>> import zo_jax
+    >>> zo_jax.methods.eggroll(population=8).strategy.antithetic
+    True
     """
     return EvolutionStrategy(estimator, Evolution(population, sigma, perturbation, **options))

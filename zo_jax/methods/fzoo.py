@@ -62,7 +62,8 @@ def fzoo_weights(projections: jax.Array, epsilon: Any) -> jax.Array:
       epsilon: ε.
 
     >>> import jax.numpy as jnp
-    >>> fzoo_weights(jnp.array([3.0, 1.0, jnp.nan]), 0.5).round(3).tolist()
+    >>> weights = fzoo_weights(jnp.array([3.0, 1.0, jnp.nan]), 0.5)
+    >>> [round(x, 3) for x in weights.tolist()]
     [2.121, 0.707, 0.0]
     """
     deviation = epsilon * _standard_deviation(projections)
@@ -76,6 +77,10 @@ def weights_of(method: dict[str, Any] | None) -> Callable[[jax.Array], jax.Array
 
     Raises:
       ValueError: there is no such method.
+
+    >>> import zo_jax
+    >>> zo_jax.methods.weights_of(None) is zo_jax.mean_weights
+    True
     """
     if method is None:
         return mean_weights

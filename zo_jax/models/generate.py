@@ -23,8 +23,9 @@ from zo_jax.models.weights import product
 
 # Tokens between two looks for stop strings.
 _CHUNK = 16
-# Lengths are rounded up to a multiple, so that similar prompts share a compiled program.
-_ROUND = 32
+# Lengths are rounded up to a multiple, so that similar prompts share a compiled program; those of
+# short prompts to a smaller one, since of many rows most of the padding would be read for nothing.
+_ROUND, _ROUND_SHORT = 32, 8
 
 Prompt = str | Sequence[dict[str, str]] | Sequence[int] | np.ndarray
 
@@ -116,7 +117,9 @@ def generate(
     lengths_B = np.asarray([len(row) for row in ids], np.int32)
     limit = model.config.context_length
     slots = min(_round_up(int(lengths_B.max()) + max_tokens), limit)
-    tokens_BP = np.zeros((len(ids), min(_round_up(int(lengths_B.max())), slots)), np.int32)
+    longest = int(lengths_B.max())
+    width = _round_up(longest, _ROUND_SHORT if longest <= _ROUND else _ROUND)
+    tokens_BP = np.zeros((len(ids), min(width, slots)), np.int32)
     for row, prompt in zip(tokens_BP, ids, strict=True):
         row[: len(prompt)] = prompt
     state = _read(params, tokens_BP, lengths_B, num_slots=slots, **static)
@@ -190,8 +193,8 @@ def _check(
         raise ValueError(f"token ids must be in [0, {c.vocab_size}); a prompt has others")
 
 
-def _round_up(n: int) -> int:
-    return -(-n // _ROUND) * _ROUND
+def _round_up(n: int, multiple: int = _ROUND) -> int:
+    return -(-n // multiple) * multiple
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "num_slots"))

@@ -157,11 +157,13 @@ def attach(params: Any, factors: dict[str, Factors]) -> Any:
 
 def _in_all_layers(weight: Any, f: Factors) -> Factors:
     """Factors of the last layers, with zeros for those before."""
-    before = weight.shape[0] - len(f.down) if len(weight.shape) == 3 else 0
+    # The factors of a population are weights themselves, whose arrays have layers in front too.
+    num_layers = len(jax.tree.leaves(f.down)[0])
+    before = weight.shape[0] - num_layers if len(weight.shape) == 3 else 0
     if not before:
         return f
     zeros = lambda x: jnp.zeros((before, *x.shape[1:]), x.dtype)
-    pad = lambda x: jnp.concatenate([zeros(x), x])
+    pad = lambda part: jax.tree.map(lambda x: jnp.concatenate([zeros(x), x]), part)
     return dataclasses.replace(f, down=pad(f.down), up=pad(f.up))
 
 

@@ -22,7 +22,7 @@ from zo_jax.models.generate import Generated, Prompt, generate
 from zo_jax.models.model import Model
 from zo_jax.models.weights import Weight, is_weight, product, rows
 from zo_jax.perturbed import LowRank, Perturbed
-from zo_jax.trees import is_floating, path_name
+from zo_jax.trees import ALL, WHOLE, Subset, is_floating, path_name
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +101,9 @@ class Separate(Weight):
         return of_row.astype(like.dtype).reshape(len(of_row), *(1,) * (like.ndim - 2), -1)
 
 
-def populate(params: Any, family: Family, keys: jax.Array, scales: jax.Array) -> Any:
+def populate(
+    params: Any, family: Family, keys: jax.Array, scales: jax.Array, subset: Subset = WHOLE
+) -> Any:
     """The parameters of many members, for the functions of a model: member i is `params` moved
     along the direction of key i by scale i.
 
@@ -113,7 +115,11 @@ def populate(params: Any, family: Family, keys: jax.Array, scales: jax.Array) ->
       family: of directions.
       keys: [M] typed PRNG keys.
       scales: float32 [M].
+      subset: the part of the parameters that members are moved in.
     """
+    if subset is not WHOLE:
+        part = subset.floating(params)
+        return _in_place(params, populate(part.select(params), family, keys, scales), part)
     moves = lambda x: not is_weight(x) and is_floating(x)
     moved = jax.tree.map(lambda x: x if moves(x) else None, params, is_leaf=is_weight)
 
@@ -127,6 +133,25 @@ def populate(params: Any, family: Family, keys: jax.Array, scales: jax.Array) ->
     return treedef.unflatten(
         [x if change is None else _together(path, x, change) for (path, x), change in pairs]
     )
+
+
+def _in_place(params: Any, populated: Any, subset: Subset) -> Any:
+    """The parameters with those of members in the place of a part of them."""
+    leaves, treedef = jax.tree.flatten(params)
+    indices = (ALL,) * len(leaves) if subset.indices is None else subset.indices
+    new = treedef.flatten_up_to(populated)
+    put = lambda leaf, x, i: x if i is ALL else leaf if i is None else _some_layers(leaf, x, i)
+    return treedef.unflatten([put(*one) for one in zip(leaves, new, indices, strict=True)])
+
+
+def _some_layers(leaf: jax.Array, x: "Members | Separate", layers: Any) -> Weight:
+    """Members of some layers of a stack, in a stack of all: the others are moved by nothing."""
+    L = len(leaf)
+    if isinstance(x, Separate):
+        alike = jnp.broadcast_to(leaf[:, None], (L, x.values.shape[1], *leaf.shape[1:]))
+        return Separate(alike.at[layers].set(x.values.astype(leaf.dtype)))
+    spread = lambda part: jnp.zeros((L, *part.shape[1:]), part.dtype).at[layers].set(part)
+    return Members(leaf, spread(x.u), spread(x.v), spread(x.scale))
 
 
 def _change(moved: Any) -> Any:

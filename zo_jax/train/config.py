@@ -24,6 +24,7 @@ PUBLISHED_TASKS = (
     *("multirc", "copa", "record", "squad", "drop"),
 )
 TASKS = ("text", "file", *PUBLISHED_TASKS)
+OBJECTIVES = ("loss", "reward", "accuracy")
 
 _COUNT = "an integer of at least 1"
 _COUNT_OR_NONE = "an integer of at least 0"
@@ -38,6 +39,8 @@ _ADAPTIVE = "instruct.adaptive is true"
 _SCRATCH, _PRETRAINED = "model.path is empty", "model.path is not empty"
 _CUSTOM = "model.size is custom"
 _TEXT, _EXAMPLES = "task.name is text", "task.name is not text"
+_LOSS, _REWARD = "objective.name is loss", "objective.name is reward"
+_SCORED = "objective.name is not loss"
 # A corpus of several documents, of which a part can be read.
 _HAS_SAMPLES = "{}source is not empty or shakespeare"
 # What another value changes in a run that goes on.
@@ -55,8 +58,8 @@ class ModelConfig:
 
     path: str = setting(
         "",
-        "a pretrained model: a Hugging Face folder, a .gguf file, or a finished run's folder "
-        "(empty: a GPT from scratch)",
+        "a pretrained model: a Hugging Face folder, which zo-jax export writes of a run too, or a "
+        ".gguf file (empty: a GPT from scratch)",
         may_change="no number, if the weights there are the same",
     )
     quantized: str = setting(
@@ -204,6 +207,59 @@ class TaskConfig:
 
 
 @dataclasses.dataclass
+class ObjectiveConfig:
+    """What a step climbs: the loss of the task, or scores of what the model writes."""
+
+    name: str = setting(
+        "loss",
+        "loss: of the task, to be lowered; reward: a Python function's scores of completions; "
+        "accuracy: of the task's answers; both are raised, by a population of zo.num_queries pairs "
+        "at a distance of zo.epsilon",
+        choices=OBJECTIVES,
+    )
+    path: str = setting(
+        "",
+        "the reward, as FILE.py:FUNCTION; function(prompts, completions, rows) returns a score for "
+        "each completion, more is better; rows are those of task.path",
+        only_if=_REWARD,
+    )
+    shaping: str = setting(
+        "zscore",
+        "what is made of scores: raw; zscore, over the population; prompt, likewise of each prompt "
+        "by itself; ranks, from -1/2 to 1/2",
+        choices=("raw", "zscore", "prompt", "ranks"),
+        only_if=_SCORED,
+    )
+    max_new_tokens: int = setting(
+        64, "tokens of a completion, at most", allowed=_COUNT, only_if=_REWARD
+    )
+    temperature: float = setting(
+        0.0,
+        "of sampling, by the same random numbers for all members of a step (0: the likeliest "
+        "token)",
+        allowed=_NOT_NEGATIVE,
+        only_if=_REWARD,
+    )
+    stop: str = setting(
+        "", "a string that ends a completion (empty: the model's end alone)", only_if=_REWARD
+    )
+    timeout: float = setting(
+        10.0,
+        "seconds for a call of the reward; what takes longer has the lowest score of its step",
+        allowed=_POSITIVE,
+        only_if=_REWARD,
+        may_change="which calls of the reward fail",
+    )
+    text_path: str = setting(
+        "",
+        "a text file whose loss is told with every evaluation, to see what is forgotten (empty: "
+        "none)",
+        only_if=_SCORED,
+        may_change=_FROM_THERE,
+    )
+
+
+@dataclasses.dataclass
 class DataConfig:
     """Where the text comes from, and how it becomes blocks of tokens."""
 
@@ -278,7 +334,8 @@ class ZOConfig:
     )
     epsilon: float = setting(
         1e-3,
-        "perturbation size of the finite difference; auto: measured before the first step",
+        "perturbation size of the finite difference, and the distance of a population's members; "
+        "auto: measured before the first step",
         words=("auto",),
         # What float32 rounds to zero or infinity is no perturbation.
         allowed="above 1e-37 and below 1e37",
@@ -305,24 +362,40 @@ class ZOConfig:
         "central",
         "central (2 evaluations a query), forward (1 + q evaluations) or jvp (exact, forward mode)",
         choices=("central", "forward", "jvp"),
+        only_if=_LOSS,
     )
     parallel_batch_size: int = setting(
-        1, "queries evaluated at once (memory grows with it)", allowed=_COUNT, may_change=ROUNDING
+        1,
+        "queries evaluated at once (memory grows with it)",
+        allowed=_COUNT,
+        only_if=_LOSS,
+        may_change=ROUNDING,
     )
     batch_chunks: int = setting(
         1,
         "chunks of a batch that are evaluated one after the other (less memory for activations)",
         allowed=_COUNT,
+        only_if=_LOSS,
         may_change=ROUNDING,
     )
     batch_per_query: bool = setting(
-        False, "a fresh batch for every query, rather than one batch shared by all"
+        False,
+        "a fresh batch for every query, rather than one batch shared by all",
+        only_if=_LOSS,
     )
     method: str = setting(
         "plain",
         "what is made of the differences: plain (their mean) or fzoo (that over the standard "
         "deviation of the losses)",
         choices=("plain", "fzoo"),
+        only_if="mode is zo",
+    )
+    groups: str = setting(
+        "none",
+        "none: a direction moves all parameters; layers (each layer, and each other top-level "
+        "entry) or leaves: one group of them, with queries shared out by what the projections tell "
+        "of the groups' gradients; the loss is compiled once for each group",
+        choices=("none", "layers", "leaves"),
         only_if="mode is zo",
     )
     exact: str = setting(
@@ -532,6 +605,12 @@ class OptimizerConfig:
         allowed=_DECAY,
         only_if="optimizer.name is adamw or muon or mudamw",
     )
+    anchor: float = setting(
+        0.0,
+        "decoupled decay towards the parameters that the run began with, times the learning rate "
+        "a step; the distance from them is told (0: none)",
+        allowed=_NOT_NEGATIVE,
+    )
     rounding: str = setting(
         "stochastic",
         "of updates to parameters of 16 bits: stochastic (unbiased, from the step's key) or "
@@ -667,6 +746,12 @@ class TrainConfig:
         only_if=f"{_TEXT} and train.sample_tokens is not 0",
         may_change="the sample at the end",
     )
+    wandb: str = setting(
+        "",
+        "project of Weights & Biases to which rows are sent besides (empty: none); needs its "
+        "library, pip install 'zo_jax[wandb]'",
+        may_change=_NOTHING,
+    )
 
 
 @dataclasses.dataclass
@@ -699,6 +784,7 @@ class Config:
         LoraConfig, "low-rank factors beside frozen weights", only_if="scope is lora"
     )
     task: TaskConfig = section(TaskConfig, "what is learnt")
+    objective: ObjectiveConfig = section(ObjectiveConfig, "what a step lowers or raises")
     data: DataConfig = section(DataConfig, "text, tokenizer and blocks", only_if=_TEXT)
     zo: ZOConfig = section(ZOConfig, "the zeroth-order estimate", only_if=_QUERIES)
     fo: FOConfig = section(FOConfig, "the backprop gradient")

@@ -33,6 +33,8 @@ def default_run_name(config: Config) -> str:
         parts.append(
             _word(Path(config.task.path).stem if config.task.name == "file" else config.task.name)
         )
+    if config.objective.name != "loss":
+        parts.append(_word(config.objective.path.rpartition(":")[2] or config.objective.name))
     if mode in QUERY_MODES:
         parts.append(f"q{config.zo.num_queries}")
     if mode in ("calibrate", "instruct"):
@@ -60,11 +62,24 @@ def tell_results(results: Mapping[str, float], unit: str) -> str:
     '0.500000 nats per example, accuracy 77.4 %'
     """
     words = [f"{results['eval_loss']:.6f} nats per {unit}"]
+    if "eval_reward" in results:
+        words = [f"{results['eval_loss']:.6f}, which is minus the mean reward of a {unit}"]
+    if "eval_text_loss" in results:
+        words.append(f"text {results['eval_text_loss']:.4f} nats per token")
     for name in MEASURES:
-        if name in results and name != "eval_loss":
+        if name in results and name not in ("eval_loss", "eval_reward", "eval_text_loss"):
             word = {"eval_f1": "F1"}.get(name, name.removeprefix("eval_").replace("_", " "))
             words.append(f"{word} {100 * results[name]:.1f} %")
     return ", ".join(words)
+
+
+def tell_flat(num_steps: int, num_flat: int) -> str:
+    """How many steps had no signal, and what to raise."""
+    return (
+        f"{num_flat} of {num_steps} steps had no signal, for all members scored the same: raise "
+        "zo.epsilon, objective.temperature, train.batch_size or zo.num_queries, or give a reward "
+        "that tells more of them apart"
+    )
 
 
 def passes_until(config: Config, step: int) -> int:
@@ -196,10 +211,22 @@ def describe(
     backprop = f"backprop; {fo_batch} in {config.fo.gradient_accumulation_steps} part(s)"
     evaluations = _evaluations_per_step(config)
     method = "" if zo.method == "plain" else f" over the deviation of the losses ({zo.method})"
+    of_groups = {
+        "none": "",
+        "layers": ", each of one layer or other entry, shared out by what their projections tell",
+        "leaves": ", each of one leaf, shared out by what their projections tell",
+    }[zo.groups]
     queries = (
-        f"{zo.num_queries} {zo.perturbation} directions a step, {ways[zo.difference]}{method}, "
+        f"{zo.num_queries} {zo.perturbation} directions a step{of_groups}, "
+        f"{ways[zo.difference]}{method}, "
         f"{evaluations} loss evaluations; {batch}{per_query}"
     )
+    if config.objective.name != "loss":
+        queries = (
+            f"{config.objective.name} to be raised (the loss told is minus it); {zo.num_queries} "
+            f"pairs of {zo.perturbation} members a step at a distance of {zo.epsilon:g}, scores "
+            f"{config.objective.shaping}; {train.batch_size} prompts for all members"
+        )
     every = f"every {config.fo.bp_interval} steps"
     guided = config.instruct.num_guided or zo.num_queries
     how = {
@@ -211,6 +238,8 @@ def describe(
         "instruct": f"{queries}; {every} {guided} of them guided ({config.instruct.method}) by {backprop}",  # noqa: E501
     }[config.mode]
     rate = f"learning rate {optimizer.learning_rate:g}"
+    if optimizer.anchor:
+        rate += f", anchor {optimizer.anchor:g}"
     if optimizer.schedule == "cosine":
         rate += (
             f", {optimizer.warmup_steps} steps of warm-up, cosine to "

@@ -8,12 +8,13 @@ import jax
 from zo_jax.atomic import write_atomic
 from zo_jax.layout import Layout
 from zo_jax.models import lora
-from zo_jax.train import describe, evaluate, processes
+from zo_jax.train import describe, evaluate, processes, summary
 from zo_jax.train.config import Config
 from zo_jax.train.run_folder import checkpoint, metrics
 from zo_jax.train.run_folder.folder import Workdir
 from zo_jax.train.steps import RunState, base_key, init_state, kept_part
 from zo_jax.train.subject import Subject
+from zo_jax.train.tasks.populations import RewardTask
 from zo_jax.train.tasks.prompted import PromptedTask
 from zo_jax.train.tools import plots
 
@@ -30,7 +31,8 @@ def finish(
     results, num_steps = task.evaluate(state.params), int(state.step)
     skipped = int(state.train.num_skipped)
     text = tested = None
-    if isinstance(task, PromptedTask):
+    samples, num_flat = task.samples, 0 if state.num_flat is None else int(state.num_flat)
+    if isinstance(task, PromptedTask | RewardTask):
         state, tested = _test(config, model, task, state, folder, layout)
     elif config.train.sample_tokens:  # by all processes, which hold the parameters together
         key = jax.random.fold_in(base_key(config), 2**31 + 1)
@@ -44,6 +46,14 @@ def finish(
             f"finished {num_steps} steps: training loss {loss:.6f} (last batch), validation "
             f"loss {describe.tell_results(results, task.unit)}"
         )
+        if table := summary.tabulate(rows, task.measure):
+            print(table)
+        for sample in samples:
+            print(sample)
+        if num_flat:
+            print(describe.tell_flat(num_steps, num_flat))
+        if isinstance(task, RewardTask) and task.reward.num_failed:
+            print(f"the reward failed for {task.reward.num_failed} completions of this session")
         if skipped:
             print(f"{skipped} of the steps changed nothing: their loss was not finite")
         if tested:
@@ -63,7 +73,7 @@ def finish(
 def _test(
     config: Config,
     model: Any,
-    task: PromptedTask,
+    task: PromptedTask | RewardTask,
     state: RunState,
     folder: Workdir,
     layout: Layout | None,

@@ -55,6 +55,8 @@ def least_memory(config: Config, model: Any, layout: Layout | None = None) -> di
     if config.scope == "full":  # else the trained part may be small
         moments = _MOMENTS[config.optimizer.name] + (config.optimizer.momentum > 0)
         needs["optimiser state"] = 4 * model.num_params * moments // mesh["model"]
+        if config.optimizer.anchor:
+            needs["anchor"] = 4 * model.num_params // mesh["model"]
         if config.mode in GRADIENT_MODES:
             needs["gradient"] = 4 * model.num_params // mesh["model"]
     size = jnp.dtype(config.model.compute_dtype).itemsize
@@ -62,7 +64,10 @@ def least_memory(config: Config, model: Any, layout: Layout | None = None) -> di
     layer = max(4 * stream + scores, 5 * stream)
     activations = 0
     if config.mode in QUERY_MODES:
-        rows = train.batch_size // config.zo.batch_chunks * config.zo.parallel_batch_size
+        at_once = config.zo.parallel_batch_size
+        if config.objective.name == "reward":
+            at_once = 2 * config.zo.num_queries
+        rows = train.batch_size // config.zo.batch_chunks * at_once
         activations = rows * layer
     if config.mode != "zo":
         rows = (config.fo.batch_size or train.batch_size) // config.fo.gradient_accumulation_steps

@@ -12,7 +12,9 @@ import jax
 from zo_jax.replay import arguments
 from zo_jax.train import processes, signals
 from zo_jax.train.config import Config
+from zo_jax.train.evolve import make_population_step
 from zo_jax.train.report import Report, Taken
+from zo_jax.train.rewards.pool import RewardFailed
 from zo_jax.train.run_folder.resume import Run
 from zo_jax.train.steps import RunState, make_train_step, make_update
 from zo_jax.train.tasks.task import Task
@@ -37,7 +39,10 @@ class Loop:
         self.state, self.records = run.state, run.records
         self.step = int(self.state.step)
         self.report = Report(config, task, run)
-        self.train_step = make_train_step(config, model, run.layout, task.loss)
+        if config.objective.name == "loss":
+            self.train_step = make_train_step(config, model, run.layout, task.loss)
+        else:
+            self.train_step = make_population_step(config, model, task)
         self.update = (
             make_update(config, model, run.layout) if len(self.records) > self.step else None
         )
@@ -47,12 +52,16 @@ class Loop:
         """Takes the steps that are left.
 
         Raises:
-          Interrupted, Diverged: all is saved.
+          Interrupted, Diverged, RewardFailed: all is saved.
           OSError: the run folder; `state` and `step` are of the last step taken, and the log has
             all that they told.
         """
         try:
             self._take_steps()
+        except RewardFailed:
+            if self.step:
+                self._save(wait=True)
+            raise
         except OSError:
             self.report.settle(self.step, self.state)
             raise

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from zo_jax.anchor import anchor
 from zo_jax.mudamw import matrices, mudamw
 from zo_jax.train.config import OptimizerConfig
 
@@ -35,7 +36,16 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> Callable[[Any], An
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """The optimiser that a validated configuration names, for a run of so many steps."""
+    """The optimiser that a validated configuration names, for a run of so many steps; with an
+    anchor, the last part of the chain is that.
+    """
+    optimizer = _make_optimizer(config, num_steps)
+    if not config.anchor:
+        return optimizer
+    return optax.chain(optimizer, anchor(config.anchor, make_schedule(config, num_steps)))
+
+
+def _make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     schedule = make_schedule(config, num_steps)
     moments: dict[str, Any] = dict(b1=config.b1, b2=config.b2, eps=config.eps)
     decay: dict[str, Any] = dict(weight_decay=config.weight_decay, mask=matrices)

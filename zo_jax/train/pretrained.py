@@ -26,6 +26,8 @@ RULES = (
     (r"(o_proj|down_proj|c_proj)/weight$", -1),
     (r"(embed_tokens|lm_head|wte|wpe)/weight$", -1),
 )
+# What the folder of a run has, and no model's.
+_OF_RUN = "metrics.csv"
 _BITS = {"none": 0, "file": 0, "int8": 8, "int4": 4}
 
 
@@ -192,6 +194,11 @@ def open_pretrained(config: Config) -> Pretrained | None:
     if not config.model.path:
         return None
     path = Path(config.model.path).expanduser()
+    if (path / _OF_RUN).exists():
+        raise ConfigError(
+            f"model.path={config.model.path} is the folder of a run; write its model with zo-jax "
+            f"export {config.model.path} --out=MODEL, and set model.path=MODEL"
+        )
     try:
         files = open_files(path)
     except ValueError as error:

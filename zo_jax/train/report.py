@@ -19,6 +19,9 @@ from zo_jax.train.run_folder.resume import Run
 from zo_jax.train.steps import RunState, StepMetrics, StepRecord
 from zo_jax.train.tasks.task import Task
 
+# Steps after which is told that most have no signal.
+_ENOUGH = 20
+
 
 class Taken(NamedTuple):
     """A step, perhaps still on the device: its number, what it told, and its record unless it was
@@ -43,6 +46,7 @@ class Report:
         self.start, self.diverged = int(run.state.step), False
         self._pending: Taken | None = None
         self._began: float | None = None
+        self._told_flat = False
         num_steps = config.train.num_steps
         self.progress = Progress(
             self.start, num_steps, on=self.start < num_steps and processes.is_first()
@@ -74,6 +78,8 @@ class Report:
             when = f"after step {step}" if step else "before training"
             told = describe.tell_results(results, self.task.unit)
             self.progress.say(f"validation loss {when}: {told}")
+            for sample in self.task.samples if step == 0 else ():
+                self.progress.say(sample)
         snapshots, best = self.run.snapshots, self.run.best
         if snapshots and reports.has_snapshot(step, log.results) and step not in snapshots.steps:
             self._keep(snapshots, step, state)
@@ -104,17 +110,39 @@ class Report:
             self.flush(self.task.evaluate(state.params) if is_due else None)
 
     def _tell(self, taken: Taken, results: dict[str, float] | None = None) -> None:
-        """Writes what a step has to tell: its record first, then its row."""
+        """Writes what a step has to tell: its record and its row.
+
+        The record comes first, so that no row is lost that replay cannot make again. A reward's row
+        says more than its record, and comes before it: a run that is killed between them takes the
+        step again.
+        """
         step, last, record = jax.device_get(taken)
-        config, log = self.config, self.run.log
-        self.diverged |= bool(0 < config.train.max_skipped <= last.skipped_in_row)
+        self.diverged |= bool(0 < self.config.train.max_skipped <= last.skipped_in_row)
         self._show(step, last)
+        write_row = lambda: self._write_row(step, last, results)
+        write_record = lambda: self._record(step, last, record)
+        first, then = write_record, write_row
+        if self.config.objective.name != "loss":
+            first, then = write_row, write_record
+            self._tell_signal(step, last)
         try:
-            self._record(step, last, record)
-        finally:  # a row that cannot be written is kept in memory too
-            due = results is not None or self.run.workdir.reports.has_row(step)
-            if due and step not in log.steps:
-                log.write(make_row(config, self.task, step, last, results))
+            first()
+        finally:  # what cannot be written is kept in memory, of both
+            then()
+
+    def _write_row(
+        self, step: int, last: StepMetrics, results: dict[str, float] | None = None
+    ) -> None:
+        log = self.run.log
+        due = results is not None or self.run.workdir.reports.has_row(step)
+        if due and step not in log.steps:
+            log.write(make_row(self.config, self.task, step, last, results))
+
+    def _tell_signal(self, step: int, last: StepMetrics) -> None:
+        """Says once if most steps have no signal."""
+        if step >= _ENOUGH and last.num_flat > step / 2 and not self._told_flat:
+            self._told_flat = True
+            self.progress.say(describe.tell_flat(step, int(last.num_flat)))
 
     def _record(self, step: int, last: StepMetrics, record: StepRecord | None) -> None:
         writer = self.run.writer
@@ -126,6 +154,11 @@ class Report:
             nothing = np.full(self.config.zo.num_queries, np.nan, np.float32)
             writer.append(step, ledger.BACKPROP, 0, last.loss, nothing)
 
+    def _validation(self) -> str:
+        """The latest validation loss, for the line of progress."""
+        results = self.run.log.results if self.config.objective.name == "loss" else {}
+        return f"validation {results[max(results)]['eval_loss']:.4f}, " if results else ""
+
     def _show(self, step: int, last: StepMetrics) -> None:
         # Compilation is in the first step, and not in the rate.
         self._began = self._began or time.monotonic()
@@ -133,8 +166,11 @@ class Report:
             self.config, self.start + 1
         )
         rate = blocks * self.task.tokens_per_example / max(time.monotonic() - self._began, 1e-9)
+        what = f"loss {last.loss:.4f}"
+        if self.config.objective.name != "loss":
+            what = f"{self.config.objective.name} {-last.loss:.4f}, best {last.best_score:.4f}"
         self.progress.show(
             step,
-            f"loss {last.loss:.4f}, lr {last.learning_rate:.2e}, |g| {last.grad_norm:.3g}, "
+            f"{what}, {self._validation()}lr {last.learning_rate:.2e}, |g| {last.grad_norm:.3g}, "
             f"{rate:,.0f} tokens/s, {describe.passes_until(self.config, step):,} passes",
         )

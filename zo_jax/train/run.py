@@ -17,6 +17,7 @@ from zo_jax.train.find import find_settings
 from zo_jax.train.finish import finish
 from zo_jax.train.loop import Loop
 from zo_jax.train.mesh import MeshError, make_mesh
+from zo_jax.train.run_folder import tracking
 from zo_jax.train.run_folder.checkpoint import CheckpointError
 from zo_jax.train.run_folder.folder import Workdir
 from zo_jax.train.run_folder.rescue import rescue
@@ -92,6 +93,7 @@ def _prepare(config: Config, folder: Path, restart: bool) -> tuple[Config, Subje
 
     def check() -> dict[str, Any]:
         validate(config)
+        tracking.check(config)
         return (
             dict(walk(config))
             | {"--workdir": str(folder.absolute()), "--restart": restart}
@@ -135,7 +137,13 @@ def make_layout(config: Config, model: Any) -> Layout | None:
       ConfigError: the mesh does not fit the devices, or the batches the mesh.
     """
     mesh, devices = config.mesh, jax.devices()
-    if config.mode in GRADIENT_MODES:  # it has no queries to split
+    if config.objective.name != "loss" and (jax.process_count() > 1 or mesh != MeshConfig()):
+        raise ConfigError(
+            f"objective.name={config.objective.name} has its population on one device of one "
+            "process; leave mesh at its defaults, and --distributed out"
+        )
+    # They have no queries to split, or all members on one device.
+    if config.mode in GRADIENT_MODES or config.objective.name != "loss":
         devices = devices[:1] if mesh == MeshConfig() else devices
         is_open = -1 in (mesh.data, mesh.model)
         mesh = MeshConfig(1 if is_open else mesh.query, mesh.data, mesh.model)

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from zo_jax import families, methods
+from zo_jax.anchor import distance
 from zo_jax.estimators import Estimator
 from zo_jax.family import Family
+from zo_jax.grouped import grouped
 from zo_jax.layout import Layout
 from zo_jax.methods import weights_of
 from zo_jax.train import feedback, hybrid
@@ -36,10 +38,12 @@ class RunState(NamedTuple):
     Attributes:
       train: step, parameters, optimiser state and counts.
       history: of the losses, for the adaptive schedule of mode instruct; elsewhere None.
+      num_flat: int32, steps so far whose scores were all equal; None where a loss is lowered.
     """
 
     train: TrainState
     history: hybrid.LossHistory | None
+    num_flat: jax.Array | None = None
 
     @property
     def step(self) -> jax.Array:
@@ -57,6 +61,9 @@ class StepMetrics(NamedTuple):
       loss, grad_norm, learning_rate: float32.
       num_skipped, skipped_in_row: int32, as in `TrainState`, after this step.
       cosine_target, noise_scale: float32, of guided directions.
+      drift: float32, how far the trained parameters are from the anchor.
+      num_flat: int32, as in `RunState`, after this step.
+      best_score: float32, the best member's mean score.
     """
 
     loss: jax.Array
@@ -66,6 +73,9 @@ class StepMetrics(NamedTuple):
     skipped_in_row: jax.Array
     cosine_target: jax.Array
     noise_scale: jax.Array
+    drift: jax.Array
+    num_flat: jax.Array | float
+    best_score: jax.Array | float
 
 
 class StepRecord(NamedTuple):
@@ -87,13 +97,15 @@ def make_estimator(config: Config, layout: Layout | None = None, model: Any = No
     is exact is left out.
     """
     zo = config.zo
+    # In the place of kept directions, which differ from step to step: see `kept_directions`.
+    name = "gaussian" if zo.perturbation in KEPT else zo.perturbation
+    family = families.by_name(name, zo.rank)
+    if zo.groups != "none":
+        family = grouped(zo.groups, family)
     return Estimator(
         num_queries=zo.num_queries,
         epsilon=zo.epsilon,
-        # In the place of kept directions, which differ from step to step: see `directions_of`.
-        perturbation=families.by_name(
-            "gaussian" if zo.perturbation in KEPT else zo.perturbation, zo.rank
-        ).on(layout),
+        perturbation=family.on(layout),
         difference=zo.difference,
         parallel_batch_size=zo.parallel_batch_size,
         batch_per_query=zo.batch_per_query,
@@ -103,19 +115,17 @@ def make_estimator(config: Config, layout: Layout | None = None, model: Any = No
     )
 
 
-def directions_of(config: Config, trained: Any, step: Any) -> Family:
-    """The directions of a step.
+def kept_directions(config: Config, trained: Any, step: Any) -> Family:
+    """The directions of a step of LOZO, SubZero or TeZO, whose factors last several steps.
 
     Args:
       trained: the parameters that are trained, or their shapes.
-      step: int32, from 0; the factors that LOZO, SubZero and TeZO keep depend on it.
+      step: int32, from 0.
     """
     zo = config.zo
-    if zo.perturbation not in KEPT:
-        return families.by_name(zo.perturbation, zo.rank)
-    options = {} if zo.perturbation == "tezo" else dict(period=zo.period)
-    make = {"lozo": methods.Lozo, "subzero": methods.SubZero, "tezo": methods.Tezo}
-    method = make[zo.perturbation](rank=zo.rank, **options)
+    period = {} if zo.perturbation == "tezo" else dict(period=zo.period)
+    kinds = {"lozo": methods.Lozo, "subzero": methods.SubZero, "tezo": methods.Tezo}
+    method = kinds[zo.perturbation](rank=zo.rank, **period)
     return method.family(trained, (), methods.Step(jax.random.key_data(base_key(config)), step))
 
 
@@ -159,21 +169,33 @@ def init_state(config: Config, model: Any, layout: Layout | None = None) -> RunS
     rules = make_rules(config, model, layout)
     params = model.start(jax.random.fold_in(base_key(config), 2**31), layout)
 
-    def init(params: Any) -> RunState:
-        history = hybrid.new_history() if config.instruct.adaptive else None
-        return RunState(rules.init(params), history)
-
+    init = lambda params: _begin(config, model, rules, layout, params)
     places = layout and layout.shardings(jax.eval_shape(init, params))
     return jax.jit(init, donate_argnums=0, out_shardings=places)(params)
 
 
 def state_shapes(config: Config, model: Any) -> RunState:
     """The shapes of `init_state`, without allocating any."""
-    rules, history = make_rules(config, model), hybrid.new_history()
-    init = lambda params: RunState(
-        rules.init(params), history if config.instruct.adaptive else None
-    )
-    return jax.eval_shape(init, model.shapes())
+    rules = make_rules(config, model)
+    begin = lambda params: _begin(config, model, rules, None, params)
+    return jax.eval_shape(begin, model.shapes())
+
+
+def _begin(
+    config: Config, model: Any, rules: Update, layout: Layout | None, params: Any
+) -> RunState:
+    history = hybrid.new_history() if config.instruct.adaptive else None
+    num_flat = None if config.objective.name == "loss" else jnp.zeros((), jnp.int32)
+    family = _start(config, model, layout, params)
+    return RunState(rules.init(params, family), history, num_flat)
+
+
+def _start(config: Config, model: Any, layout: Layout | None, params: Any) -> Any:
+    """The family of directions at the first step, if it learns; otherwise None."""
+    if config.zo.groups == "none":
+        return None
+    trained = scope_of(config, model).select(params)
+    return make_estimator(config, layout, model).start(trained)
 
 
 def kept_part(config: Config, model: Any) -> Subset:
@@ -208,22 +230,25 @@ def make_loss(
 def make_project(
     config: Config, model: Any, layout: Layout | None = None, loss_fn: Loss | None = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The jitted forward passes of a step: (params, key, batch, step) -> (loss, projections [q]).
+    """The jitted forward passes of a step: (params, key, batch) -> (loss, projections [q]); the
+    family of directions, if it learns, is a fourth argument, and the step from 0, which is read
+    where directions have factors that are kept, a fifth.
 
     The leaves of a batch are [B, ...], or [q, B, ...] with `zo.batch_per_query`. A query whose
-    loss is not finite has the projection nan. `loss_fn` is as in `make_loss`. The step, from 0, is
-    read where directions have factors that are kept.
+    loss is not finite has the projection nan. `loss_fn` is as in `make_loss`.
     """
     scope = scope_of(config, model)
     loss = make_loss(model, scope, loss_fn)
     estimator = make_estimator(config, layout, model)
 
     @jax.jit
-    def project(params: Any, key: jax.Array, batch: Any, step: Any = 0) -> tuple[jax.Array, ...]:
+    def project(
+        params: Any, key: jax.Array, batch: Any, family: Any = None, step: Any = 0
+    ) -> tuple[jax.Array, ...]:
         trained = scope.select(params)
-        family = directions_of(config, trained, step).on(layout)
-        own = dataclasses.replace(estimator, perturbation=family)
-        return own.project(loss(params), trained, key, batch)
+        if config.zo.perturbation in KEPT:
+            family = kept_directions(config, trained, step)
+        return _along(estimator, family).project(loss(params), trained, key, batch)
 
     return project
 
@@ -236,14 +261,25 @@ def make_update(
 
     The state is donated. Replay calls the same function.
     """
-    rules, tell = make_rules(config, model, layout), _make_tell(config)
+    rules = make_rules(config, model, layout)
+    tell = _make_tell(config, rules.subset)
+    always = make_estimator(config).family
 
     def update(
         state: RunState, key: jax.Array, loss: jax.Array, projections: jax.Array
     ) -> tuple[RunState, StepMetrics]:
-        trained = rules.subset.floating(state.params).select(state.params)
-        family = directions_of(config, trained, state.step)
-        return tell(state, *rules.from_projections(family, state.train, key, loss, projections))
+        family = always
+        if config.zo.perturbation in KEPT:
+            trained = rules.subset.floating(state.params).select(state.params)
+            family = kept_directions(config, trained, state.step)
+        new, metrics = tell(
+            state, *rules.from_projections(family, state.train, key, loss, projections)
+        )
+        if state.num_flat is None:
+            return new, metrics
+        has_signal = jnp.any(jnp.isfinite(projections) & (projections != 0))
+        num_flat = state.num_flat + 1 - has_signal.astype(jnp.int32)
+        return new._replace(num_flat=num_flat), metrics._replace(num_flat=num_flat)
 
     return jax.jit(update, donate_argnums=0)
 
@@ -254,14 +290,20 @@ def make_exact_step(
     """The jitted step along directions for a part of the parameters and the gradient of the rest,
     `zo.exact`: (state, key, batch) -> (state, metrics), the state donated.
     """
-    rules, tell = make_rules(config, model, layout), _make_tell(config)
+    rules = make_rules(config, model, layout)
+    tell = _make_tell(config, rules.subset)
     loss = make_loss(model, rules.subset, loss_fn)
     estimator = make_estimator(config, layout, model)
 
     def exact_step(state: RunState, key: jax.Array, batch: Any) -> tuple[RunState, StepMetrics]:
         trained = rules.subset.select(state.params)
-        estimate = estimator.estimate(loss(state.params), trained, key, batch)
-        return tell(state, *rules.from_gradient(state.train, key, estimate.loss, estimate.gradient))
+        before = state.train
+        now = _along(estimator, before.family)
+        estimate = now.estimate(loss(state.params), trained, key, batch)
+        if before.family is not None:
+            before = before._replace(family=now.learn(trained, key, estimate.projections))
+        new = rules.from_gradient(before, key, estimate.loss, estimate.gradient)
+        return tell(state, *new)
 
     return jax.jit(exact_step, donate_argnums=0)
 
@@ -270,7 +312,8 @@ def make_fo_step(
     config: Config, model: Any, layout: Layout | None = None, loss_fn: Loss | None = None
 ) -> Callable[..., tuple[RunState, StepMetrics]]:
     """The jitted backprop step: (state, batch) -> (state, metrics), the state donated."""
-    rules, tell = make_rules(config, model, layout), _make_tell(config)
+    rules = make_rules(config, model, layout)
+    tell = _make_tell(config, rules.subset)
     loss_and_grad = _make_loss_and_grad(config, make_loss(model, rules.subset, loss_fn), rules)
 
     def fo_step(state: RunState, batch: Any) -> tuple[RunState, StepMetrics]:
@@ -287,7 +330,8 @@ def make_feedback_step(
     """The jitted step of modes feedback and block_local: (state, tokens [B, T]) -> (state,
     metrics), the state donated.
     """
-    rules, tell = make_rules(config, model, layout), _make_tell(config)
+    rules = make_rules(config, model, layout)
+    tell = _make_tell(config, rules.subset)
     loss_and_gradient = feedback.make_gradient(config, model)
 
     def feedback_step(state: RunState, tokens_BT: jax.Array) -> tuple[RunState, StepMetrics]:
@@ -305,7 +349,8 @@ def make_guided_step(
     """The jitted step of mode instruct with a backprop gradient: (state, key, batch, fo_batch) ->
     (state, metrics).
     """
-    rules, tell = make_rules(config, model, layout), _make_tell(config)
+    rules = make_rules(config, model, layout)
+    tell = _make_tell(config, rules.subset)
     loss = make_loss(model, rules.subset, loss_fn)
     loss_and_grad = _make_loss_and_grad(config, loss, rules)
     estimator = make_estimator(config, layout)
@@ -367,7 +412,7 @@ def make_train_step(
     def train_step(state, step, batch, fo_batch):
         if fo_batch is None:
             k = step_key(step)
-            loss, projections = project(state.params, k, batch, state.step)
+            loss, projections = project(state.params, k, batch, state.train.family, state.step)
             return *update(state, k, loss, projections), StepRecord(words(k), loss, projections)
         if batch is None:
             return *fo_step(state, fo_batch), None
@@ -388,7 +433,12 @@ def make_step_key(config: Config, layout: Layout | None) -> Callable[[int], jax.
     return lambda step: fold_in(np.uint32(step))
 
 
-def _make_tell(config: Config) -> Callable[..., tuple[RunState, StepMetrics]]:
+def _along(estimator: Estimator, family: Any) -> Estimator:
+    """The estimator with the family of a state, if there is one."""
+    return estimator if family is None else dataclasses.replace(estimator, perturbation=family)
+
+
+def _make_tell(config: Config, scope: Subset) -> Callable[..., tuple[RunState, StepMetrics]]:
     """(state before, updated state and metrics, of guided directions cosine and noise) -> the state
     after, and what is told.
     """
@@ -402,6 +452,10 @@ def _make_tell(config: Config) -> Callable[..., tuple[RunState, StepMetrics]]:
         noise_scale: Any = jnp.nan,
     ) -> tuple[RunState, StepMetrics]:
         history = before.history and hybrid.remember(before.history, metrics.loss)
+        drift = jnp.float32(jnp.nan)
+        if config.optimizer.anchor:
+            anchor = train.opt_state[-1]
+            drift = distance(anchor, scope.floating(train.params).select(train.params))
         return RunState(train, history), StepMetrics(
             loss=metrics.loss,
             grad_norm=metrics.grad_norm,
@@ -410,6 +464,9 @@ def _make_tell(config: Config) -> Callable[..., tuple[RunState, StepMetrics]]:
             skipped_in_row=metrics.skipped_in_row,
             cosine_target=jnp.float32(cosine_target),
             noise_scale=jnp.float32(noise_scale),
+            drift=drift,
+            num_flat=np.nan,
+            best_score=np.nan,
         )
 
     return tell

@@ -9,8 +9,10 @@ from zo_jax.train.data.sources import DataError
 from zo_jax.train.data.tokenization import ModelTokenizer, Tokenizer
 from zo_jax.train.model import make_model
 from zo_jax.train.pretrained import Pretrained, open_pretrained
+from zo_jax.train.rewards.pool import Reward
 from zo_jax.train.tasks.example import Examples
 from zo_jax.train.tasks.load import load_examples
+from zo_jax.train.tasks.populations import AccuracyTask, RewardTask
 from zo_jax.train.tasks.prompted import PromptedTask
 from zo_jax.train.tasks.task import Task
 from zo_jax.train.tasks.text import TextTask
@@ -23,11 +25,13 @@ class Sources(NamedTuple):
       base: the pretrained model, or None.
       data: a corpus, or examples.
       digests: what tells them from others.
+      reward: the objective's, if it is one.
     """
 
     base: Pretrained | None
     data: Corpus | Examples
     digests: dict[str, Any]
+    reward: Reward | None = None
 
     @property
     def num_examples(self) -> int:
@@ -56,7 +60,7 @@ def load_sources(config: Config) -> Sources:
     """Reads what a validated configuration names, but for the weights.
 
     Raises:
-      ConfigError: there is no such model.
+      ConfigError: there is no such model, or no such reward.
       DataError: there is no such data, or the model has no tokenizer for it.
     """
     base = open_pretrained(config)
@@ -71,7 +75,11 @@ def load_sources(config: Config) -> Sources:
         return Sources(base, corpus, corpus.digests | of_base)
     assert base  # validated
     examples = load_examples(config, base.tokenizer)
-    return Sources(base, examples, {"examples": examples.digest, "order": ORDER} | of_base)
+    digests, reward = {"examples": examples.digest, "order": ORDER} | of_base, None
+    if config.objective.name == "reward":
+        reward = Reward(config.objective.path, config.objective.timeout)
+        digests["reward"] = reward.digest
+    return Sources(base, examples, digests, reward)
 
 
 def make_subject(config: Config, sources: Sources) -> Subject:
@@ -79,6 +87,7 @@ def make_subject(config: Config, sources: Sources) -> Subject:
 
     Raises:
       DataError: an example is too long.
+      ConfigError: the reward cannot be called.
     """
     base, data = sources.base, sources.data
     if base is not None:
@@ -88,7 +97,12 @@ def make_subject(config: Config, sources: Sources) -> Subject:
         model = base or make_model(config.model, tokenizer.vocab_size)
         return Subject(model, TextTask(config, model, data), tokenizer, sources.digests)
     assert base
-    task = PromptedTask(config, base, data)
+    if sources.reward:
+        task = RewardTask(config, base, data, sources.reward)
+    elif config.objective.name == "accuracy":
+        task = AccuracyTask(config, base, data)
+    else:
+        task = PromptedTask(config, base, data)
     return Subject(base, task, _corpus_tokenizer(base), sources.digests)
 
 

@@ -146,6 +146,7 @@ def _check_setting(one: Setting, value: Any) -> None:
 def _check_combinations(config: Config) -> None:
     _check_pretrained(config)
     _check_task(config)
+    _check_objective(config)
     _check_model(config)
     _check_feedback(config)
     _check_sources(config)
@@ -194,13 +195,49 @@ def _check_task(config: Config) -> None:
         return
     if not task.path:
         raise ConfigError("task.name=file needs task.path; set it to a .jsonl or .csv file")
-    if bool(task.labels) == bool(task.target):
+    needs_answers = config.objective.name != "reward"
+    if bool(task.labels) == bool(task.target) and (needs_answers or task.labels):
         raise ConfigError(
             "task.name=file needs either task.labels, what follows the prompt for each label, or "
             "task.target, the column of the answers; set one of them"
         )
     if not task.template and not (task.chat and task.target):
         raise ConfigError("task.name=file needs task.template, the prompt, like '{text} It was'")
+
+
+def _check_objective(config: Config) -> None:
+    objective, zo = config.objective, config.zo
+    if objective.name == "loss":
+        return
+    if config.mode != "zo":
+        raise ConfigError(
+            f"objective.name={objective.name} has no gradient that backprop could find: it needs "
+            f"mode=zo; got {config.mode}"
+        )
+    if config.task.name == "text":
+        raise ConfigError(
+            f"objective.name={objective.name} needs prompts: set task.name=file and task.path, and "
+            "model.path to a model that writes"
+        )
+    if zo.perturbation != "low_rank":
+        raise ConfigError(
+            f"objective.name={objective.name} needs zo.perturbation=low_rank, whose members share "
+            f"their products; got {zo.perturbation}"
+        )
+    for name, value in (
+        ("zo.epsilon", zo.epsilon),
+        ("optimizer.learning_rate", config.optimizer.learning_rate),
+    ):
+        if value == "auto":
+            raise ConfigError(
+                f"{name}=auto is found by a loss: with objective.name={objective.name} set a number"
+            )
+    file, _, function = objective.path.rpartition(":")
+    if objective.name == "reward" and not (file.endswith(".py") and function.isidentifier()):
+        raise ConfigError(
+            "objective.path must be a Python file and one of its functions, like "
+            f"my_reward.py:score; got {objective.path!r}"
+        )
 
 
 def _check_model(config: Config) -> None:
@@ -277,10 +314,11 @@ def _check_batches(config: Config) -> None:
 def _check_method(config: Config) -> None:
     zo = config.zo
     is_kept = zo.perturbation in KEPT
-    if is_kept and (config.mode != "zo" or zo.exact != "none"):
+    if is_kept and (config.mode != "zo" or zo.exact != "none" or zo.groups != "none"):
         raise ConfigError(
-            f"zo.perturbation={zo.perturbation} needs mode=zo and zo.exact=none, got "
-            f"{config.mode} and {zo.exact}; change these, or set zo.perturbation=low_rank"
+            f"zo.perturbation={zo.perturbation} needs mode=zo, zo.exact=none and zo.groups=none, "
+            f"got {config.mode}, {zo.exact} and {zo.groups}; change these, or set "
+            "zo.perturbation=low_rank"
         )
     if is_kept and "auto" in (zo.epsilon, config.optimizer.learning_rate):
         raise ConfigError(
@@ -303,6 +341,11 @@ def _check_method(config: Config) -> None:
             f"zo.method={zo.method} makes steps of another length than zo.exact={zo.exact}: set "
             "zo.exact=none, or zo.method=plain"
         )
+    if zo.groups != "none":
+        raise ConfigError(
+            f"zo.method={zo.method} weighs directions by the deviation of all losses, and "
+            f"zo.groups={zo.groups} by the groups' own: set one of them to its default"
+        )
     if config.optimizer.learning_rate == "auto":
         raise ConfigError(
             "optimizer.learning_rate=auto is found by trials of plain estimates: set a number with "
@@ -321,6 +364,11 @@ def _check_optimizer(config: Config) -> None:
         raise ConfigError(
             f"optimizer.learning_rate=auto is found by trials along directions, which have no part "
             f"in zo.exact={config.zo.exact}; set a number, or zo.exact=none"
+        )
+    if rate == "auto" and config.zo.groups != "none":
+        raise ConfigError(
+            f"optimizer.learning_rate=auto is found by trials whose shares of zo.groups="
+            f"{config.zo.groups} stay what they are at the start; set a number, or zo.groups=none"
         )
     is_number = rate != "auto"
     if optimizer.schedule == "cosine" and is_number and optimizer.min_learning_rate > rate:

@@ -94,6 +94,13 @@ def make_row(
         if not np.isnan(last.cosine_target):
             row["instruct_cosine_target"] = float(last.cosine_target)
             row["instruct_noise_scale"] = float(last.noise_scale)
+        if config.objective.name != "loss":
+            row |= {"reward": 0.0 - float(last.loss), "flat_steps": int(last.num_flat)}
+            # Its record does not have it: replay leaves it out.
+            if not np.isnan(last.best_score):
+                row["best_reward"] = float(last.best_score)
+        if config.optimizer.anchor:
+            row["drift"] = float(last.drift)
     return row | dict(results or {})
 
 

@@ -6,6 +6,7 @@ steps after it. What else is missing is made again where that can be, and told.
 
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 from pathlib import Path
 import sys
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from zo_jax.train.run_folder.checkpoint import CheckpointError, Checkpoints, ope
 from zo_jax.train.run_folder.folder import LEDGER, Workdir
 from zo_jax.train.run_folder.rebuild import Past
 from zo_jax.train.run_folder.reports import Reports, make_row
+from zo_jax.train.run_folder.tracking import Tracker
 from zo_jax.train.steps import RunState, StepMetrics, init_state, kept_part, make_update
 from zo_jax.train.tasks.task import Task
 from zo_jax.trees import Subset
@@ -60,6 +62,7 @@ def run_header(config: Config, model: Any, start: RunState, identity: str = "") 
         start,
         num_queries=config.zo.num_queries,
         perturbation=config.zo.perturbation,
+        groups=config.zo.groups,
         rank=config.zo.rank,
         scope=config.scope,
         clip_norm=config.instruct.grad_clip_norm,
@@ -70,6 +73,12 @@ def run_header(config: Config, model: Any, start: RunState, identity: str = "") 
         identity=identity,
         **({} if base is None else {"base": base}),
     )
+
+
+def _open_files(config: Config, folder: Path, rows: list[metrics.Row]) -> metrics.Files:
+    project = config.train.wandb
+    tracker = Tracker(project, folder, dataclasses.asdict(config)) if project else None
+    return metrics.Files(folder, rows, tracker)
 
 
 @contextlib.contextmanager
@@ -149,9 +158,8 @@ def open_run(
             step = Reports.best_step(task.measure, metrics.results_of(rows))
             if 0 <= step <= start and step not in kept_best:
                 _make_best_again(best, past, step)
-        log = metrics.Log(
-            identity, rows, metrics.Files(folder, rows) if processes.is_first() else None
-        )
+        files = _open_files(config, folder, rows) if processes.is_first() else None
+        log = metrics.Log(identity, rows, files)
         stack.callback(log.close)
         _tell_missing(workdir, start, log, missing, kept_snapshots)
         workdir.go_on(config, last)

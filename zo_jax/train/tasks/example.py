@@ -1,13 +1,13 @@
 """An example of a task: a text, what may follow it, and what of that is right."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from zo_jax.train.data.corpus import digest_text, permutation
 from zo_jax.train.data.sources import DataError
 
-# How a task is learnt: which of the options is right, or to write the right one.
-CHOICE, WRITE = "choice", "write"
+# How a task is learnt: which of the options is right, to write the right one, or by a reward alone.
+CHOICE, WRITE, REWARD = "choice", "write", "reward"
 
 
 class Example(NamedTuple):
@@ -19,12 +19,14 @@ class Example(NamedTuple):
         written.
       right: which of the options are right.
       references: the answers that count as right, where answers are written.
+      row: of the file, where a reward wants it.
     """
 
     prompt: str
     options: tuple[str, ...]
     right: tuple[int, ...]
     references: tuple[str, ...] = ()
+    row: dict[str, Any] | None = None
 
 
 class Examples(NamedTuple):
@@ -32,7 +34,7 @@ class Examples(NamedTuple):
 
     Attributes:
       name: of the task.
-      learns: CHOICE or WRITE.
+      learns: CHOICE, WRITE or REWARD.
       is_written: whether answers are written and compared with the references, rather than chosen.
       train, validation, test: the parts.
       end: the string that ends a written answer, or "" for the model's own end.

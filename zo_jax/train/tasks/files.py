@@ -19,13 +19,16 @@ Row = dict[str, Any]
 Chat = Callable[..., str]
 
 
-def read_examples(config: TaskConfig, path: str, chat: Chat | None) -> list[Example]:
+def read_examples(
+    config: TaskConfig, path: str, chat: Chat | None, for_reward: bool = False
+) -> list[Example]:
     """The examples of a file, in its order.
 
     Args:
       config: `template`, and `labels` or `target`.
       path: JSON lines or CSV with a header, by its ending.
       chat: of the model's tokenizer; None where there is none.
+      for_reward: whether they keep their rows, and need neither labels nor a target.
 
     Raises:
       DataError: the file cannot be read, or a row lacks what the template or the labels ask for;
@@ -35,7 +38,8 @@ def read_examples(config: TaskConfig, path: str, chat: Chat | None) -> list[Exam
     examples = []
     for line, row in _rows(Path(path).expanduser()):
         try:
-            examples.append(_example(config, row, labels, chat))
+            example = _example(config, row, labels, chat, for_reward)
+            examples.append(example._replace(row=row) if for_reward else example)
         except DataError as error:
             raise DataError(f"{path}, line {line}: {error}") from None
     if not examples:
@@ -87,7 +91,11 @@ def template_fields(template: str) -> list[str]:
 
 
 def _example(
-    config: TaskConfig, row: Row, labels: dict[str, str] | None, chat: Chat | None
+    config: TaskConfig,
+    row: Row,
+    labels: dict[str, str] | None,
+    chat: Chat | None,
+    for_reward: bool,
 ) -> Example:
     if labels is not None:
         value = _column(row, config.label_column)
@@ -96,6 +104,8 @@ def _example(
             raise DataError(f"the label {value!r} is none of {', '.join(labels)}")
         prompt = _prompt(config, row, chat)
         return Example(prompt, tuple(labels.values()), (list(labels).index(value),))
+    if for_reward and not config.target:
+        return Example(_prompt(config, row, chat), (), ())
     target = _column(row, config.target)
     if isinstance(target, list):
         return _conversation(target, config.target, chat)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from zo_jax.train.config import Config
-from zo_jax.train.tasks.example import CHOICE, WRITE, Examples, split
+from zo_jax.train.tasks.example import CHOICE, REWARD, WRITE, Examples, split
 from zo_jax.train.tasks.files import read_examples
 from zo_jax.train.tasks.published import PUBLISHED, read_published
 
@@ -26,8 +26,9 @@ def load_examples(config: Config, tokenizer: Any) -> Examples:
     sizes = task.num_train, task.num_validation, task.num_test
     if task.name == "file":
         chat = tokenizer and tokenizer.chat
-        found = read_examples(task, task.path, chat)
-        learns = CHOICE if task.labels else WRITE
+        for_reward = config.objective.name == "reward"
+        found = read_examples(task, task.path, chat, for_reward)
+        learns = REWARD if for_reward else CHOICE if task.labels else WRITE
         return Examples(task.path, learns, not task.labels, *split(found, sizes, seed, task.path))
     published = PUBLISHED[task.name]
     of_train, of_test = read_published(task.name, task.path)

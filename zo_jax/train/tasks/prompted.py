@@ -56,7 +56,7 @@ class PromptedTask:
           DataError: an example is too long, or the answers that are to be written.
         """
         self.config, self.model, self.examples = config, model, examples
-        self.unit = "token of an answer" if examples.is_written else "example"
+        self.unit, self.samples = "token of an answer" if examples.is_written else "example", []
         tokenizer, limit = model.tokenizer, min(config.task.max_tokens, model.context_length)
         # A conversation's special tokens are in its text.
         special = not config.task.chat
@@ -177,28 +177,34 @@ class PromptedTask:
 
     def write(self, params: Any, part: Part) -> list[str]:
         """The answers that the model writes to the prompts of some examples."""
-        encoded = part.encoded
-        assert isinstance(encoded, Written)
-        room = self.model.context_length - self.config.task.answer_tokens
-        prompts = [
-            row[max(0, int(start) - room) : start]
-            for row, start in zip(encoded.tokens, encoded.start, strict=True)
-        ]
-        order = np.argsort(encoded.start, kind="stable")
+        prompts = [self.prompt(part, i) for i in range(len(part.examples))]
+        order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
         texts = [""] * len(prompts)
-        end = self.examples.end
         groups = [order[i : i + _BATCH] for i in range(0, len(order), _BATCH)]
         for group in tqdm.tqdm(groups, unit="batch", desc="answers", leave=False, disable=None):
             out = generate(
                 self.model.model,
                 self.model.weights(params),
                 [prompts[i] for i in group],
-                max_tokens=self.config.task.answer_tokens,
-                stop=[end] if end else [],
+                **self.answer_options,
             )
             for i, text in zip(group, out.texts, strict=True):
                 texts[i] = text.strip()
         return texts
+
+    def prompt(self, part: Part, i: int) -> np.ndarray:
+        """The tokens of a prompt, its end where it leaves no room for an answer."""
+        encoded = part.encoded
+        assert isinstance(encoded, Written)
+        room = self.model.context_length - self.config.task.answer_tokens
+        start = int(encoded.start[i])
+        return encoded.tokens[i, max(0, start - room) : start]
+
+    @property
+    def answer_options(self) -> dict[str, Any]:
+        """Of `generate`, by which answers are written."""
+        end = self.examples.end
+        return dict(max_tokens=self.config.task.answer_tokens, stop=[end] if end else [])
 
 
 def _batch_sizes(config: Config) -> tuple[int, int]:

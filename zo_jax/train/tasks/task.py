@@ -12,6 +12,8 @@ MEASURES = {
     "eval_accuracy": True,
     "eval_f1": True,
     "eval_exact_match": True,
+    "eval_reward": True,
+    "eval_text_loss": False,
 }
 
 
@@ -24,6 +26,7 @@ class Task(Protocol):
       tokens_per_example: of a block, or of an example in the mean.
       unit: what has the loss: a token or an example.
       measure: of `MEASURES`, which says what the best state is.
+      samples: what was written in the last evaluation, some lines of it; empty where nothing is.
     """
 
     summary: str
@@ -31,6 +34,7 @@ class Task(Protocol):
     tokens_per_example: int
     unit: str
     measure: str
+    samples: list[str]
 
     def batches(self, step: int, layout: Layout | None = None) -> tuple[Any, Any]:
         """What a step (from 0) reads for its queries, and for backprop: pytrees with leaves [B,

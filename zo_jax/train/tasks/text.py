@@ -19,7 +19,7 @@ class TextTask:
 
     def __init__(self, config: Config, model: Any, corpus: Corpus):
         self.config, self.model, self.corpus = config, model, corpus
-        self.summary = corpus.summary
+        self.summary, self.samples = corpus.summary, []
         self.num_examples, self.tokens_per_example = corpus.train_NT.shape
         self._evaluate = make_evaluate(model)
         self._held_out = choose_blocks(corpus.validation_NT, config.train.eval_blocks)

@@ -24,7 +24,7 @@ import tqdm
 
 from zo_jax.train import steps
 from zo_jax.train.arguments import Parser, add_experiment, fail, parse, read_experiment
-from zo_jax.train.config import Config, ConfigError, OptimizerConfig, TaskConfig
+from zo_jax.train.config import Config, ConfigError, ObjectiveConfig, OptimizerConfig, TaskConfig
 from zo_jax.train.losses import next_token_loss
 from zo_jax.train.model import SIZES, make_model
 from zo_jax.train.pretrained import open_pretrained
@@ -174,7 +174,8 @@ def main(args: Sequence[str]) -> int:
     try:
         options = parse(parser, args)
         config, sizes = read_experiment(options), options.sizes.split(",")
-        config.task = TaskConfig()
+        # What is measured are losses of blocks.
+        config.task, config.objective = TaskConfig(), ObjectiveConfig()
         validate(config)
         if config.model.path:
             sizes = ["config"]

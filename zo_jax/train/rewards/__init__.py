@@ -1,0 +1,1 @@
+"""Rewards of one's own: a Python function's scores of what a model writes."""
