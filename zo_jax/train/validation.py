@@ -7,7 +7,7 @@ import copy
 import difflib
 from typing import Any
 
-from zo_jax.train.config import SETTINGS, Config, blocks_per_step
+from zo_jax.train.config import KEPT, SETTINGS, Config, blocks_per_step
 from zo_jax.train.model import SIZES
 from zo_jax.train.settings import (
     ConfigError,
@@ -313,6 +313,18 @@ def _check_batches(config: Config) -> None:
 
 def _check_method(config: Config) -> None:
     zo = config.zo
+    is_kept = zo.perturbation in KEPT
+    if is_kept and (config.mode != "zo" or zo.exact != "none" or zo.groups != "none"):
+        raise ConfigError(
+            f"zo.perturbation={zo.perturbation} needs mode=zo, zo.exact=none and zo.groups=none, "
+            f"got {config.mode}, {zo.exact} and {zo.groups}; change these, or set "
+            "zo.perturbation=low_rank"
+        )
+    if is_kept and "auto" in (zo.epsilon, config.optimizer.learning_rate):
+        raise ConfigError(
+            "auto is found along directions that no factors are kept of: set zo.epsilon and "
+            f"optimizer.learning_rate with zo.perturbation={zo.perturbation}"
+        )
     if zo.method == "plain":
         return
     if zo.difference != "forward" or zo.num_queries < 2:
@@ -328,6 +340,11 @@ def _check_method(config: Config) -> None:
         raise ConfigError(
             f"zo.method={zo.method} makes steps of another length than zo.exact={zo.exact}: set "
             "zo.exact=none, or zo.method=plain"
+        )
+    if zo.groups != "none":
+        raise ConfigError(
+            f"zo.method={zo.method} weighs directions by the deviation of all losses, and "
+            f"zo.groups={zo.groups} by the groups' own: set one of them to its default"
         )
     if config.optimizer.learning_rate == "auto":
         raise ConfigError(
