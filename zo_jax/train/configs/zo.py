@@ -1,8 +1,9 @@
-"""Zeroth order on the weights of a character GPT of 0.11 million parameters, with the gradient of the
-output head in closed form.
+"""Zeroth order on the weights of a character GPT of 0.11 million parameters, with the gradient of
+the output head in closed form.
 
-Directions of one layer, or of one embedding, each; the queries are shared out by what the projections
-tell. A run without a ledger: it goes on from checkpoints. Loss values alone: configs/zo_plain.py.
+Directions of one layer, or of one embedding, each; the queries are shared out by what the
+projections tell. A run without a ledger: it goes on from checkpoints. Loss values alone:
+configs/zo_plain.py.
 
 Command: python main.py --config=zo
 Time and loss: docs/learning.md.
