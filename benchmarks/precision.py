@@ -3,8 +3,8 @@
   python benchmarks/precision.py            ten minutes on 2 CPU cores
 
 The model and data of configs/zo_plain.py with a constant learning rate of 1e-4, whose updates are
-below half the spacing of most bfloat16 weights, by backprop and by forward passes; validation loss in
-nats after so many steps. int8: between steps every row of a matrix is 8-bit integers and one
+below half the spacing of most bfloat16 weights, by backprop and by forward passes; validation loss
+in nats after so many steps. int8: between steps every row of a matrix is 8-bit integers and one
 float32 scale, 1/100 of its largest entry when training began and doubled when a row outgrows it;
 updates are rounded to the integers stochastically.
 """
