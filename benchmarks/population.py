@@ -2,7 +2,7 @@
 batched generation of as many sequences by one model.
 
   python benchmarks/population.py                               SmolLM2-135M and a GPT of 20M
-  python benchmarks/population.py --models=20M --members=32 --prompts=4 --tokens=32
+  python benchmarks/population.py --models=20M --members=32 --prompts=4 --tokens=16
 
 Both write to the same prompts the same number of tokens, none of which ends a text, one after the
 other in turns; a figure is the median of the rounds, and the ratio the median of the rounds'
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--models", type=lambda x: x.split(","), default=list(_MODELS))
     parser.add_argument("--members", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     print("| model | members x prompts | tokens | plain, tokens/s | population | ratio |")

@@ -3,6 +3,12 @@
 from importlib import metadata as _metadata
 
 from zo_jax import methods
+from zo_jax.activations import (
+    ActivationEstimate,
+    ActivationState,
+    activation_gradient,
+    activation_zeroth_order,
+)
 from zo_jax.anchor import AnchorState, anchor
 from zo_jax.estimators import (
     Estimate,
@@ -32,6 +38,8 @@ except _metadata.PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "ActivationEstimate",
+    "ActivationState",
     "AnchorState",
     "Dense",
     "Estimate",
@@ -49,6 +57,8 @@ __all__ = [
     "Update",
     "UpdateMetrics",
     "ZerothOrderState",
+    "activation_gradient",
+    "activation_zeroth_order",
     "anchor",
     "apply_directions",
     "by_name",

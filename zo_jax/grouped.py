@@ -71,9 +71,7 @@ class Grouped(Family):
     memory: float = dataclasses.field(metadata={"static": True})
 
     def start(self, params: Any) -> "Grouped":
-        sizes, costs = self._sizes_and_costs(params)
-        zeros = jnp.zeros(len(sizes), jnp.float32)
-        return dataclasses.replace(self, norms=_learned(zeros, zeros, sizes, costs))
+        return dataclasses.replace(self, norms=self._first(params))
 
     def learn(self, params: Any, keys: jax.Array, projections: jax.Array) -> "Grouped":
         norms = self._norms(params)
@@ -155,9 +153,13 @@ class Grouped(Family):
         own = lambda i: jnp.where(group == i, weights * lax.rsqrt(p[i]), 0)
         return [(part, own(i)) for i, part in enumerate(self.parts(params))]
 
+    def _first(self, params: Any) -> Norms:
+        sizes, costs = self._sizes_and_costs(params)
+        zeros = jnp.zeros(len(sizes), jnp.float32)
+        return _learned(zeros, zeros, sizes, costs)
+
     def _norms(self, params: Any) -> Norms:
-        norms = self.norms if self.norms is not None else self.start(params).norms
-        assert norms is not None
+        norms = self.norms if self.norms is not None else self._first(params)
         count = len(find_groups(self.groups, params))
         if norms.ends.shape != (count,):
             raise ValueError(

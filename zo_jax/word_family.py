@@ -27,6 +27,8 @@ from zo_jax.trees import is_floating
 UNROLLED = 8
 # Leaves with more words than this are summed one after the other, the smaller ones together.
 _LARGE_WORDS = 2**15
+# Leaves of so many entries are summed block by block of their rows.
+_LARGE_ENTRIES = 2**20
 # Of the smaller ones so many words are drawn at once, of every direction.
 _WORDS_AT_ONCE = 2**18
 
@@ -97,9 +99,15 @@ class _Leaf(NamedTuple):
         return self.num_words > _LARGE_WORDS
 
     @property
+    def is_alone(self) -> bool:
+        """Whether its words are drawn apart from those of other leaves."""
+        return self.is_large or self.goes_by_rows
+
+    @property
     def goes_by_rows(self) -> bool:
         """Whether the leaf is summed block by block of its rows."""
-        return self.is_large and self.entries.by_rows and math.prod(self.value.shape[:-1]) > 1
+        has_rows = self.entries.by_rows and math.prod(self.value.shape[:-1]) > 1
+        return has_rows and self.value.size >= _LARGE_ENTRIES and self.first % 2 == 0
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -382,7 +390,7 @@ def _spans(leaves: list[_Leaf]) -> list[_Span]:
     parts: list[list[_Leaf]] = []
     for leaf in leaves:
         fits = parts and leaf.first + leaf.num_words - parts[-1][0].first <= _WORDS_AT_ONCE
-        if fits and not leaf.is_large:
+        if fits and not leaf.is_alone and not parts[-1][-1].is_alone:
             parts[-1].append(leaf)
         else:
             parts.append([leaf])
@@ -410,7 +418,7 @@ def _opaque_where_alike(leaves: list[_Leaf], places: list[int]) -> list[Any]:
     """
 
     def subtrees(depth: int) -> list[list[int]]:
-        key = lambda i: (leaves[i].is_large, leaves[i].path[:depth])
+        key = lambda i: (leaves[i].is_alone, leaves[i].path[:depth])
         return [list(part) for _, part in itertools.groupby(range(len(leaves)), key)]
 
     def num_programs(parts: list[list[int]]) -> int:

@@ -41,7 +41,7 @@ class Call(NamedTuple):
     rows: list[dict[str, Any]]
 
     def only(self, i: int) -> "Call":
-        return Call(*([part[i]] for part in self))
+        return Call([self.prompts[i]], [self.completions[i]], [self.rows[i]])
 
 
 class _Failed(NamedTuple):

@@ -308,5 +308,6 @@ class AccuracyTask(PromptedTask):
 
     def evaluate_part(self, params: Any, part: Part) -> dict[str, float]:
         results = super().evaluate_part(params, part)
-        is_validation = part is self.validation and self._text_loss
-        return results | (self._text_loss.measure(params) if is_validation else {})
+        if self._text_loss and part is self.validation:
+            results |= self._text_loss.measure(params)
+        return results
