@@ -3,6 +3,7 @@
 so a stack of layers [L, ...] has fresh noise for every layer, scanned or indexed.
 """
 
+import collections
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
@@ -132,11 +133,13 @@ class WordFamily(Family):
         few = with_norm and len(weights_kn) == 1 and len(weights) <= UNROLLED
         squared = jnp.zeros((), jnp.float32) if few else None
         # Leaves that are alike are calls of one function, which is traced once.
+        of_leaves = self._leaves(params)
+        count = collections.Counter(leaf.kind for leaf in of_leaves)
         functions: dict[Any, Callable[..., Any]] = {}
 
         def add_leaf(leaf: Leaf, *args: Any) -> tuple[jax.Array, jax.Array | None]:
             function = functools.partial(self._add_leaf, leaf)
-            if self.layout is not None:
+            if self.layout is not None or count[leaf.kind] == 1:
                 return function(*args)
             return functions.setdefault(leaf.kind, jax.jit(function))(*args)
 
@@ -151,7 +154,7 @@ class WordFamily(Family):
                 sums.append(total)
             return sums, squared
 
-        for span in make_spans(self._leaves(params)):
+        for span in make_spans(of_leaves):
             if span.leaves[0].goes_by_rows and self.layout is None:
                 leaf = span.leaves[0]
                 leaves[leaf.index] = _row_sum(leaf, span.block, keys_kn2, weights_kn)
