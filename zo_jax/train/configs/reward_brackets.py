@@ -31,17 +31,17 @@ def get_config(model: str = "") -> Config:
             name="file",
             path="brackets/prompts.jsonl",
             template="{prompt}",
-            num_train=3000,
+            num_train=1000,
             num_validation=500,
             num_test=500,
         ),
         objective=ObjectiveConfig(
-            name="reward", path=f"{REWARD}:valid", max_new_tokens=16, stop="\n"
+            name="reward", path=f"{REWARD}:valid", max_new_tokens=10, stop="\n"
         ),
-        zo=ZOConfig(num_queries=16, epsilon=0.02, perturbation="low_rank"),
+        zo=ZOConfig(num_queries=32, epsilon=0.03, perturbation="low_rank"),
         optimizer=OptimizerConfig(
             name="adam",
-            learning_rate=4e-3,
+            learning_rate=3e-3,
             schedule="cosine",
             warmup_steps=0,
             min_learning_rate=1e-5,
