@@ -1,14 +1,25 @@
-"""Cosine of the estimate to the true gradient against the number of queries, for each family of
-directions.
+"""Cosine of the estimate to the true gradient: against the number of queries, and a second.
 
-  python benchmarks/cosine.py    prints the table and writes docs/cosine.png, about a minute on 2
-                                 CPU cores
+  python benchmarks/cosine.py                prints the table of families of directions and writes
+                                             docs/cosine.png, about a minute on 2 CPU cores
+  python benchmarks/cosine.py --per-second   squared cosine a second, against directions of signs of
+                                             all parameters: some four minutes
+  python benchmarks/cosine.py --per-second --models=character
 
-A small GPT at its initial parameters, a batch of Shakespeare, exact directional derivatives
-(difference "jvp"), several keys.
+By queries: a small GPT at its initial parameters, a batch of Shakespeare, exact directional
+derivatives (difference "jvp"), several keys.
+
+Per second: a GPT after some steps of backprop with Adam, on text; a batch; central differences.
+The squared cosine is (mean <estimate, g>)^2 / (mean |estimate|^2 |g|^2) over the keys, g the
+gradient of the batch: what the average of many steps makes of it. Seconds are the median of whole
+estimates, sum of the directions included, each way in turn. What `zo_jax.grouped` learns it learns
+from projections at these parameters, on other batches, before anything is measured.
 """
 
+import argparse
 from pathlib import Path
+import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +28,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import optax
 
 import zo_jax
 from zo_jax.train.config import DataConfig, ModelConfig
@@ -39,7 +51,151 @@ def flatten(tree):
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
+# Model: (its settings, its tokenizer, steps of backprop, blocks, their length, queries, epsilon).
+CHARACTER = dict(num_layers=6, num_heads=4, width=128)
+MODELS = {
+    "character GPT after 50 steps": (CHARACTER, "char", 50, 8, 64, 64, 1e-3),
+    "character GPT after 300 steps": (CHARACTER, "char", 300, 8, 64, 64, 1e-3),
+    "20M after 30 steps": (dict(size="20M"), "bpe", 30, 2, 128, 24, 1e-3),
+}
+# As many words as GPT-2's vocabulary: of the rows of tokens that the text has not, the gradient is
+# that of a softmax.
+LARGE_VOCABULARY = 50257
+LEARNING_STEPS, PER_SECOND_KEYS = 40, 24
+
+
+def below(config: ModelConfig, num_layers: int) -> dict[str, float]:
+    """What an evaluation costs along a direction of each group, relative to a whole one: the layers
+    from the group on, for what lies below is evaluated once. The output head counts as a layer.
+    """
+    whole = num_layers + 1
+    costs = {f"blocks/{i}": (whole - i) / whole for i in range(num_layers)}
+    return costs | {"ln_f": 1 / whole} | ({} if config.tied_head else {"head": 1 / whole})
+
+
+def train(model: Any, blocks_NT: np.ndarray, num_steps: int, batch_size: int) -> Any:
+    """Parameters after steps of backprop."""
+    optimizer, params = optax.adam(1e-3), model.fresh(jax.random.key(0))
+
+    @jax.jit
+    def step(params, state, tokens_BT):
+        gradient = jax.grad(lambda p: next_token_loss(model, p, tokens_BT))(params)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state
+
+    state, rng = optimizer.init(params), np.random.default_rng(0)
+    for _ in range(num_steps):
+        tokens_BT = blocks_NT[rng.integers(0, len(blocks_NT), batch_size)]
+        params, state = step(params, state, tokens_BT)
+    return params
+
+
+class Way:
+    """A way to estimate the gradient, and what it does over the keys."""
+
+    def __init__(self, label: str, loss_fn: Any, params: Any, gradient: Any, options: dict):
+        estimator = zo_jax.Estimator(**options)
+        self.label, self.params, self.seconds = label, params, []
+        self.products: list[tuple[float, float]] = []
+        self.family = estimator.start(params)
+        using = lambda family: dict(estimator=estimator, perturbation=family)
+
+        @jax.jit
+        def estimate(family, key, tokens_BT):
+            found = zo_jax.estimate_gradient(loss_fn, params, key, tokens_BT, **using(family))
+            return found.gradient, found.projections
+
+        @jax.jit
+        def learn(family, key, projections):
+            return zo_jax.Estimator(**options | dict(perturbation=family)).learn(
+                params, key, projections
+            )
+
+        @jax.jit
+        def products(estimated):
+            dot = lambda a, b: sum(
+                jnp.vdot(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+            )
+            return dot(estimated, gradient), dot(estimated, estimated)
+
+        self._estimate, self._learn, self._products = estimate, learn, products
+
+    def learn(self, key: jax.Array, tokens_BT: np.ndarray) -> None:
+        _, projections = self._estimate(self.family, key, tokens_BT)
+        self.family = self._learn(self.family, key, projections)
+
+    def measure(self, key: jax.Array, tokens_BT: np.ndarray) -> None:
+        start = time.perf_counter()
+        estimated, _ = jax.block_until_ready(self._estimate(self.family, key, tokens_BT))
+        self.seconds.append(time.perf_counter() - start)
+        self.products.append(tuple(map(float, self._products(estimated))))
+
+    def squared_cosine(self, norm: float) -> float:
+        along, squared = np.mean(self.products, axis=0)
+        return along**2 / (squared * norm**2)
+
+
+def per_second(name: str) -> None:
+    settings, tokenizer, num_steps, batch_size, length, num_queries, epsilon = MODELS[name]
+    corpus = load_corpus(DataConfig(block_size=length, tokenizer=tokenizer))
+    config = ModelConfig(context_length=length, **settings)
+    vocab_size = corpus.tokenizer.vocab_size if tokenizer == "char" else LARGE_VOCABULARY
+    model = make_model(config, vocab_size)
+    params = train(model, corpus.train_NT, num_steps, 2 * batch_size)
+    loss_fn = lambda params, tokens_BT: next_token_loss(model, params, tokens_BT)
+    batches = lambda i: corpus.train_NT[i * batch_size : (i + 1) * batch_size]
+    loss, gradient = jax.jit(jax.value_and_grad(loss_fn))(params, batches(0))
+    norm = float(optax.global_norm(gradient))
+    options = dict(num_queries=num_queries, epsilon=epsilon)
+    costs = below(config, model.num_layers)
+    families = {
+        "signs of all parameters": "rademacher",
+        "signs of a layer": zo_jax.grouped(),
+        "signs of a layer, costs told": zo_jax.grouped(costs=costs),
+    }
+    ways = [
+        Way(label, loss_fn, params, gradient, options | dict(perturbation=family))
+        for label, family in families.items()
+    ]
+    for way in ways[1:]:
+        for i in range(LEARNING_STEPS):
+            way.learn(jax.random.key(i), batches(1 + i))
+    for i in range(-1, PER_SECOND_KEYS):
+        for way in ways:
+            way.measure(jax.random.key(1000 + i), batches(0))
+            if i < 0:  # compiles
+                way.seconds, way.products = [], []
+    print(
+        f"\n{name}: {model.num_params:,} parameters, loss {loss:.3f}; {num_queries} queries of "
+        f"{batch_size} x {length - 1} tokens, {PER_SECOND_KEYS} keys, "
+        f"{jax.devices()[0].device_kind}\n"
+    )
+    print("| directions | squared cosine | seconds | squared cosine a second / that of signs |")
+    print("|" + "---|" * 4)
+    rates = [way.squared_cosine(norm) / np.median(way.seconds) for way in ways]
+    for way, rate in zip(ways, rates, strict=True):
+        print(
+            f"| {way.label} | {way.squared_cosine(norm):.2e} | {np.median(way.seconds):.3f} | "
+            f"{rate / rates[0]:.2f} |",
+            flush=True,
+        )
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--per-second", action="store_true", help="squared cosine a second")
+    parser.add_argument(
+        "--models", default="", help="of --per-second: those with this in their name"
+    )
+    args = parser.parse_args()
+    if not args.per_second:
+        by_queries()
+    for name in MODELS:
+        if args.per_second and args.models in name:
+            per_second(name)
+
+
+def by_queries() -> None:
     corpus = load_corpus(DataConfig(block_size=32))
     config = ModelConfig(num_layers=1, num_heads=2, width=32, context_length=32)
     model = make_model(config, corpus.tokenizer.vocab_size)

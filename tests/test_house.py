@@ -27,7 +27,9 @@ def imports_of(path):
 
 
 LIBRARY = {
-    name: path for name, path in FILES.items() if name.count(".") == 1 and path.stem[:2] != "__"
+    name: path
+    for name, path in FILES.items()
+    if (name.count(".") == 1 or name.startswith("zo_jax.methods.")) and path.stem[:2] != "__"
 }
 
 
@@ -38,6 +40,7 @@ def test_the_library_imports_jax_numpy_optax_and_itself(name):
         assert top in {"jax", "numpy", "optax", *sys.stdlib_module_names} or module in {
             *LIBRARY,
             "zo_jax",
+            "zo_jax.methods",
         }, f"{name} imports {module}"
 
 

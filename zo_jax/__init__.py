@@ -1,5 +1,14 @@
 """Training with forward passes only: zeroth-order gradient estimates for JAX."""
 
+from importlib import metadata as _metadata
+
+from zo_jax import methods
+from zo_jax.activations import (
+    ActivationEstimate,
+    ActivationState,
+    activation_gradient,
+    activation_zeroth_order,
+)
 from zo_jax.anchor import AnchorState, anchor
 from zo_jax.estimators import (
     Estimate,
@@ -11,6 +20,7 @@ from zo_jax.estimators import (
 from zo_jax.evolution import Evolution, EvolutionState, Members, evolution, shape_scores
 from zo_jax.families import apply_directions, by_name, gaussian, low_rank, rademacher, sphere
 from zo_jax.family import Family
+from zo_jax.grouped import grouped
 from zo_jax.guided import guided, instruct_directions
 from zo_jax.interpreter import record_formed
 from zo_jax.layout import Layout
@@ -22,9 +32,14 @@ from zo_jax.rules import register_rule
 from zo_jax.transforms import ZerothOrderState, fill_frozen, zeroth_order
 from zo_jax.update import TrainState, Update, UpdateMetrics, make_update
 
-__version__ = "0.1.0"
+try:  # of the installed package, from the tags of git
+    __version__ = _metadata.version("zo_jax")
+except _metadata.PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
 
 __all__ = [
+    "ActivationEstimate",
+    "ActivationState",
     "AnchorState",
     "Dense",
     "Estimate",
@@ -42,6 +57,8 @@ __all__ = [
     "Update",
     "UpdateMetrics",
     "ZerothOrderState",
+    "activation_gradient",
+    "activation_zeroth_order",
     "anchor",
     "apply_directions",
     "by_name",
@@ -49,12 +66,14 @@ __all__ = [
     "evolution",
     "fill_frozen",
     "gaussian",
+    "grouped",
     "guided",
     "instruct_directions",
     "lazily",
     "low_rank",
     "make_update",
     "mean_weights",
+    "methods",
     "mudamw",
     "probe",
     "project",

@@ -13,6 +13,7 @@ from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
 import jax.numpy as jnp
+import numpy as np
 
 from zo_jax.composed import Transposed
 from zo_jax.perturbed import Cast, Dense, Factored, Perturbed
@@ -259,10 +260,15 @@ def _broadcast_factors(x, *dynamic, shape, broadcast_dimensions, **_):
     return x.on_parts(lax.broadcast_in_dim(x.base, shape, broadcast_dimensions), part)
 
 
+def _holds(dtype: Any, number: Any) -> bool:
+    """Whether a number that fills gaps is one of a floating dtype: none, nan, or the same in it."""
+    return number is None or number != number or np.asarray(number, dtype) == number
+
+
 def _inside(primitive: core.Primitive, x: Cast, *operands, **params):
     """What moves entries about can be done before the cast."""
-    if not is_perturbed(x) or params.get("fill_value") is not None:
-        return NotImplemented  # a number of the wide dtype
+    if not is_perturbed(x) or not _holds(x.array.dtype, params.get("fill_value")):
+        return NotImplemented
     result = apply_rule(primitive, [x.array, *operands], params)
     if result is NotImplemented:
         return NotImplemented

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import jax
 from jax.core import Tracer
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 import numpy as np
 
+from zo_jax import exact as exactly
 from zo_jax import families
 from zo_jax.family import Family
 from zo_jax.queries import DIFFERENCES, Queries
-from zo_jax.trees import as_arrays
+from zo_jax.trees import Rule, Subset, as_arrays, loss_of
 
 
 class Estimate(NamedTuple):
@@ -97,6 +98,14 @@ class Estimator:
         in a `jax.tree_util.Partial(loss_fn, frozen)`: JAX cannot look up rows of what a function
         closes over.
       query_axis: the name of that axis.
+      exact: the part of the parameters whose gradient is taken by `jax.grad`, with everything else
+        held constant, while directions are drawn for the rest alone: a regular expression,
+        searched for in paths like "blocks/fc/kernel"; or a function (path, leaf) -> whether all of
+        a leaf is meant, or the indices of those layers of a stack [L, ...] that are. One more
+        forward pass, and backward from the loss to the lowest such leaf: an output head costs its
+        own products alone, the last n layers those layers (backprop above, directions below).
+        `project` and `combine` are of the rest; only `estimate` has both, so a step cannot be
+        taken again from its projections.
 
     Raises:
       ValueError: an option is out of range.
@@ -119,6 +128,7 @@ class Estimator:
     has_aux: bool = False
     mesh: Mesh | None = None
     query_axis: str = "query"
+    exact: Rule | Subset | None = None
 
     def __post_init__(self):
         for name in ("num_queries", "parallel_batch_size", "batch_chunks"):
@@ -138,6 +148,18 @@ class Estimator:
                 f"{', '.join(self.mesh.shape)}; name one of "
                 "them as query_axis"
             )
+        if self.exact is not None and not (
+            isinstance(self.exact, str | Subset) or callable(self.exact)
+        ):
+            raise ValueError(
+                "exact must be a regular expression or a function of (path, leaf), got "
+                f"{self.exact!r:.80}"
+            )
+        if self.mesh is not None and AxisType.Explicit in self.mesh.axis_types:
+            raise ValueError(
+                "the mesh's axes must be Auto, and jax.make_mesh makes them Explicit; make it with "
+                f"jax.sharding.Mesh(devices, {self.mesh.axis_names}), or axis_types="
+            )
         if not isinstance(self.perturbation, Family | str):
             raise ValueError(
                 f"perturbation must be a Family or one of {', '.join(families.NAMES)}; got "
@@ -154,13 +176,33 @@ class Estimator:
 
     @property
     def num_evaluations(self) -> int:
-        """Loss evaluations of one estimate (a jvp counts as one, though it costs two to three)."""
+        """Loss evaluations of one estimate (a jvp counts as one, though it costs two to three, and
+        so does that of `exact`, whose derivative comes on top).
+        """
         num_bases = self.num_queries if self.batch_per_query else 1
-        return {
-            "central": 2 * self.num_queries,
-            "forward": self.num_queries + num_bases,
-            "jvp": self.num_queries,
-        }[self.difference]
+        num_exact = 0 if self.exact is None else num_bases
+        return (
+            num_exact
+            + {
+                "central": 2 * self.num_queries,
+                "forward": self.num_queries + num_bases,
+                "jvp": self.num_queries,
+            }[self.difference]
+        )
+
+    def start(self, params: Any) -> Family:
+        """The family at the first step of a run, of what has directions of these parameters."""
+        if self.exact is not None:
+            params = exactly.split(self.exact, params).rest.select(params)
+        return self.family.start(params)
+
+    def learn(self, params: Any, key: jax.Array, projections: jax.Array) -> Family:
+        """The family at the next step, from the key and the projections of this one; itself, unless
+        it learns, as `zo_jax.grouped` does.
+        """
+        if self.exact is not None:
+            params = exactly.split(self.exact, params).rest.select(params)
+        return self.family.learn(params, self.keys(key), projections)
 
     def keys(self, key: jax.Array) -> jax.Array:
         """The keys of the queries [q], from that of the estimate."""
@@ -181,8 +223,9 @@ class Estimator:
             raise ValueError(
                 "epsilon is a schedule, but only zeroth_order counts steps; give its value"
             )
+        loss_fn, params = self._for_directions(loss_fn, as_arrays(params))
         losses, projections, aux = self._queries.evaluate(
-            loss_fn, as_arrays(params), self.keys(key), batch, self.family, self.epsilon
+            loss_fn, params, self.keys(key), batch, self.family, self.epsilon
         )
         finite = jnp.isfinite(losses) & jnp.isfinite(projections)
         total = jnp.sum(jnp.where(finite, losses, 0))
@@ -193,17 +236,27 @@ class Estimator:
         return (loss, projections, aux) if self.has_aux else (loss, projections)
 
     def combine(self, params: Any, key: jax.Array, projections: jax.Array) -> Any:
-        """ĝ, like `params`: the directions are summed again from the key."""
-        params = as_arrays(params)
-        return self.family.combine(params, self.keys(key), mean_weights(projections))
+        """ĝ, like `params`: the directions are summed again from the key. Zero where `exact`
+        is.
+        """
+        params, keys = as_arrays(params), self.keys(key)
+        weights = mean_weights(projections)
+        if self.exact is None:
+            return self.family.combine(params, keys, weights)
+        rest = exactly.split(self.exact, params).rest
+        total = self.family.combine(rest.select(params), keys, weights)
+        return rest.merge(jax.tree.map(jnp.zeros_like, params), total)
 
     def estimate(
         self, loss_fn: Callable[..., Any], params: Any, key: jax.Array, *batch: Any
     ) -> Estimate:
-        """Both halves: `project`, then `combine`."""
+        """Both halves: `project`, then `combine`; and the gradient of the part that is `exact`."""
         loss, projections, *aux = self.project(loss_fn, params, key, *batch)
+        gradient = self.combine(params, key, projections)
+        if self.exact is not None:
+            gradient = self._with_exact(gradient, loss_fn, as_arrays(params), batch)
         return Estimate(
-            gradient=self.combine(params, key, projections),
+            gradient=gradient,
             loss=loss,
             projections=projections,
             num_failed=jnp.sum(~jnp.isfinite(projections), dtype=jnp.int32),
@@ -226,9 +279,40 @@ class Estimator:
         [[0.0, 4.0, 16.0], [0.0, 4.0, 16.0]]
         """  # noqa: E501
         keys, scales = self.keys(key), jnp.asarray(scales, jnp.float32)
-        return self._queries.losses_along(
-            loss_fn, as_arrays(params), keys, batch, self.family, scales
-        )
+        loss_fn, params = self._for_directions(loss_fn, as_arrays(params))
+        return self._queries.losses_along(loss_fn, params, keys, batch, self.family, scales)
+
+    def _for_directions(
+        self, loss_fn: Callable[..., Any], params: Any
+    ) -> tuple[Callable[..., Any], Any]:
+        """The loss as a function of what has directions, and that part of the parameters."""
+        if self.exact is None:
+            return loss_fn, params
+        rest = exactly.split(self.exact, params).rest
+        return loss_of(rest, loss_fn, params), rest.select(params)
+
+    def _with_exact(
+        self, gradient: Any, loss_fn: Callable[..., Any], params: Any, batch: tuple[Any, ...]
+    ) -> Any:
+        """The gradient with that of the exact part in its place."""
+        assert self.exact is not None
+        part = exactly.split(self.exact, params).exact
+        loss = loss_of(part, loss_fn, params)
+        count = (self.num_queries if self.batch_per_query else 1) * self.batch_chunks
+
+        def in_parts(x: Any) -> jax.Array:
+            """[count, ...]: the batches of all queries, in their chunks."""
+            shape = jnp.shape(x)[1:] if self.batch_per_query else jnp.shape(x)
+            own = (shape[0] // self.batch_chunks, *shape[1:]) if self.batch_chunks > 1 else shape
+            return jnp.reshape(x, (count, *own))
+
+        def loss_on(own: Any, batch: tuple[Any, ...]) -> jax.Array:
+            out = loss(own, *batch)
+            return out[0] if self.has_aux else out
+
+        batches = jax.tree.map(in_parts, batch)
+        new = exactly.exact_gradient(loss_on, part.select(params), batches, count)
+        return part.merge(gradient, new)
 
     @property
     def _queries(self) -> Queries:

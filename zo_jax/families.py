@@ -11,11 +11,13 @@ from jax import lax
 import jax.numpy as jnp
 
 from zo_jax import noise
-from zo_jax.family import UNROLLED, Entries, Family, WordFamily
+from zo_jax.family import Family
 from zo_jax.layout import Layout
 from zo_jax.noise import key_words
 from zo_jax.perturbed import Dense, LowRank, outer
+from zo_jax.spans import Entries
 from zo_jax.trees import matrices, path_name
+from zo_jax.word_family import UNROLLED, WordFamily
 
 # Normal numbers that stay in cache while their norm is taken.
 _IN_CACHE = 2**18
@@ -72,6 +74,7 @@ class Factors(Entries):
 
     # Of the factors there are too few to split.
     follows_leaf: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = False
 
     def words_shape(self, leaf):
         *stack, a, b = leaf.shape
@@ -244,6 +247,10 @@ def by_name(name: str, rank: int = 1) -> Family:
 
     Raises:
       ValueError: there is none of that name.
+
+    >>> import zo_jax
+    >>> zo_jax.by_name("low_rank", rank=2) == zo_jax.low_rank(2)
+    True
     """
     if name == "low_rank":
         return low_rank(rank)

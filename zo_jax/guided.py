@@ -180,6 +180,14 @@ def guided(
     Raises:
       ValueError: the method does not exist, or a cosine target that is known here is outside [-1,
         1].
+
+    >>> import jax, jax.numpy as jnp, zo_jax
+    >>> loss_fn, params = lambda p: jnp.sum(p**2), jnp.array([3.0, 0.0, 4.0])
+    >>> family = zo_jax.guided(jax.grad(loss_fn)(params), method="gram_schmidt")
+    >>> est = zo_jax.estimate_gradient(loss_fn, params, jax.random.key(0), perturbation=family)
+    >>> g, a = 2 * params, est.gradient
+    >>> bool(a @ g > 0.8 * jnp.linalg.norm(a) * jnp.linalg.norm(g))
+    True
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")

@@ -9,13 +9,15 @@ normal numbers. Threefry: Salmon et al., "Parallel random numbers: as easy as 1,
 R stands for the shape of a table of rows, of any rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 import math
+from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
@@ -58,18 +60,31 @@ def key_words(key: jax.Array) -> jax.Array:
     return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
 
 
-def stream(key: jax.Array, size: int, first: int = 0) -> jax.Array:
+def stream(key: jax.Array, size: int, first: int = 0, block: Any = None) -> jax.Array:
     """Consecutive words of a key's stream, uint32 [size].
 
     Args:
       key: uint32 [2].
       size: number of words.
       first: index of the first word.
+      block: uint32 scalar, first // 2, where XLA is not to know it; see `opaque`.
     """
     before = first % 2  # words of the first block that come before it
     count = -(-(before + size) // 2)
-    index = jnp.arange(count, dtype=jnp.uint32) + jnp.uint32(first // 2)
+    index = jnp.arange(count, dtype=jnp.uint32) + (
+        jnp.uint32(first // 2) if block is None else block
+    )
     return jnp.stack(_blocks(key, index), axis=-1).reshape(-1)[before : before + size]
+
+
+def opaque(numbers: Sequence[int]) -> list[jax.Array]:
+    """The numbers modulo 2³², uint32 scalars, as XLA does not know them.
+
+    Programs that differ in such a number alone are one, which XLA compiles once.
+    """
+    count = lambda turn, xs: [x + turn for x in xs]
+    before = [jnp.uint32((n - 1) % 2**32) for n in numbers]
+    return lax.fori_loop(np.uint32(0), np.uint32(2), count, before)
 
 
 def table(
@@ -128,10 +143,10 @@ NORMAL_WORDS_PER_ROW = 2
 
 
 def sign_bits(words: jax.Array, width: int) -> jax.Array:
-    """Independent fair bits, uint32 [R, width] of zeros and ones, from words [R,
+    """Independent fair signs, uint32 [R, width] of 0 and 2³¹, from words [R,
     sign_words_per_row(width)].
     """
-    bits = (words[..., None] >> _iota(32, words.ndim + 1)) & jnp.uint32(1)
+    bits = (words[..., None] << (31 - _iota(32, words.ndim + 1))) & jnp.uint32(2**31)
     return bits.reshape(*words.shape[:-1], words.shape[-1] * 32)[..., :width]
 
 
@@ -190,9 +205,9 @@ def _along_last(x: jax.Array, like: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def with_signs(x: jax.Array, bits: jax.Array) -> jax.Array:
-    """`x` (float32 scalar) times the sign that each bit names: one exclusive-or an entry."""
+    """`x` (float32 scalar) times the signs that `sign_bits` gives: one exclusive-or an entry."""
     x_bits = lax.bitcast_convert_type(x, jnp.uint32)
-    return lax.bitcast_convert_type(x_bits ^ (bits << jnp.uint32(31)), jnp.float32)
+    return lax.bitcast_convert_type(x_bits ^ bits, jnp.float32)
 
 
 @with_signs.defjvp

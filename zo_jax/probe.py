@@ -123,6 +123,11 @@ def probe(
     True
     """
     estimator = make_estimator(estimator, options)
+    if estimator.exact is not None:
+        raise ValueError(
+            "probe measures directions, which have no part in what is exact: leave exact out, or "
+            "choose epsilon and rate by hand"
+        )
     _check_arguments(params, batch, num_steps, optimizer, batch_fn, budget)
     params, key = as_arrays(params), typed_key(key)
     look_key, measure_key, trial_key = jax.random.split(key, 3)

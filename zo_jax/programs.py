@@ -24,6 +24,14 @@ def lazily(fn: Callable[..., Any]) -> Callable[..., Any]:
     The result has plain arrays only. `fn` itself sees ordinary tracers of the perturbed arrays'
     shapes and dtypes. Derivatives are those of the function as it is written: the rules of
     `jax.custom_vjp` are left out, so that every function has them in forward mode.
+
+    >>> import jax, jax.numpy as jnp, zo_jax
+    >>> w, family = jnp.ones((2, 3)), zo_jax.low_rank(1)
+    >>> moved = family.perturb(w, jax.random.key(0), 0.5)  # not formed
+    >>> y = zo_jax.lazily(lambda w: w @ jnp.ones(3))(moved)  # nor here
+    >>> z = family.direction(w, jax.random.key(0))
+    >>> bool(jnp.allclose(y, (w + 0.5 * z) @ jnp.ones(3)))
+    True
     """
 
     def wrapped(*args):
@@ -46,7 +54,11 @@ def lazily(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_halves(
-    fn: Callable[..., Any], params: Any, is_moved: Sequence[bool], *known: Any
+    fn: Callable[..., Any],
+    params: Any,
+    is_moved: Sequence[bool],
+    *known: Any,
+    keep_vjp: bool = False,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """`fn(params, *known)` as two functions, of which the first is evaluated once for many
     parameters.
@@ -61,6 +73,8 @@ def in_halves(
       params: pytree of arrays.
       is_moved: for each leaf whether it is another in `moved`.
       *known: pytrees of arrays or their shapes.
+      keep_vjp: whether the rules of `jax.custom_vjp` stay, for reverse mode (then no leaf of
+        `moved` is perturbed).
     """
     leaves, treedef = jax.tree.flatten(params)
     pick = lambda leaves: [x for x, moved in zip(leaves, is_moved, strict=True) if moved]
@@ -70,7 +84,7 @@ def in_halves(
         of = [next(moved) if is_in else x for x, is_in in zip(leaves, is_moved, strict=True)]
         return fn(jax.tree.unflatten(treedef, of), *known)
 
-    program = _trace(fn_of_moved, pick(leaves), *known)
+    program = _trace(fn_of_moved, pick(leaves), *known, keep_vjp=keep_vjp)
     num_moved, num_known = sum(is_moved), len(jax.tree.leaves(known))
     statuses = [Known.NOT] * num_moved + [Known.CHEAP] * num_known
     plan = plan_of(program.jaxpr, program.consts, statuses)
@@ -119,9 +133,10 @@ class _Program(NamedTuple):
         return jax.tree.unflatten(jax.tree.structure(self.out_shape), outs)
 
 
-def _trace(fn: Callable[..., Any], *args: Any) -> _Program:
+def _trace(fn: Callable[..., Any], *args: Any, keep_vjp: bool = False) -> _Program:
     """`fn` of arrays of the shapes and dtypes of `args`."""
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     shapes = jax.tree.map(shape, args, is_leaf=is_perturbed)
     closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*shapes)
-    return _Program(without_custom_vjp(closed.jaxpr), closed.consts, out_shape)
+    jaxpr = closed.jaxpr if keep_vjp else without_custom_vjp(closed.jaxpr)
+    return _Program(jaxpr, closed.consts, out_shape)

@@ -1,7 +1,8 @@
 """The losses of queries: each along a line through the parameters, on both sides of a difference.
 
 What no direction moves is evaluated once for all queries, or with a batch for every query once for
-both sides of one (`zo_jax.programs.in_halves`).
+both sides of one (`zo_jax.programs.in_halves`). Of a family whose directions move one part of the
+parameters each, that is what lies below the part.
 """
 
 from collections.abc import Callable
@@ -17,11 +18,22 @@ import numpy as np
 
 from zo_jax.family import Family
 from zo_jax.programs import in_halves
+from zo_jax.trees import loss_of
 
 DIFFERENCES = ("central", "forward", "jvp")
 
 # (scale) -> (loss, aux): the loss along a direction.
 Line = Callable[[jax.Array], tuple[jax.Array, Any]]
+# (query) -> the loss along its direction.
+Lines = Callable[[jax.Array], Line]
+
+
+class _Part(NamedTuple):
+    """A loss as a function of a part of the parameters, and the family of its directions."""
+
+    loss_fn: Callable[..., Any]
+    params: Any
+    family: Family
 
 
 class _Operands(NamedTuple):
@@ -63,15 +75,14 @@ class Queries:
     ) -> tuple[jax.Array, jax.Array, Any]:
         """(losses [q], projections [q], aux [q, ...])."""
         epsilon, queries = jnp.float32(epsilon), np.arange(self.num_queries)
-        operands, lines = self._begin(loss_fn, params, keys, batch, family, epsilon)
+        begun = self._begin(loss_fn, params, keys, batch, family, epsilon)
 
-        def both_sides(operands, scales):
+        def both_sides(line, scales):
             """A loop over the two sides of each query, so that the loss is compiled once."""
-            line = lines(operands)
             return lambda query: lax.map(line(query), jnp.stack(scales))
 
-        def central(operands):
-            sides = both_sides(operands, [operands.scales, -operands.scales])
+        def central(operands, line):
+            sides = both_sides(line, [operands.scales, -operands.scales])
 
             def of_query(query):
                 losses, aux = sides(query)
@@ -80,13 +91,12 @@ class Queries:
 
             return of_query
 
-        def jvp(operands):
-            line = lines(operands)
+        def jvp(operands, line):
             zero, one = jnp.float32(0), jnp.float32(1)
             return lambda query: jax.jvp(line(query), (zero,), (one,), has_aux=True)
 
-        def forward_on_own_batches(operands):
-            sides = both_sides(operands, [jnp.float32(0), operands.scales])
+        def forward_on_own_batches(operands, line):
+            sides = both_sides(line, [jnp.float32(0), operands.scales])
 
             def of_query(query):
                 (base, moved), aux = sides(query)
@@ -94,20 +104,19 @@ class Queries:
 
             return of_query
 
-        def forward(operands):
-            line = lines(operands)
+        def forward(operands, line):
             return lambda query, is_moved: line(query)(is_moved * operands.scales)
 
         if self.difference == "central":
-            return self._map(central, operands, queries)
+            return self._map(central, begun, queries)
         if self.difference == "jvp":
-            return self._map(jvp, operands, queries)
+            return self._map(jvp, begun, queries)
         if self.batch_per_query:
-            return self._map(forward_on_own_batches, operands, queries)
+            return self._map(forward_on_own_batches, begun, queries)
         # One list of evaluations: the queries after the unperturbed one (scale 0).
         query = np.concatenate([queries[:1], queries])
         is_moved = np.concatenate([np.zeros(1, np.float32), np.ones(len(queries), np.float32)])
-        losses, aux = self._map(forward, operands, query, is_moved)
+        losses, aux = self._map(forward, begun, query, is_moved)
         base = jnp.broadcast_to(losses[:1], queries.shape)
         return base, (losses[1:] - base) / epsilon, jax.tree.map(lambda x: x[1:], aux)
 
@@ -121,13 +130,12 @@ class Queries:
         scales: jax.Array,
     ) -> jax.Array:
         """The losses at all scales [k] of every query's line, [q, k]."""
-        operands, lines = self._begin(loss_fn, params, keys, batch, family, scales)
+        begun = self._begin(loss_fn, params, keys, batch, family, scales)
 
-        def on_line(operands):
-            line = lines(operands)
+        def on_line(operands, line):
             return lambda query: lax.map(line(query), operands.scales)[0]
 
-        return self._map(on_line, operands, np.arange(self.num_queries))
+        return self._map(on_line, begun, np.arange(self.num_queries))
 
     def _begin(
         self,
@@ -137,31 +145,60 @@ class Queries:
         batch: tuple[Any, ...],
         family: Family,
         scales: jax.Array,
-    ) -> tuple[_Operands, Callable[[_Operands], Callable[[jax.Array], Line]]]:
-        """What evaluations read, and (operands) -> (query) -> the loss along its direction."""
+    ) -> tuple[_Operands, Callable[[_Operands], tuple[Any, list[Lines]]]]:
+        """What evaluations read, and `_lines` of it."""
         self._check_batch(batch)
         # What is no pytree of arrays is closed over.
         is_array = lambda x: isinstance(x, jax.Array | np.ndarray)
-        own = dict(loss_fn=loss_fn, family=family)
+        own: dict[str, Any] = dict(loss_fn=loss_fn, family=family)
         shared = {k: v for k, v in own.items() if all(map(is_array, jax.tree.leaves(v)))}
         operands = _Operands(params, batch, keys, shared, scales)
         return operands, lambda operands: self._lines(operands, **own | operands.shared)
 
     def _lines(
         self, operands: _Operands, loss_fn: Callable[..., Any], family: Family
-    ) -> Callable[[jax.Array], Line]:
+    ) -> tuple[Callable[[jax.Array], jax.Array] | None, list[Lines]]:
+        """(query -> which part of the parameters it moves, the lines of each part); (None, the only
+        lines) of a family without parts.
+        """
+        params = operands.params
+        parts = family.parts(params) if self._can_branch else None
+        if parts is None:
+            share = not self.batch_per_query
+            return None, [self._lines_of(operands, _Part(loss_fn, params, family), share)]
+        # What lies below each part costs an evaluation or less: it is shared where there are many.
+        share = not self.batch_per_query and self.num_queries >= 2 * len(parts)
+        of_parts = [
+            _Part(loss_of(part, loss_fn, params), part.select(params), family.on_part(params, i))
+            for i, part in enumerate(parts)
+        ]
+        which = lambda query: family.part_of(params, operands.keys[query])
+        return which, [self._lines_of(operands, part, share) for part in of_parts]
+
+    @property
+    def _can_branch(self) -> bool:
+        """Whether queries may take branches of their own: of those that are mapped at once all
+        branches would be evaluated, and devices that share an evaluation meet in its collectives,
+        while those of another query wait elsewhere.
+        """
+        sizes = {} if self.mesh is None else dict(self.mesh.shape)
+        return self.parallel_batch_size == 1 and all(
+            size == 1 for axis, size in sizes.items() if axis != self.query_axis
+        )
+
+    def _lines_of(self, operands: _Operands, part: _Part, share: bool) -> Lines:
         """(query) -> the loss along its direction.
 
         What all evaluations share is evaluated here, what those of a query share with the query.
         """
-        params = operands.params
+        loss_fn, params, family = part
         rest_of = functools.partial(self._rest, loss_fn, params, family.moves(params))
-        shared = None if self.batch_per_query else rest_of(operands.batch)
+        shared = rest_of(operands.batch) if share else None
 
         def line(query: jax.Array) -> Line:
             direction = family.draw(params, operands.keys[query])
-            own = lambda: rest_of(jax.tree.map(lambda x: x[query], operands.batch))
-            rest = own() if shared is None else shared
+            pick = (lambda x: x[query]) if self.batch_per_query else (lambda x: x)
+            rest = shared or rest_of(jax.tree.map(pick, operands.batch))
             return lambda scale: rest(family.move(params, direction, scale))
 
         return line
@@ -189,13 +226,27 @@ class Queries:
 
         return rest
 
-    def _map(self, function: Callable[..., Any], operands: _Operands, *xs: np.ndarray) -> Any:
-        """`function(operands)(*x)` of each of `xs`, some at once, on all devices of the query
-        axis.
+    def _map(
+        self,
+        function: Callable[..., Any],
+        begun: tuple[_Operands, Callable[[_Operands], tuple[Any, list[Lines]]]],
+        *xs: np.ndarray,
+    ) -> Any:
+        """`function(operands, lines)(*x)` of each of `xs`, a query and more, some at once, on all
+        devices of the query axis.
         """
+        operands, lines = begun
         mesh, axis = self.mesh, self.query_axis
         at_once = min(self.parallel_batch_size, self.num_queries)
-        here = lambda operands, *xs: _map_here(function(operands), xs, at_once)
+
+        def here(operands, *xs):
+            which, of_parts = lines(operands)
+            functions = [function(operands, of_part) for of_part in of_parts]
+            if which is None:
+                return _map_here(functions[0], xs, at_once)
+            of_query = lambda query, *x: lax.switch(which(query), functions, query, *x)
+            return _map_here(of_query, xs, at_once)
+
         if mesh is None:
             return here(operands, *map(jnp.asarray, xs))
         n = len(xs[0])

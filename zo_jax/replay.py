@@ -18,8 +18,10 @@ import optax
 
 from zo_jax import families
 from zo_jax.fingerprint import fingerprint, likeness
+from zo_jax.grouped import grouped
 from zo_jax.layout import Layout
 from zo_jax.ledger import BACKPROP, Ledger, LedgerError, same_run
+from zo_jax.methods.fzoo import weights_of
 from zo_jax.trees import WHOLE, Subset
 from zo_jax.update import TrainState, Update, make_update
 
@@ -30,9 +32,11 @@ def make_header(
     num_queries: int,
     perturbation: str = "rademacher",
     rank: int = 1,
+    groups: str = "none",
     scope: str = "full",
     clip_norm: float = 0.0,
     rounding: str = "stochastic",
+    method: dict[str, Any] | None = None,
     **info: Any,
 ) -> dict[str, Any]:
     """What fixes a replay, and what is told of it.
@@ -41,8 +45,11 @@ def make_header(
       start: the state before step 1, told by its fingerprint.
       num_queries: q.
       perturbation, rank: the family of directions, as `families.by_name` knows it.
+      groups: of `zo_jax.grouped`, "layers" or "leaves"; "none" for directions of all parameters.
       scope: a name for the parameters that are trained, "full" for all.
       clip_norm, rounding: as in `make_update`.
+      method: what makes weights of projections where it is not their mean, as
+        `zo_jax.methods.weights_of` knows it.
       info: anything besides that JSON can hold, such as the configuration of the run and the name
         of the optimiser. An `identity` stands for all that makes the run what it is, and is what
         tells it from others.
@@ -51,12 +58,14 @@ def make_header(
         "num_queries": num_queries,
         "perturbation": perturbation,
         "rank": rank,
+        "groups": groups,
         "scope": scope,
         "clip_norm": clip_norm,
         "rounding": rounding,
         "fingerprint": int(fingerprint(start)),
         "probe": float(likeness(start)),
         "versions": versions(),
+        **({} if method is None else {"method": method}),
         **info,
     }
 
@@ -142,11 +151,18 @@ def replay(
     subset = subset or WHOLE
     try:
         family = families.by_name(header["perturbation"], header["rank"])
-        parts = dict(clip_norm=header["clip_norm"], rounding=header["rounding"])
+        learns = header.get("groups", "none") != "none"
+        family = grouped(header["groups"], family) if learns else family
+        parts: dict[str, Any] = {name: header[name] for name in ("clip_norm", "rounding")}
+        parts["weights"] = weights_of(header.get("method"))
         update = make_update(optimizer, family, subset=subset, **parts)
     except (KeyError, TypeError, ValueError) as error:
         raise LedgerError(f"the header does not say how to replay: {error!r}") from None
-    state = start if is_state else Update(optimizer, subset=subset).init(params)
+    state = start
+    if not is_state:
+        trained = subset.floating(params).select(params)
+        own = family.start(trained) if learns else None
+        state = Update(optimizer, subset=subset).init(params, own)
     if not is_state and not check_start(state, ledger):
         warnings.warn(
             f"the run began with {header.get('versions')}, and is replayed with {versions()}: last "

@@ -24,6 +24,7 @@ class ZerothOrderState(NamedTuple):
       loss: float32, of the last step (inf before the first).
       projections: float32 [num_queries], of the last step; nan where the loss was not finite.
       num_failed: int32, queries of the last step whose loss was not finite.
+      family: of the directions, where it learns from their projections; otherwise None.
     """
 
     key: jax.Array
@@ -31,6 +32,7 @@ class ZerothOrderState(NamedTuple):
     loss: jax.Array
     projections: jax.Array
     num_failed: jax.Array
+    family: Any = None
 
 
 @takes_options
@@ -82,12 +84,14 @@ def zeroth_order(
         # such.
         dtypes = [jnp.float32, *(x.dtype for x in jax.tree.leaves(params) if hasattr(x, "dtype"))]
         dtype = jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32
+        started = configured.start(params)
         return ZerothOrderState(
             key=words,
             count=jnp.zeros((), jnp.int32),
             loss=jnp.full((), jnp.inf, dtype),
             projections=jnp.zeros(configured.num_queries, dtype),
             num_failed=jnp.zeros((), jnp.int32),
+            family=None if started is configured.family else started,
         )
 
     def update_fn(
@@ -113,15 +117,19 @@ def zeroth_order(
         epsilon = configured.epsilon
         if callable(epsilon):
             epsilon = epsilon(state.count)
-        estimate = dataclasses.replace(configured, epsilon=epsilon).estimate(
-            value_fn, params, jax.random.fold_in(typed_key(state.key), state.count), *batch
-        )
+        family = configured.family if state.family is None else state.family
+        now = dataclasses.replace(configured, epsilon=epsilon, perturbation=family)
+        step_key = jax.random.fold_in(typed_key(state.key), state.count)
+        estimate = now.estimate(value_fn, params, step_key, *batch)
+        if state.family is not None:
+            family = now.learn(params, step_key, estimate.projections)
         return estimate.gradient, ZerothOrderState(
             key=state.key,
             count=jnp.asarray(optax.safe_increment(state.count)),
             loss=estimate.loss.astype(state.loss.dtype),
             projections=estimate.projections.astype(state.projections.dtype),
             num_failed=estimate.num_failed,
+            family=None if state.family is None else family,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

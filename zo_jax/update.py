@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zo_jax import rounding
+from zo_jax import entrywise, rounding
 from zo_jax.estimators import mean_weights
 from zo_jax.family import Family
 from zo_jax.layout import Layout
@@ -32,6 +32,7 @@ class TrainState(NamedTuple):
       opt_state: optax's state, of the parameters that are trained.
       num_skipped: int32, those of the steps that changed nothing, for want of a finite loss.
       skipped_in_row: int32, those of them since the last step that changed something.
+      family: of the directions, where it learns from their projections; otherwise None.
     """
 
     step: jax.Array
@@ -39,16 +40,19 @@ class TrainState(NamedTuple):
     opt_state: Any
     num_skipped: jax.Array
     skipped_in_row: jax.Array
+    family: Any = None
 
 
 class UpdateMetrics(NamedTuple):
     """Scalars of one step.
 
     Attributes:
-      loss, grad_norm: float32.
+      loss: float32, as handed to the step.
+      grad_norm: float32, of the estimate.
       num_updates: int32, steps of the optimiser before this one, of which its schedule is a
         function.
-      num_skipped, skipped_in_row: as in `TrainState`, after this step.
+      num_skipped: as in `TrainState`, after this step.
+      skipped_in_row: likewise.
     """
 
     loss: jax.Array
@@ -71,6 +75,8 @@ class Update:
       clip_norm: largest global norm of an estimate (0: any).
       rounding: of parameters of 16 bits, "stochastic" or "nearest"; see `rounding.apply`.
       layout: where the state lives; each device then sums and applies what it holds.
+      weights: projections [q] -> the weights [q] of their directions, 0 where one is not finite; of
+        a method that is no mean, such as `zo_jax.methods.Fzoo`.
     """
 
     optimizer: optax.GradientTransformation
@@ -78,12 +84,13 @@ class Update:
     clip_norm: float = 0.0
     rounding: str = "stochastic"
     layout: Layout | None = None
+    weights: Callable[[jax.Array], jax.Array] = mean_weights
 
-    def init(self, params: Any) -> TrainState:
-        """The state before the first step."""
+    def init(self, params: Any, family: Family | None = None) -> TrainState:
+        """The state before the first step; `family`, if it learns, as `Family.start` returns it."""
         zero = lambda: jnp.zeros((), jnp.int32)
         opt_state = self.optimizer.init(_as_float32(self._trained(params).select(params)))
-        return TrainState(zero(), params, opt_state, zero(), zero())
+        return TrainState(zero(), params, opt_state, zero(), zero(), family)
 
     def from_projections(
         self,
@@ -93,21 +100,28 @@ class Update:
         loss: jax.Array,
         projections_q: jax.Array,
     ) -> tuple[TrainState, UpdateMetrics]:
-        """A step along ĝ = 1/q Σ cᵢ zᵢ, summed again from the key: of the data only the projections
-        c have a part in it.
+        """A step along ĝ = 1/q Σ cᵢ zᵢ, or with other weights, summed again from the key: of the
+        data only the projections c have a part in it. A family in the state is taken rather than
+        `perturbation`, and learns.
 
         If none of them is finite the step changes nothing, but is counted.
         """
+        perturbation = perturbation if state.family is None else state.family
         keys = jax.random.split(key, len(projections_q))
-        weights = mean_weights(projections_q)
+        weights = self.weights(projections_q)
         trained = _as_float32_shapes(self._trained(state.params).select(state.params))
-        gradient, norm = perturbation.on(self.layout).combine_with_norm(trained, keys, weights)
-        if self.clip_norm:
-            gradient, norm = clip(gradient, self.clip_norm), jnp.minimum(norm, self.clip_norm)
+        family = perturbation.on(self.layout)
         # Told without the gradient, whose leaves can then be made and applied one by one.
         usable = jnp.any(jnp.isfinite(projections_q))
         usable &= jnp.isfinite(_LARGEST_ENTRY * jnp.sum(jnp.abs(weights)))
-        return self._descend(state, key, loss, gradient, norm, usable)
+        if state.family is not None:
+            state = state._replace(family=perturbation.learn(trained, keys, projections_q))
+        if self.clip_norm:
+            gradient, norm = family.combine_with_norm(trained, keys, weights)
+            gradient, norm = clip(gradient, self.clip_norm), jnp.minimum(norm, self.clip_norm)
+            return self._descend(state, key, loss, jax.tree.leaves(gradient), norm, usable)
+        sums, squared = family.sums(trained, keys, weights)
+        return self._descend(state, key, loss, sums, None, usable, squared)
 
     def from_gradient(
         self, state: TrainState, key: jax.Array, loss: jax.Array, gradient: Any
@@ -117,21 +131,38 @@ class Update:
         """
         norm = optax.global_norm(gradient)
         usable = jnp.isfinite(loss) & jnp.isfinite(norm)
-        return self._descend(state, key, loss, gradient, norm, usable)
+        return self._descend(state, key, loss, jax.tree.leaves(gradient), norm, usable)
 
-    def _descend(self, state, key, loss, gradient, norm, usable):
+    def _descend(
+        self,
+        state: TrainState,
+        key: jax.Array,
+        loss: jax.Array,
+        sums: list[Any],
+        norm: jax.Array | None,
+        usable: jax.Array,
+        squared: Any = 0,
+    ) -> tuple[TrainState, UpdateMetrics]:
+        """The step along a gradient, whose leaves are arrays or `RowSum`s.
+
+        Without its norm that comes from `squared`, the square of that of the arrays.
+        """
         subset = self._trained(state.params)
         old = subset.select(state.params)
-        updates, opt_state = self.optimizer.update(
-            _as_float32(gradient), state.opt_state, _as_float32(old)
-        )
-        trained = rounding.apply(old, updates, key, self.rounding)
+
+        def step(leaves: list[jax.Array], old: Any) -> Any:
+            params, opt_state = old
+            gradient = jax.tree.unflatten(jax.tree.structure(params), leaves)
+            updates, opt_state = self.optimizer.update(
+                _as_float32(gradient), opt_state, _as_float32(params)
+            )
+            new = rounding.apply(params, updates, key, self.rounding), opt_state
+            return jax.tree.map(lambda new, old: new.astype(old.dtype), new, old_state)
+
         # Adam's momentum would move the parameters with a zero gradient too.
-        trained, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(usable, new, old).astype(old.dtype),
-            (trained, opt_state),
-            (old, state.opt_state),
-        )
+        old_state = old, state.opt_state
+        (trained, opt_state), rest = entrywise.apply(step, sums, old_state, usable)
+        norm = jnp.sqrt(squared + rest) if norm is None else norm
         skipped = (~usable).astype(jnp.int32)
         new = TrainState(
             step=state.step + 1,
@@ -139,6 +170,7 @@ class Update:
             opt_state=opt_state,
             num_skipped=state.num_skipped + skipped,
             skipped_in_row=skipped * (state.skipped_in_row + 1),
+            family=state.family,
         )
         if self.layout is not None:
             new = self.layout.constrain(new)

@@ -337,6 +337,7 @@ def test_no_recompilation():
         (dict(loss_fn=lambda p: jnp.int32(1)), "floating scalar"),
         (dict(key=jax.random.key(0, impl="rbg")), "threefry2x32"),
         (dict(key=jnp.ones(3)), "one PRNG key"),
+        (dict(mesh=jax.make_mesh((1,), ("query",))), "axes must be Auto"),
         (dict(batch=(jnp.ones((3, 2)),), batch_per_query=True), "leading axis"),
     ],
 )

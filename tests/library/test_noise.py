@@ -100,6 +100,7 @@ def test_rounding_words_are_those_of_the_flat_array():
 def test_signs_are_linear_in_their_size_in_every_mode():
     bits = jnp.array([[0, 1, 1], [1, 0, 0]], jnp.uint32)
     z = 1 - 2 * np.float32(bits)
+    bits <<= 31
     weight = np.arange(6, dtype=np.float32).reshape(2, 3)
     loss = lambda x: jnp.sum(weight * noise.with_signs(x, bits) ** 3)
     x = jnp.float32(1.5)

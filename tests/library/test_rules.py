@@ -103,6 +103,18 @@ def test_padding_has_no_gradient(family):
 
 
 @families
+def test_look_ups_in_a_cast_table(family):
+    ids = jnp.array([0, 99, 2])
+    rows = lambda w, fill: w.astype(jnp.float32).at[ids].get(mode="fill", fill_value=fill)
+    # 0.1 is no number of bfloat16: there the table is formed.
+    look_up = lambda w: [rows(w, fill) for fill in (jnp.nan, 0, 0.1)]
+    table = W.astype(jnp.bfloat16)
+    lazy, formed, log = both(look_up, table, family)
+    jax.tree.map(np.testing.assert_array_equal, lazy, formed)
+    assert [f.primitive for f in log].count("gather") == 1
+
+
+@families
 @pytest.mark.parametrize("mode", ["drop", "clip", "promise_in_bounds"])
 def test_layers_put_in_a_stack(family, mode):
     is_kept = lambda indices: mode != "promise_in_bounds" or all(-3 <= i < 3 for i in indices)

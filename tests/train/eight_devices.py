@@ -291,14 +291,14 @@ def test_meshes_that_do_not_fit(config, tmp_path):
         config.train.batch_size = 6
         config.mesh.query, config.mesh.data, config.mesh.model = mesh
         with pytest.raises(ConfigError, match=message):
-            make_layout(config)
+            make_layout(config, None)
     config.mesh.query, config.mesh.data, config.mesh.model = 1, 4, 2
     config.train.batch_size, config.mode = 8, "fo"
     config.fo.gradient_accumulation_steps = 4
     with pytest.raises(
         ConfigError, match=r"micro-batch must be divisible by mesh.data; got 2 and 4"
     ):
-        make_layout(config)
+        make_layout(config, None)
 
 
 def test_leaves_that_do_not_divide_are_replicated(config):

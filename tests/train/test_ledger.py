@@ -246,10 +246,14 @@ def train_steps(config, tmp_path, num_steps=5):
         ("adamw", "sphere", "full"),
         ("muon", "low_rank", "full"),
         ("mudamw", "rademacher", "blocks/0/fc"),
+        ("adam", "rademacher in groups", "full"),
     ],
 )
 def test_replay_equals_training_to_the_bit(tiny_config, tmp_path, optimizer, perturbation, scope):
-    tiny_config.optimizer.name, tiny_config.zo.perturbation = optimizer, perturbation
+    tiny_config.optimizer.name = optimizer
+    tiny_config.zo.perturbation = perturbation.removesuffix(" in groups")
+    if perturbation.endswith(" in groups"):
+        tiny_config.zo.groups = "layers"
     tiny_config.scope = scope
     start, end, there = train_steps(tiny_config, tmp_path)
     model = make_model(tiny_config.model, there.header["vocab_size"])

@@ -320,3 +320,46 @@ def test_a_stack_in_part_is_perturbed_layer_by_layer(tiny_config, perturbation, 
         g = flat(jax.jit(jax.grad(loss))(trained))
         expected = [zi @ g for zi in z]
     np.testing.assert_allclose(c, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_exact_step_equals_backprop_of_the_head_and_directions_for_the_rest(tiny_config):
+    tiny_config.zo.exact, tiny_config.model.tied_head = "head", False
+    tiny_config.zo.epsilon, tiny_config.optimizer.name = 1e-2, "sgd"
+    config, model, corpus, state = setup(tiny_config)
+    tokens, _ = batches.read_batches(config, corpus.train_NT, 0)
+    start, key = jax.tree.map(np.array, state.params), jax.random.key(0)
+    new, info = steps.make_exact_step(config, model)(state, key, tokens)
+    g = gradient(model, start, tokens)
+    for name in ("head", "ln_f"):
+        a, b, there = (flat(tree[name]) for tree in (g, new.params, start))
+        np.testing.assert_allclose(b, there - 1e-2 * a, rtol=1e-4, atol=1e-7)
+
+    rest = {k: v for k, v in start.items() if k not in ("head", "ln_f")}
+    loss = jax.jit(lambda rest: next_token_loss(model, {**start, **rest}, tokens))
+    direction = jax.jit(steps.make_estimator(config).family.direction)
+    z = [flat(direction(rest, k)) for k in jax.random.split(key, 3)]
+    c = central(loss, rest, z, 1e-2)
+    estimate = sum(ci * zi for ci, zi in zip(c, z, strict=True)) / 3
+    moved = flat({k: new.params[k] for k in rest})
+    np.testing.assert_allclose(moved, flat(rest) - 1e-2 * estimate, rtol=1e-3, atol=1e-5)
+    assert np.isfinite(info.loss)
+
+
+def test_what_cannot_be_exact_is_told(tiny_config):
+    def message(scope="full", **zo):
+        tiny_config.scope = scope
+        for name, value in zo.items():
+            setattr(tiny_config.zo, name, value)
+        config, model, _, _ = setup(tiny_config)
+        with pytest.raises(ConfigError) as error:
+            steps.make_train_step(config, model)
+        return str(error.value)
+
+    assert "set model.tied_head=false" in message(exact="head")
+    assert "matches no parameter" in message(exact="nothing")
+    assert "zo.exact must be none, head or a regular expression" in message(exact="(")
+    assert "leaves nothing to directions" in message(exact=".")
+    assert "finds nothing of what is trained" in message(scope="^wpe/", exact="^ln_f/")
+    tiny_config.optimizer.learning_rate = "auto"
+    with pytest.raises(ConfigError, match=r"no part in zo.exact"):
+        validate(tiny_config)

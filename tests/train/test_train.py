@@ -141,13 +141,18 @@ def test_cosine_schedule_is_logged_as_used(tiny_config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["zo", "fo"])
+@pytest.mark.parametrize("mode", ["zo", "fo", "exact", "groups", "exact groups"])
 def test_run_resumes_bit_exactly(tiny_config, tmp_path, mode, capsys):
     if mode == "fo":
         tiny.to_backprop(tiny_config)
+    if "exact" in mode:
+        tiny_config.zo.exact = "^(blocks/0/fc_proj|ln_f)/"
+    if "groups" in mode:
+        tiny_config.zo.groups = "layers"
     whole = train_and_evaluate(tiny_config, tmp_path / "whole")
     again = train_and_evaluate(tiny_config, tmp_path / "again")
     assert whole == again and losses_of(tmp_path / "whole") == losses_of(tmp_path / "again")
+    assert (tmp_path / "whole/ledger.bin").exists() is (mode in ("zo", "groups"))
 
     tiny_config.train.num_steps = 3
     train_and_evaluate(tiny_config, tmp_path / "part")

@@ -174,7 +174,7 @@ def test_fingerprint_notices_every_bit():
 
 
 def test_one_device_has_no_layout(tiny_config):
-    assert make_layout(tiny_config) is None
+    assert make_layout(tiny_config, None) is None
     tiny_config.mesh.query = 2
     with pytest.raises(ConfigError, match="multiply to the 1 devices; got query=2"):
-        make_layout(tiny_config)
+        make_layout(tiny_config, None)

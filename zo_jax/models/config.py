@@ -30,7 +30,9 @@ class Config:
       norm_epsilon: added to the variance in norms.
       activation: "silu", "gelu" or "gelu_tanh".
       tied: whether the output head is the embedding.
-      qkv_bias, output_bias, mlp_bias: which projections have one.
+      qkv_bias: whether the projections to queries, keys and values have one.
+      output_bias: likewise that of the heads.
+      mlp_bias: likewise those of the feed-forward layer.
       query_key_norm: whether queries and keys have an RMSNorm.
       rope: rotary positions; of no account for GPT-2, whose positions are learned.
       windows: for each layer how many positions it looks back, its own among them; NO_WINDOW for

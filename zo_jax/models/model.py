@@ -193,6 +193,14 @@ def load(
     Raises:
       ValueError: an architecture or option that is not computed, a missing or unknown tensor, a
         shape that does not fit the config, a missing shard or a damaged file.
+
+    >>> import jax, tempfile
+    >>> from zo_jax import models
+    >>> fields = dict(model_type="gpt2", vocab_size=11, n_embd=8, n_head=2, n_layer=2)
+    >>> m, folder = models.create(fields, jax.random.key(0)), tempfile.mkdtemp()
+    >>> models.save(folder, m, m.params)
+    >>> models.load(folder).config == m.config
+    True
     """
     files = open_files(path)
     params = files.read(dtype, sharding, keep_quantized)
@@ -260,6 +268,14 @@ def quantize(model: Model, bits: int = 8) -> Model:
 
     Raises:
       ValueError: another number of bits, or rows that 4 bits do not fit.
+
+    >>> import jax
+    >>> from zo_jax import models
+    >>> fields = dict(model_type="gpt2", vocab_size=11, n_embd=8, n_head=2, n_layer=2)
+    >>> small = models.quantize(models.create(fields, jax.random.key(0)))
+    >>> leaves = jax.tree.leaves(small.params, is_leaf=lambda x: isinstance(x, models.Quantized))
+    >>> any(isinstance(x, models.Quantized) for x in leaves)
+    True
     """
 
     params = jax.tree.map_with_path(
@@ -284,6 +300,14 @@ def save(folder: str | Path, model: Model, params: Any) -> None:
 
     Raises:
       ValueError: the parameters do not have the model's names and shapes.
+
+    >>> import jax, pathlib, tempfile
+    >>> from zo_jax import models
+    >>> fields = dict(model_type="gpt2", vocab_size=11, n_embd=8, n_head=2, n_layer=2)
+    >>> m, folder = models.create(fields, jax.random.key(0)), tempfile.mkdtemp()
+    >>> models.save(folder, m, m.params)
+    >>> sorted(path.name for path in pathlib.Path(folder).iterdir())
+    ['config.json', 'model.safetensors']
     """
     folder = Path(folder)
     functions = architecture(model.config)

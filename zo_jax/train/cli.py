@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 import difflib
 import importlib
+from importlib import metadata
+import platform
 import sys
 
 import zo_jax
@@ -32,7 +34,7 @@ def main(args: Sequence[str]) -> int:
         print(_help())
         return 0
     if command == "--version":
-        print(f"zo_jax {zo_jax.__version__}")
+        print(_version())
         return 0
     if command not in COMMANDS:
         close = difflib.get_close_matches(command.lower(), COMMANDS, n=1)
@@ -40,6 +42,13 @@ def main(args: Sequence[str]) -> int:
         print(f"error: {command!r} is no command; {hint}", file=sys.stderr)
         return 2
     return importlib.import_module(COMMANDS[command][0]).main(rest)
+
+
+def _version() -> str:
+    """What a report of a fault needs; no device is asked."""
+    packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "numpy", "optax"))
+    where = f"Python {platform.python_version()}, {platform.platform()}"
+    return f"zo_jax {zo_jax.__version__}\n{packages}; {where}"
 
 
 def _help() -> str:

@@ -319,6 +319,10 @@ class DataConfig:
     )
 
 
+# Families of directions with factors that last several steps (`zo_jax.methods`).
+KEPT = ("lozo", "subzero", "tezo")
+
+
 @dataclasses.dataclass
 class ZOConfig:
     """The zeroth-order gradient estimate."""
@@ -339,11 +343,20 @@ class ZOConfig:
     )
     perturbation: str = setting(
         "rademacher",
-        "family of directions",
-        choices=("rademacher", "gaussian", "sphere", "low_rank"),
+        "family of directions; lozo, subzero and tezo keep factors of each matrix for some steps",
+        choices=("rademacher", "gaussian", "sphere", "low_rank", *KEPT),
     )
     rank: int = setting(
-        1, "rank of the directions", allowed=_COUNT, only_if="zo.perturbation is low_rank"
+        1,
+        "rank of the directions",
+        allowed=_COUNT,
+        only_if="zo.perturbation is low_rank or lozo or subzero or tezo",
+    )
+    period: int = setting(
+        50,
+        "steps for which factors are kept",
+        allowed=_COUNT,
+        only_if="zo.perturbation is lozo or subzero",
     )
     difference: str = setting(
         "central",
@@ -369,6 +382,29 @@ class ZOConfig:
         False,
         "a fresh batch for every query, rather than one batch shared by all",
         only_if=_LOSS,
+    )
+    method: str = setting(
+        "plain",
+        "what is made of the differences: plain (their mean) or fzoo (that over the standard "
+        "deviation of the losses)",
+        choices=("plain", "fzoo"),
+        only_if="mode is zo",
+    )
+    groups: str = setting(
+        "none",
+        "none: a direction moves all parameters; layers (each layer, and each other top-level "
+        "entry) or leaves: one group of them, with queries shared out by what the projections tell "
+        "of the groups' gradients; the loss is compiled once for each group",
+        choices=("none", "layers", "leaves"),
+        only_if="mode is zo",
+    )
+    exact: str = setting(
+        "none",
+        "parameters whose gradient is exact, with directions for the rest: none; head (the last "
+        "norm and the output head, in closed form); or a regular expression over paths like "
+        "blocks/3/fc/kernel, by backprop down to the lowest of them. Such a run has no ledger: it "
+        "goes on from checkpoints",
+        only_if="mode is zo",
     )
 
 
@@ -710,6 +746,12 @@ class TrainConfig:
         only_if=f"{_TEXT} and train.sample_tokens is not 0",
         may_change="the sample at the end",
     )
+    wandb: str = setting(
+        "",
+        "project of Weights & Biases to which rows are sent besides (empty: none); needs its "
+        "library, pip install 'zo_jax[wandb]'",
+        may_change=_NOTHING,
+    )
 
 
 @dataclasses.dataclass
@@ -798,6 +840,19 @@ def fixed_fields(config: Config) -> dict[str, Any]:
         section, _, leaf = name.rpartition(".")
         del tree[section][leaf]
     return tree
+
+
+def method_of(config: Config) -> dict[str, Any] | None:
+    """What makes weights of a run's projections, as `zo_jax.methods.weights_of` takes it."""
+    zo = config.zo
+    return None if zo.method == "plain" else {"name": zo.method, "epsilon": zo.epsilon}
+
+
+def keeps_ledger(config: Config) -> bool:
+    """Whether a run has a ledger: whether the projections of some of its steps are all that these
+    depend on.
+    """
+    return config.mode in QUERY_MODES and config.zo.exact == "none"
 
 
 def blocks_per_step(config: Config) -> int:

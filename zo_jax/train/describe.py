@@ -95,7 +95,10 @@ def passes_until(config: Config, step: int) -> int:
 def _evaluations_per_step(config: Config) -> int:
     zo = config.zo
     estimator = Estimator(
-        num_queries=zo.num_queries, difference=zo.difference, batch_per_query=zo.batch_per_query
+        num_queries=zo.num_queries,
+        difference=zo.difference,
+        batch_per_query=zo.batch_per_query,
+        exact=None if zo.exact == "none" else zo.exact,
     )
     return estimator.num_evaluations
 
@@ -175,6 +178,17 @@ def _describe_feedback(config: Config, batch: str) -> str:
     )
 
 
+def _describe_exact(exact: str, queries: str) -> str:
+    if exact == "none":
+        return f"forward passes only: {queries}"
+    if exact == "head":
+        return (
+            f"forward passes only, and the gradient of the last norm and the output head in closed "
+            f"form; for the rest {queries}; no ledger"
+        )
+    return f"backprop for {exact}, down to the lowest of it; for the rest {queries}; no ledger"
+
+
 def describe(
     config: Config,
     task: Task,
@@ -196,8 +210,15 @@ def describe(
     fo_batch = f"batches of {config.fo.batch_size or train.batch_size} {what}"
     backprop = f"backprop; {fo_batch} in {config.fo.gradient_accumulation_steps} part(s)"
     evaluations = _evaluations_per_step(config)
+    method = "" if zo.method == "plain" else f" over the deviation of the losses ({zo.method})"
+    of_groups = {
+        "none": "",
+        "layers": ", each of one layer or other entry, shared out by what their projections tell",
+        "leaves": ", each of one leaf, shared out by what their projections tell",
+    }[zo.groups]
     queries = (
-        f"{zo.num_queries} {zo.perturbation} directions a step, {ways[zo.difference]}, "
+        f"{zo.num_queries} {zo.perturbation} directions a step{of_groups}, "
+        f"{ways[zo.difference]}{method}, "
         f"{evaluations} loss evaluations; {batch}{per_query}"
     )
     if config.objective.name != "loss":
@@ -212,7 +233,7 @@ def describe(
         "feedback": _describe_feedback(config, batch),
         "block_local": _describe_feedback(config, batch),
         "fo": backprop,
-        "zo": f"forward passes only: {queries}",
+        "zo": _describe_exact(zo.exact, queries),
         "calibrate": f"{queries}; instead, {every}, {backprop}",
         "instruct": f"{queries}; {every} {guided} of them guided ({config.instruct.method}) by {backprop}",  # noqa: E501
     }[config.mode]

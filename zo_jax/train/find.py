@@ -43,7 +43,7 @@ def _measure(
     model, task = subject.model, subject.task
     # Numbers that stand in the places of those that are looked for.
     known = _replaced(config, dict.fromkeys(names, 1e-3))
-    estimator, scope = make_estimator(known, layout), scope_of(config, model)
+    estimator, scope = make_estimator(known, layout, model), scope_of(config, model)
     params = model.start(jax.random.fold_in(base_key(config), 2**31), layout)
     loss, trained = make_loss(model, scope, task.loss)(params), scope.select(params)
     key = jax.random.fold_in(base_key(config), 2**31 + 3)

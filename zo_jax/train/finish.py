@@ -8,7 +8,7 @@ import jax
 from zo_jax.atomic import write_atomic
 from zo_jax.layout import Layout
 from zo_jax.models import lora
-from zo_jax.train import describe, evaluate, processes
+from zo_jax.train import describe, evaluate, processes, summary
 from zo_jax.train.config import Config
 from zo_jax.train.run_folder import checkpoint, metrics
 from zo_jax.train.run_folder.folder import Workdir
@@ -46,6 +46,8 @@ def finish(
             f"finished {num_steps} steps: training loss {loss:.6f} (last batch), validation "
             f"loss {describe.tell_results(results, task.unit)}"
         )
+        if table := summary.tabulate(rows, task.measure):
+            print(table)
         for sample in samples:
             print(sample)
         if num_flat:

@@ -139,6 +139,11 @@ class GPT:
         head = "wte" if self.tied_head else "head"
         return rf"^blocks/{self.num_layers - 1}/(fc|fc_proj|ln_2)/|^{head}/"
 
+    @property
+    def output(self) -> str:
+        """Regular expression of the last norm and the output head, if it has one of its own."""
+        return "" if self.tied_head else "^(ln_f|head)/"
+
     def start(self, key: jax.Array, layout: Layout | None = None) -> Any:
         """The parameters that a run begins with, each where it belongs: fresh ones."""
         if layout is None:

@@ -89,6 +89,11 @@ class Pretrained:
         return rf"^layers/{last}/(mlp|post_attention_layernorm)/|^(lm_head|{head})/"
 
     @property
+    def output(self) -> str:
+        """Regular expression of the last norm and the output head, if it has one of its own."""
+        return "" if self.files.config.tied else "^(norm|ln_f|lm_head)/"
+
+    @property
     def model(self) -> Model:
         """The model's functions, without its weights."""
         dtype = jnp.dtype(self.settings.model.compute_dtype)

@@ -154,6 +154,11 @@ class Report:
             nothing = np.full(self.config.zo.num_queries, np.nan, np.float32)
             writer.append(step, ledger.BACKPROP, 0, last.loss, nothing)
 
+    def _validation(self) -> str:
+        """The latest validation loss, for the line of progress."""
+        results = self.run.log.results if self.config.objective.name == "loss" else {}
+        return f"validation {results[max(results)]['eval_loss']:.4f}, " if results else ""
+
     def _show(self, step: int, last: StepMetrics) -> None:
         # Compilation is in the first step, and not in the rate.
         self._began = self._began or time.monotonic()
@@ -166,6 +171,6 @@ class Report:
             what = f"{self.config.objective.name} {-last.loss:.4f}, best {last.best_score:.4f}"
         self.progress.show(
             step,
-            f"{what}, lr {last.learning_rate:.2e}, |g| {last.grad_norm:.3g}, "
+            f"{what}, {self._validation()}lr {last.learning_rate:.2e}, |g| {last.grad_norm:.3g}, "
             f"{rate:,.0f} tokens/s, {describe.passes_until(self.config, step):,} passes",
         )

@@ -17,6 +17,7 @@ from zo_jax.train.find import find_settings
 from zo_jax.train.finish import finish
 from zo_jax.train.loop import Loop
 from zo_jax.train.mesh import MeshError, make_mesh
+from zo_jax.train.run_folder import tracking
 from zo_jax.train.run_folder.checkpoint import CheckpointError
 from zo_jax.train.run_folder.folder import Workdir
 from zo_jax.train.run_folder.rescue import rescue
@@ -92,6 +93,7 @@ def _prepare(config: Config, folder: Path, restart: bool) -> tuple[Config, Subje
 
     def check() -> dict[str, Any]:
         validate(config)
+        tracking.check(config)
         return (
             dict(walk(config))
             | {"--workdir": str(folder.absolute()), "--restart": restart}

@@ -44,27 +44,68 @@ def make_scope(name: str, model: Any) -> Subset:
       ConfigError: the expression is none, or finds nothing, and the message lists the paths; or it
         finds quantised weights.
     """
+    if name == "full":
+        expression = ""
+    else:
+        expression = {"reduced": model.reduced, "lora": "^lora/"}.get(name, name)
+    found = _find(expression, name, model, "scope", "full, reduced, lora")
+    return WHOLE if name == "full" else found
+
+
+def make_exact(name: str, model: Any, scope: Subset) -> Subset | None:
+    """The part of the trained parameters whose gradient is exact: a subset of what the scope
+    selects.
+
+    Args:
+      name: "none"; "head" (the last norm and the output head); or a regular expression, searched
+        for in every path.
+      model: as in `make_scope`, with `output`, the expression of the head.
+      scope: what is trained.
+
+    Raises:
+      ConfigError: as `make_scope`; there is no head but the embedding, or none of what is found is
+        trained, or all of it.
+    """
+    if name == "none":
+        return None
+    if name == "head" and not model.output:
+        raise ConfigError(
+            "zo.exact=head needs an output head of its own, but the model's is its token "
+            "embedding, which lies below everything; set model.tied_head=false for a model from "
+            "scratch, or zo.exact to an expression that finds the last layers"
+        )
+    expression = model.output if name == "head" else name
+    exact = _find(expression, name, model, "zo.exact", "none, head").within(scope)
+    shapes = jax.eval_shape(scope.select, model.shapes())
+    if not any(i is not None for i in exact.indices or ()):
+        raise ConfigError(f"zo.exact={name} finds nothing of what is trained; widen scope")
+    if not any(i is not None for i in exact.rest(shapes).indices or ()):
+        raise ConfigError(
+            f"zo.exact={name} finds all that is trained, and leaves nothing to directions; narrow "
+            "it, or set mode=fo"
+        )
+    return exact
+
+
+def _find(expression: str, name: str, model: Any, field: str, names: str) -> Subset:
     leaves = list(_leaves(model.shapes(), model.stack))
     try:
-        expressions = {"full": "", "reduced": model.reduced, "lora": "^lora/"}
-        pattern = re.compile(expressions.get(name, name))
+        pattern = re.compile(expression)
     except re.error as error:
         raise ConfigError(
-            f"scope must be full, reduced, lora or a regular expression; {name!r} is none: {error}"
+            f"{field} must be {names} or a regular expression; {name!r} is none: {error}"
         ) from error
     layers = lambda leaf: (leaf.path.replace("*", str(i), 1) for i in range(leaf.num_layers))
     found = [[i for i, path in enumerate(layers(x)) if pattern.search(path)] for x in leaves]
     if not any(found):
         last = max(leaf.num_layers for leaf in leaves) - 1
         known = ", ".join(leaf.path.replace("*", f"0..{last}", 1) for leaf in leaves)
-        raise ConfigError(f"scope {name!r} matches no parameter; their paths are {known}")
+        raise ConfigError(f"{field} {name!r} matches no parameter; their paths are {known}")
     if any(leaf.is_quantized and i for leaf, i in zip(leaves, found, strict=True)):
         raise ConfigError(
-            f"scope {name!r} has quantised weights, which cannot be trained themselves: set "
+            f"{field} {name!r} has quantised weights, which cannot be trained themselves: set "
             f"scope=lora, or an expression that finds norms and biases alone"
         )
-    if name == "full":
-        return WHOLE
     return Subset(
         tuple(
             ALL if len(i) == leaf.num_layers else np.array(i) if i else None

@@ -13,15 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zo_jax import families
+from zo_jax import families, methods
 from zo_jax.anchor import distance
 from zo_jax.estimators import Estimator
+from zo_jax.family import Family
+from zo_jax.grouped import grouped
 from zo_jax.layout import Layout
+from zo_jax.methods import weights_of
 from zo_jax.train import feedback, hybrid
-from zo_jax.train.config import QUERY_MODES, Config
+from zo_jax.train.config import KEPT, QUERY_MODES, Config, method_of
 from zo_jax.train.losses import next_token_loss
 from zo_jax.train.optimizers import make_optimizer, make_schedule
-from zo_jax.train.scopes import make_scope
+from zo_jax.train.scopes import make_exact, make_scope
 from zo_jax.trees import ALL, WHOLE, Subset
 from zo_jax.update import TrainState, Update, UpdateMetrics
 
@@ -89,19 +92,46 @@ class StepRecord(NamedTuple):
     projections: jax.Array
 
 
-def make_estimator(config: Config, layout: Layout | None = None) -> Estimator:
-    """The estimator that the configuration names."""
+def make_estimator(config: Config, layout: Layout | None = None, model: Any = None) -> Estimator:
+    """The estimator that the configuration names; without the model, which is asked for it, what
+    is exact is left out.
+    """
     zo = config.zo
+    # In the place of kept directions, which differ from step to step: see `kept_directions`.
+    name = "gaussian" if zo.perturbation in KEPT else zo.perturbation
+    family = families.by_name(name, zo.rank)
+    if zo.groups != "none":
+        family = grouped(zo.groups, family)
     return Estimator(
         num_queries=zo.num_queries,
         epsilon=zo.epsilon,
-        perturbation=families.by_name(zo.perturbation, zo.rank).on(layout),
+        perturbation=family.on(layout),
         difference=zo.difference,
         parallel_batch_size=zo.parallel_batch_size,
         batch_per_query=zo.batch_per_query,
         batch_chunks=zo.batch_chunks,
         mesh=None if layout is None else layout.mesh,
+        exact=exact_of(config, model) if model else None,
     )
+
+
+def kept_directions(config: Config, trained: Any, step: Any) -> Family:
+    """The directions of a step of LOZO, SubZero or TeZO, whose factors last several steps.
+
+    Args:
+      trained: the parameters that are trained, or their shapes.
+      step: int32, from 0.
+    """
+    zo = config.zo
+    period = {} if zo.perturbation == "tezo" else dict(period=zo.period)
+    kinds = {"lozo": methods.Lozo, "subzero": methods.SubZero, "tezo": methods.Tezo}
+    method = kinds[zo.perturbation](rank=zo.rank, **period)
+    return method.family(trained, (), methods.Step(jax.random.key_data(base_key(config)), step))
+
+
+def exact_of(config: Config, model: Any) -> Subset | None:
+    """The part of what a run trains whose gradient is exact beside its directions."""
+    return make_exact(config.zo.exact, model, scope_of(config, model))
 
 
 def base_key(config: Config) -> jax.Array:
@@ -128,6 +158,7 @@ def make_rules(config: Config, model: Any, layout: Layout | None = None) -> Upda
         clip_norm=config.instruct.grad_clip_norm,
         rounding=config.optimizer.rounding,
         layout=layout,
+        weights=weights_of(method_of(config)),
     )
 
 
@@ -138,7 +169,7 @@ def init_state(config: Config, model: Any, layout: Layout | None = None) -> RunS
     rules = make_rules(config, model, layout)
     params = model.start(jax.random.fold_in(base_key(config), 2**31), layout)
 
-    init = lambda params: _begin(config, rules, params)
+    init = lambda params: _begin(config, model, rules, layout, params)
     places = layout and layout.shardings(jax.eval_shape(init, params))
     return jax.jit(init, donate_argnums=0, out_shardings=places)(params)
 
@@ -146,13 +177,25 @@ def init_state(config: Config, model: Any, layout: Layout | None = None) -> RunS
 def state_shapes(config: Config, model: Any) -> RunState:
     """The shapes of `init_state`, without allocating any."""
     rules = make_rules(config, model)
-    return jax.eval_shape(lambda params: _begin(config, rules, params), model.shapes())
+    begin = lambda params: _begin(config, model, rules, None, params)
+    return jax.eval_shape(begin, model.shapes())
 
 
-def _begin(config: Config, rules: Update, params: Any) -> RunState:
+def _begin(
+    config: Config, model: Any, rules: Update, layout: Layout | None, params: Any
+) -> RunState:
     history = hybrid.new_history() if config.instruct.adaptive else None
     num_flat = None if config.objective.name == "loss" else jnp.zeros((), jnp.int32)
-    return RunState(rules.init(params), history, num_flat)
+    family = _start(config, model, layout, params)
+    return RunState(rules.init(params, family), history, num_flat)
+
+
+def _start(config: Config, model: Any, layout: Layout | None, params: Any) -> Any:
+    """The family of directions at the first step, if it learns; otherwise None."""
+    if config.zo.groups == "none":
+        return None
+    trained = scope_of(config, model).select(params)
+    return make_estimator(config, layout, model).start(trained)
 
 
 def kept_part(config: Config, model: Any) -> Subset:
@@ -187,18 +230,25 @@ def make_loss(
 def make_project(
     config: Config, model: Any, layout: Layout | None = None, loss_fn: Loss | None = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The jitted forward passes of a step: (params, key, batch) -> (loss, projections [q]).
+    """The jitted forward passes of a step: (params, key, batch) -> (loss, projections [q]); the
+    family of directions, if it learns, is a fourth argument, and the step from 0, which is read
+    where directions have factors that are kept, a fifth.
 
     The leaves of a batch are [B, ...], or [q, B, ...] with `zo.batch_per_query`. A query whose
     loss is not finite has the projection nan. `loss_fn` is as in `make_loss`.
     """
     scope = scope_of(config, model)
     loss = make_loss(model, scope, loss_fn)
-    estimator = make_estimator(config, layout)
+    estimator = make_estimator(config, layout, model)
 
     @jax.jit
-    def project(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, ...]:
-        return estimator.project(loss(params), scope.select(params), key, batch)
+    def project(
+        params: Any, key: jax.Array, batch: Any, family: Any = None, step: Any = 0
+    ) -> tuple[jax.Array, ...]:
+        trained = scope.select(params)
+        if config.zo.perturbation in KEPT:
+            family = kept_directions(config, trained, step)
+        return _along(estimator, family).project(loss(params), trained, key, batch)
 
     return project
 
@@ -213,11 +263,15 @@ def make_update(
     """
     rules = make_rules(config, model, layout)
     tell = _make_tell(config, rules.subset)
-    family = make_estimator(config).family
+    always = make_estimator(config).family
 
     def update(
         state: RunState, key: jax.Array, loss: jax.Array, projections: jax.Array
     ) -> tuple[RunState, StepMetrics]:
+        family = always
+        if config.zo.perturbation in KEPT:
+            trained = rules.subset.floating(state.params).select(state.params)
+            family = kept_directions(config, trained, state.step)
         new, metrics = tell(
             state, *rules.from_projections(family, state.train, key, loss, projections)
         )
@@ -228,6 +282,30 @@ def make_update(
         return new._replace(num_flat=num_flat), metrics._replace(num_flat=num_flat)
 
     return jax.jit(update, donate_argnums=0)
+
+
+def make_exact_step(
+    config: Config, model: Any, layout: Layout | None = None, loss_fn: Loss | None = None
+) -> Callable[..., tuple[RunState, StepMetrics]]:
+    """The jitted step along directions for a part of the parameters and the gradient of the rest,
+    `zo.exact`: (state, key, batch) -> (state, metrics), the state donated.
+    """
+    rules = make_rules(config, model, layout)
+    tell = _make_tell(config, rules.subset)
+    loss = make_loss(model, rules.subset, loss_fn)
+    estimator = make_estimator(config, layout, model)
+
+    def exact_step(state: RunState, key: jax.Array, batch: Any) -> tuple[RunState, StepMetrics]:
+        trained = rules.subset.select(state.params)
+        before = state.train
+        now = _along(estimator, before.family)
+        estimate = now.estimate(loss(state.params), trained, key, batch)
+        if before.family is not None:
+            before = before._replace(family=now.learn(trained, key, estimate.projections))
+        new = rules.from_gradient(before, key, estimate.loss, estimate.gradient)
+        return tell(state, *new)
+
+    return jax.jit(exact_step, donate_argnums=0)
 
 
 def make_fo_step(
@@ -324,6 +402,9 @@ def make_train_step(
         fo_step = make_feedback_step(*parts)
     if config.mode == "instruct":
         guided_step = make_guided_step(*parts, loss_fn)
+    if config.zo.exact != "none":
+        exact_step = make_exact_step(*parts, loss_fn)
+        return lambda state, step, batch, _: (*exact_step(state, step_key(step), batch), None)
     if config.mode in QUERY_MODES:
         project = make_project(*parts, loss_fn)
         update = make_update(*parts)
@@ -331,7 +412,7 @@ def make_train_step(
     def train_step(state, step, batch, fo_batch):
         if fo_batch is None:
             k = step_key(step)
-            loss, projections = project(state.params, k, batch)
+            loss, projections = project(state.params, k, batch, state.train.family, state.step)
             return *update(state, k, loss, projections), StepRecord(words(k), loss, projections)
         if batch is None:
             return *fo_step(state, fo_batch), None
@@ -350,6 +431,11 @@ def make_step_key(config: Config, layout: Layout | None) -> Callable[[int], jax.
         lambda step: jax.random.fold_in(base_key(config), step), out_shardings=everywhere
     )
     return lambda step: fold_in(np.uint32(step))
+
+
+def _along(estimator: Estimator, family: Any) -> Estimator:
+    """The estimator with the family of a state, if there is one."""
+    return estimator if family is None else dataclasses.replace(estimator, perturbation=family)
 
 
 def _make_tell(config: Config, scope: Subset) -> Callable[..., tuple[RunState, StepMetrics]]:

@@ -7,7 +7,7 @@ import copy
 import difflib
 from typing import Any
 
-from zo_jax.train.config import SETTINGS, Config, blocks_per_step
+from zo_jax.train.config import KEPT, SETTINGS, Config, blocks_per_step
 from zo_jax.train.model import SIZES
 from zo_jax.train.settings import (
     ConfigError,
@@ -153,6 +153,7 @@ def _check_combinations(config: Config) -> None:
     _check_feedback(config)
     _check_sources(config)
     _check_batches(config)
+    _check_method(config)
     _check_optimizer(config)
     if config.mode in ("calibrate", "instruct") and not config.fo.bp_interval:
         raise ConfigError(
@@ -316,12 +317,64 @@ def _check_batches(config: Config) -> None:
         )
 
 
+def _check_method(config: Config) -> None:
+    zo = config.zo
+    is_kept = zo.perturbation in KEPT
+    if is_kept and (config.mode != "zo" or zo.exact != "none" or zo.groups != "none"):
+        raise ConfigError(
+            f"zo.perturbation={zo.perturbation} needs mode=zo, zo.exact=none and zo.groups=none, "
+            f"got {config.mode}, {zo.exact} and {zo.groups}; change these, or set "
+            "zo.perturbation=low_rank"
+        )
+    if is_kept and "auto" in (zo.epsilon, config.optimizer.learning_rate):
+        raise ConfigError(
+            "auto is found along directions that no factors are kept of: set zo.epsilon and "
+            f"optimizer.learning_rate with zo.perturbation={zo.perturbation}"
+        )
+    if zo.method == "plain":
+        return
+    if zo.difference != "forward" or zo.num_queries < 2:
+        raise ConfigError(
+            f"zo.method={zo.method} needs zo.difference=forward, and the deviation of at least two "
+            f"losses; got {zo.difference} and zo.num_queries={zo.num_queries}"
+        )
+    if zo.batch_per_query:
+        raise ConfigError(
+            f"zo.method={zo.method} compares the losses of one batch: set zo.batch_per_query=false"
+        )
+    if zo.exact != "none":
+        raise ConfigError(
+            f"zo.method={zo.method} makes steps of another length than zo.exact={zo.exact}: set "
+            "zo.exact=none, or zo.method=plain"
+        )
+    if zo.groups != "none":
+        raise ConfigError(
+            f"zo.method={zo.method} weighs directions by the deviation of all losses, and "
+            f"zo.groups={zo.groups} by the groups' own: set one of them to its default"
+        )
+    if config.optimizer.learning_rate == "auto":
+        raise ConfigError(
+            "optimizer.learning_rate=auto is found by trials of plain estimates: set a number with "
+            f"zo.method={zo.method}"
+        )
+
+
 def _check_optimizer(config: Config) -> None:
     optimizer, rate = config.optimizer, config.optimizer.learning_rate
     if rate == "auto" and config.mode != "zo":
         raise ConfigError(
             f"optimizer.learning_rate=auto is found by zeroth-order trials: it needs mode=zo, got "
             f"{config.mode}; set a number"
+        )
+    if rate == "auto" and config.zo.exact != "none":
+        raise ConfigError(
+            f"optimizer.learning_rate=auto is found by trials along directions, which have no part "
+            f"in zo.exact={config.zo.exact}; set a number, or zo.exact=none"
+        )
+    if rate == "auto" and config.zo.groups != "none":
+        raise ConfigError(
+            f"optimizer.learning_rate=auto is found by trials whose shares of zo.groups="
+            f"{config.zo.groups} stay what they are at the start; set a number, or zo.groups=none"
         )
     is_number = rate != "auto"
     if optimizer.schedule == "cosine" and is_number and optimizer.min_learning_rate > rate:

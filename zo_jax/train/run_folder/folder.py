@@ -20,7 +20,7 @@ from zo_jax.train.run_folder.reports import Interval, Reports
 
 # The name of a run's ledger in its folder.
 LEDGER = "ledger.bin"
-_FOLDERS = ("tensorboard", "checkpoints", "snapshots", "best")
+_FOLDERS = ("tensorboard", "wandb", "checkpoints", "snapshots", "best")
 _FILES = (
     *("metrics.csv", "evaluations.jsonl", "loss_curve.png", "sample.txt", "results.json"),
     *("tokenizer.json", LEDGER),

@@ -20,6 +20,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
 from zo_jax.atomic import AppendFile, write_atomic
+from zo_jax.train.run_folder.tracking import Tracker
 from zo_jax.train.tasks.task import MEASURES
 
 COLUMNS: tuple[str, ...] = (
@@ -128,14 +129,15 @@ def _line(cells: Row) -> str:
 
 class Files:
     """What a run writes while it trains: metrics.csv, and, derived from its rows, evaluations.jsonl
-    and TensorBoard events.
+    and TensorBoard events, and what a tracker sends.
 
     They are made anew when a run is opened, so that a killed one leaves nothing missing and nothing
     twice.
     """
 
-    def __init__(self, workdir: Path, rows: list[Row]):
+    def __init__(self, workdir: Path, rows: list[Row], tracker: Tracker | None = None):
         """Writes the rows that are there."""
+        self._tracker = tracker
         table, evaluations, folder = (
             workdir / name for name in ("metrics.csv", "evaluations.jsonl", "tensorboard")
         )
@@ -172,13 +174,16 @@ class Files:
         self._evaluations.close()
         with contextlib.suppress(OSError):
             self._events.close()
+        if self._tracker:
+            self._tracker.close()
 
     def _derive(self, cells: Row) -> None:
         """Tells the other files of a row that is in metrics.csv."""
         row = {name: _number(cell) for name, cell in cells.items() if cell != ""}
         seconds = datetime.datetime.fromisoformat(row["timestamp"]).timestamp()
         scalars = ("loss", "reward", *MEASURES, "grad_norm", "current_lr", "drift")
-        values = [Summary.Value(tag=x, simple_value=row[x]) for x in scalars if x in row]
+        told = {name: row[name] for name in scalars if name in row}
+        values = [Summary.Value(tag=name, simple_value=x) for name, x in told.items()]
         self._events.write_event(
             Event(wall_time=seconds, step=row["step"], summary=Summary(value=values))
         )
@@ -187,6 +192,9 @@ class Files:
             record = {name: row[name] for name in names if name in row}
             self._evaluations.append((json.dumps(record) + "\n").encode())
             self._events.flush()
+        if self._tracker:
+            counts = {name: row[name] for name in ("forward_passes", "tokens")}
+            self._tracker.write(row["step"], told | counts)
 
 
 class Log:

@@ -6,6 +6,7 @@ steps after it. What else is missing is made again where that can be, and told.
 
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 from pathlib import Path
 import sys
 from typing import Any, NamedTuple
@@ -17,13 +18,14 @@ from zo_jax.atomic import set_aside
 from zo_jax.layout import Layout
 from zo_jax.replay import make_header
 from zo_jax.train import processes
-from zo_jax.train.config import QUERY_MODES, Config, ConfigError, fixed_fields
+from zo_jax.train.config import Config, ConfigError, fixed_fields, keeps_ledger, method_of
 from zo_jax.train.pretrained import Pretrained
 from zo_jax.train.run_folder import checkpoint, metrics
 from zo_jax.train.run_folder.checkpoint import CheckpointError, Checkpoints, open_checkpoints
 from zo_jax.train.run_folder.folder import LEDGER, Workdir
 from zo_jax.train.run_folder.rebuild import Past
 from zo_jax.train.run_folder.reports import Reports, make_row
+from zo_jax.train.run_folder.tracking import Tracker
 from zo_jax.train.steps import RunState, StepMetrics, init_state, kept_part, make_update
 from zo_jax.train.tasks.task import Task
 from zo_jax.trees import Subset
@@ -60,15 +62,23 @@ def run_header(config: Config, model: Any, start: RunState, identity: str = "") 
         start,
         num_queries=config.zo.num_queries,
         perturbation=config.zo.perturbation,
+        groups=config.zo.groups,
         rank=config.zo.rank,
         scope=config.scope,
         clip_norm=config.instruct.grad_clip_norm,
         rounding=config.optimizer.rounding,
+        method=method_of(config),
         vocab_size=model.vocab_size,
         config=fixed_fields(config),
         identity=identity,
         **({} if base is None else {"base": base}),
     )
+
+
+def _open_files(config: Config, folder: Path, rows: list[metrics.Row]) -> metrics.Files:
+    project = config.train.wandb
+    tracker = Tracker(project, folder, dataclasses.asdict(config)) if project else None
+    return metrics.Files(folder, rows, tracker)
 
 
 @contextlib.contextmanager
@@ -91,7 +101,7 @@ def open_run(
     state, start = init(), 0
     if isinstance(model, Pretrained):
         workdir.claim_base(model.base_fingerprint(state.params))
-    has_ledger = config.mode in QUERY_MODES
+    has_ledger = keeps_ledger(config)
     header = run_header(config, model, state, identity) if has_ledger else None
     find = lambda name: checkpoint.find_whole(folder / name, state, identity, part)
     whole, damaged, latest = find("checkpoints")
@@ -100,6 +110,7 @@ def open_run(
     last = processes.first_tells(
         lambda: _find_last(folder, header, num_steps, start, damaged=bool(damaged))
     )
+    _tell_gone(config, folder / "checkpoints", whole, damaged, last)
     with contextlib.ExitStack() as stack:
         writer, kept = None, None
         if header:
@@ -147,9 +158,8 @@ def open_run(
             step = Reports.best_step(task.measure, metrics.results_of(rows))
             if 0 <= step <= start and step not in kept_best:
                 _make_best_again(best, past, step)
-        log = metrics.Log(
-            identity, rows, metrics.Files(folder, rows) if processes.is_first() else None
-        )
+        files = _open_files(config, folder, rows) if processes.is_first() else None
+        log = metrics.Log(identity, rows, files)
         stack.callback(log.close)
         _tell_missing(workdir, start, log, missing, kept_snapshots)
         workdir.go_on(config, last)
@@ -264,6 +274,22 @@ def _tell_missing(
     due = [step for step in log.results if workdir.reports.has_snapshot(step, log.results)]
     if gone := [step for step in due if step <= start and step not in snapshots]:
         processes.say(f"the snapshots of {_steps(gone)} are gone, and no replay makes them again")
+
+
+def _tell_gone(config: Config, folder: Path, whole: list[int], aside: list[int], last: int) -> None:
+    """Says which of the newest checkpoints that were due by a step are neither there nor put
+    aside; older ones may have made room for others.
+    """
+    interval, room = config.train.checkpoint_interval, config.train.keep_checkpoints - len(aside)
+    if not interval or room < 1:
+        return
+    due = [*range(interval, last + 1, interval)][-room:]
+    oldest = whole[0] if len(whole) >= room else 0
+    if gone := [step for step in due if step > oldest and step not in {*whole, *aside}]:
+        processes.say(
+            f"{folder}: there is no checkpoint of {_steps(gone)}: deleted, or not yet written when "
+            f"the run ended"
+        )
 
 
 def _steps(steps: list[int]) -> str:

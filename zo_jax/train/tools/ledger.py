@@ -61,6 +61,11 @@ def main(args: Sequence[str]) -> int:
 
 def _run(run: Path, to_step: int | None, base: str | None, out: Path | None) -> int:
     path, folder = (run, None) if run.is_file() else (run / LEDGER, run)
+    if folder and folder.is_dir() and not path.exists():
+        raise LedgerError(
+            f"{folder} has no {LEDGER}: runs of modes zo, calibrate and instruct have one, without "
+            "zo.exact; the others go on from their checkpoints"
+        )
     ledger = read(path)
     identity = _identity(ledger, folder)
     config = from_dict(ledger.header.get("config"))

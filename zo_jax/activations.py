@@ -1,0 +1,276 @@
+"""Gradients from noise on activations: node perturbation with the loss of every token.
+
+Where a parameter acts on an activation (`zo_jax.sites`) noise is added to the result y of every
+token, and the losses tell how much it mattered. With signs a and the size s of the noise, the error
+of y at token t is the mean over draws of
+
+    a_t (C_t(s) - C_t(-s)) / 2s,    C_t(s) = Σ_{u >= t} γ^(u - t) loss_u(y + s a),
+
+the credit of token t: its own loss, and those of later tokens, discounted. All sites have noise at
+once, so that a draw costs two evaluations; the noise of other sites and tokens is zero in the mean.
+The gradient of the parameters follows from the error and from what goes into the site, in closed
+form. Williams, "Simple statistical gradient-following algorithms", 1992; credit by token after
+Dust (Q Labs, 2026). Axes: B sequences, T tokens.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from zo_jax import exact as exactly
+from zo_jax.estimators import typed_key
+from zo_jax.jaxprs import without_custom_vjp
+from zo_jax.noise import key_words
+from zo_jax.sites import Sites
+from zo_jax.trees import Rule, Subset, as_arrays, is_floating, loss_of, path_name
+
+
+class ActivationEstimate(NamedTuple):
+    """A gradient estimate.
+
+    Attributes:
+      gradient: like params.
+      loss: float32 scalar, the mean loss of all tokens without noise.
+      num_failed: int32 scalar, the draws with a loss that was not finite, which are left out.
+    """
+
+    gradient: Any
+    loss: jax.Array
+    num_failed: jax.Array
+
+
+def activation_gradient(
+    token_loss_fn: Callable[..., jax.Array],
+    params: Any,
+    key: jax.Array,
+    *batch: Any,
+    num_draws: int = 8,
+    sigma: float = 0.05,
+    discount: float = 1.0,
+    exact: Rule | Subset | None = None,
+) -> ActivationEstimate:
+    """An estimate of the gradient of the mean of all tokens' losses by noise on activations.
+
+    Unbiased, but for O(sigma²), with `discount` 1, if no loss depends on later tokens. With a
+    smaller one the mean is the gradient under truncated credit: biased, of less variance. The
+    variance grows with the activations of a token that have noise, not with the parameters.
+    Memory: what goes into every site, as backprop holds it, and noise of the size of all sites'
+    results. Cost: two evaluations a draw, and the products of one backward pass in the end.
+
+    Args:
+      token_loss_fn: `token_loss_fn(params, *batch)` -> floating [B, T], the loss of each token. Any
+        JAX code; scans over layers are entered. Parameters must act on activations [B, T, ...].
+      params: pytree of arrays; leaves that are not floating have the gradient 0.
+      key: a PRNG key of the threefry implementation.
+      *batch: pytrees handed to `token_loss_fn`.
+      num_draws: of noise, two evaluations each.
+      sigma: size of the noise, in the units of the activations.
+      discount: γ in [0, 1]; 0 gives each token its own loss alone, 1 all that come after.
+      exact: parameters with an exact gradient instead, as of `Estimator`: those of an output head
+        that is not applied token by token, such as a cross-entropy in chunks of tokens.
+
+    Raises:
+      ValueError: an argument is out of range, the losses are not floating [B, T], or parameters
+        are used in another way; the message names them.
+
+    >>> import jax, jax.numpy as jnp, zo_jax
+    >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((1, 4, 3))
+    >>> losses = lambda params, x: jnp.sum((x @ params["w"]) ** 2, axis=-1)
+    >>> est = zo_jax.activation_gradient(
+    ...     losses, params, jax.random.key(0), x, num_draws=64, discount=0.0)
+    >>> bool(jnp.allclose(est.gradient["w"], 6, atol=1.5)), float(est.loss)
+    (True, 18.0)
+    """
+    _check(num_draws, sigma, discount)
+    params, key = as_arrays(params), typed_key(key)
+    whole = params
+    if exact is not None:
+        parts = exactly.split(exact, params)
+        params, losses_of = parts.rest.select(params), loss_of(parts.rest, token_loss_fn, params)
+    else:
+        losses_of = token_loss_fn
+    evaluate, sites = _trace(losses_of, params, batch)
+
+    values = [leaf for leaf in jax.tree.leaves(params) if is_floating(leaf)]
+
+    def clean(values):
+        losses_BT, taps = evaluate(values, None)
+        return [x for _, x in taps], (losses_BT, [site for site, _ in taps])
+
+    taps, pull, (losses_BT, of_tap) = jax.vjp(clean, values, has_aux=True)
+    losses_with = lambda noises: evaluate(values, noises)[0]
+    errors, num_failed = _errors(
+        losses_with, sites, sigma, key, num_draws, discount, losses_BT.size
+    )
+    own = [errors[site].astype(tap.dtype) for site, tap in zip(of_tap, taps, strict=True)]
+    (found,) = pull(own)
+    found = iter(found)
+    gradient = jax.tree.map(
+        lambda p: next(found).astype(p.dtype) if is_floating(p) else jnp.zeros_like(p), params
+    )
+    if exact is not None:
+        gradient = parts.rest.merge(jax.tree.map(jnp.zeros_like, whole), gradient)
+        mean = lambda own, batch: jnp.mean(loss_of(parts.exact, token_loss_fn, whole)(own, *batch))
+        one = jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
+        part = exactly.exact_gradient(mean, parts.exact.select(whole), one, 1)
+        gradient = parts.exact.merge(gradient, part)
+    return ActivationEstimate(gradient, jnp.mean(losses_BT.astype(jnp.float32)), num_failed)
+
+
+class ActivationState(NamedTuple):
+    """State of `activation_zeroth_order`.
+
+    Attributes:
+      key: uint32 [2], the words of the key that was given; that of a step is `fold_in(key, count)`.
+      count: int32, steps taken.
+      loss: float32, of the last step (inf before the first).
+    """
+
+    key: jax.Array
+    count: jax.Array
+    loss: jax.Array
+
+
+def activation_zeroth_order(
+    key: jax.Array, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces the updates by an `activation_gradient`: the first link of an optax chain.
+
+    `update(updates, state, params, value_fn=..., batch=())` takes the losses of all tokens from
+    `value_fn(params, *batch)`; the updates may be None.
+
+    Args:
+      key: a PRNG key of the threefry implementation.
+      **options: of `activation_gradient`.
+
+    Raises:
+      ValueError: as `activation_gradient`; or, from `update`, `params` or `value_fn` is missing.
+
+    >>> import jax, jax.numpy as jnp, optax, zo_jax
+    >>> losses = lambda w: jnp.sum((jnp.ones((1, 4, 3)) @ w - 1) ** 2, axis=-1)
+    >>> tx = optax.chain(zo_jax.activation_zeroth_order(jax.random.key(0)), optax.sgd(0.05))
+    >>> w = jnp.zeros((3, 2))
+    >>> state = tx.init(w)
+    >>> for _ in range(40):
+    ...     updates, state = tx.update(None, state, w, value_fn=losses)
+    ...     w = optax.apply_updates(w, updates)
+    >>> bool(jnp.mean(losses(w)) < 1e-2)
+    True
+    """
+    words = key_words(typed_key(key))
+
+    def init_fn(params: Any) -> ActivationState:
+        del params
+        return ActivationState(words, jnp.zeros((), jnp.int32), jnp.full((), jnp.inf, jnp.float32))
+
+    def update_fn(updates, state, params=None, *, value_fn=None, batch=(), **extra_args):
+        del updates, extra_args
+        if params is None or value_fn is None:
+            raise ValueError(
+                "activation_zeroth_order evaluates the losses itself: pass params and value_fn to "
+                "update, as tx.update(None, state, params, value_fn=losses_of_tokens)"
+            )
+        step_key = jax.random.fold_in(typed_key(state.key), state.count)
+        estimate = activation_gradient(value_fn, params, step_key, *batch, **options)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return estimate.gradient, ActivationState(state.key, count, estimate.loss)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check(num_draws: int, sigma: float, discount: float) -> None:
+    if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 1:
+        raise ValueError(f"num_draws must be an integer of at least 1, got {num_draws!r}")
+    if not (sigma > 0 and math.isfinite(sigma)):
+        raise ValueError(f"sigma must be finite and above 0, got {sigma!r}")
+    if not 0 <= discount <= 1:
+        raise ValueError(f"discount must be from 0 to 1, got {discount!r}")
+
+
+def _trace(losses_of: Callable[..., Any], params: Any, batch: tuple[Any, ...]) -> Any:
+    """((floating leaves, noises) -> (losses [B, T], taps), the sites)."""
+    leaves, treedef = jax.tree.flatten(params)
+    fixed = [None if is_floating(leaf) else leaf for leaf in leaves]
+
+    def run(values):
+        values = iter(values)
+        own = [next(values) if x is None else x for x in fixed]
+        return losses_of(jax.tree.unflatten(treedef, own), *batch)
+
+    values = [leaf for leaf in leaves if is_floating(leaf)]
+    closed, out = jax.make_jaxpr(run, return_shape=True)(values)
+    shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", None)
+    if dtype is None or shape is None or len(shape) != 2 or not jnp.issubdtype(dtype, jnp.floating):
+        got = type(out).__name__ if shape is None else f"shape {shape} and dtype {dtype}"
+        raise ValueError(
+            f"token_loss_fn must return the floating loss of every token [B, T], got {got}; leave "
+            "out the mean"
+        )
+    jaxpr = without_custom_vjp(closed.jaxpr)
+    sites = Sites(jaxpr, [True] * len(values), shape)
+    if sites.uncovered:
+        paths = [p for p, x in jax.tree.leaves_with_path(params) if is_floating(x)]
+        names = ", ".join(path_name(paths[i]) or "params" for i in sorted(sites.uncovered))
+        raise ValueError(
+            f"parameters must act linearly on activations {list(shape)} + [...], but {names} are "
+            "used in another way too; name them in exact"
+        )
+
+    def evaluate(values, noises):
+        (losses_BT,), taps = sites.evaluate(closed.consts, values, noises)
+        return losses_BT, taps
+
+    return evaluate, sites.sites
+
+
+def _errors(losses_with, sites, sigma, key, num_draws, discount, num_tokens):
+    """([for each site the error of its value in the mean loss], number of draws left out)."""
+
+    def signs(key: jax.Array) -> list[jax.Array]:
+        keys = jax.random.split(key, len(sites))
+        return [
+            jax.random.rademacher(k, site.shape, jnp.float32)
+            for k, site in zip(keys, sites, strict=True)
+        ]
+
+    def add_draw(carry, key):
+        totals, count = carry
+        draws = signs(key)
+        noise = lambda side: [
+            (side * a).astype(site.dtype) for a, site in zip(draws, sites, strict=True)
+        ]
+        # A loop over the two sides, so that the program is compiled once.
+        both_2BT = lax.map(lambda side: losses_with(noise(side)), jnp.float32([sigma, -sigma]))
+        change_BT = (both_2BT[0] - both_2BT[1]).astype(jnp.float32) / (2 * sigma)
+        is_finite = jnp.all(jnp.isfinite(change_BT))
+        credit_BT = jnp.where(is_finite, _discounted(change_BT, discount), 0)
+        new = [
+            total + a * _along(credit_BT, site)
+            for total, a, site in zip(totals, draws, sites, strict=True)
+        ]
+        return (new, count + is_finite), None
+
+    zeros = [jnp.zeros(site.shape, jnp.float32) for site in sites]
+    keys = jax.random.split(key, num_draws)
+    (totals, count), _ = lax.scan(add_draw, (zeros, jnp.int32(0)), keys)
+    mean = [total / (jnp.maximum(count, 1) * num_tokens) for total in totals]
+    return mean, num_draws - count
+
+
+def _discounted(x_BT: jax.Array, discount: float) -> jax.Array:
+    """Σ_{u >= t} discount^(u - t) x_u."""
+    T = x_BT.shape[1]
+    ahead_TT = jnp.arange(T)[None] - jnp.arange(T)[:, None]
+    weight_TT = jnp.where(ahead_TT >= 0, jnp.float32(discount) ** jnp.maximum(ahead_TT, 0), 0)
+    return jnp.einsum("tu,bu->bt", weight_TT, x_BT)
+
+
+def _along(credit_BT: jax.Array, site: Any) -> jax.Array:
+    """The credit of tokens, shaped to go with a site's values."""
+    first, last = site.loops, len(site.shape)
+    return lax.expand_dims(credit_BT, (*range(first), *range(first + 2, last)))

@@ -1,0 +1,338 @@
+"""Directions that move one group of the parameters each, as often as its gradient is worth it.
+
+Of a group g with d_g parameters and a gradient of norm n_g an estimate along q_g directions of that
+group alone has the variance d_g n_g² / q_g. If an evaluation along one of them costs k_g, the sum
+over the groups is least, at a given cost, for q_g proportional to √(d_g / k_g) n_g, and then it is
+(Σ √(d_g k_g) n_g)², where directions of all parameters at once have d n² (with k = 1): less, unless
+all groups have the same gradient per coordinate.
+
+Which group a direction moves is drawn, with a probability p_g, and the direction is 1 / √p_g times
+one of the group: so E[z zᵀ] = I whatever p is, and the estimate is unbiased. The norms are learned
+from projections: along a direction of group g the mean of c² p_g is n_g².
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from zo_jax import families
+from zo_jax.family import Family
+from zo_jax.layout import Layout
+from zo_jax.rules import is_perturbed
+from zo_jax.trees import ALL, Subset, is_floating, path_name, stacked_leaves
+
+# "layers", "leaves", or (path, leaf) -> a name, or the names of the layers of a stack.
+Groups = str | Callable[[str, Any], Any]
+
+# This part of the queries is not shared out by norms: half of it by sizes, so that no direction
+# goes further than √(2 / part) times as far as one of all parameters, half evenly, so that every
+# group is looked at.
+_EXPLORED = 0.1
+# Queries that the guess "all coordinates alike" counts for.
+_PRIOR_QUERIES = 1.0
+# Folded into a query's key for the word that chooses its group.
+_CHOICE = 0x67726F75
+
+
+class Norms(NamedTuple):
+    """What a run has learned.
+
+    Attributes:
+      squares: float32 [G], the sum of c² p over each group's queries, earlier steps discounted.
+      counts: float32 [G], the number of these queries, discounted so too.
+      ends: float32 [G], p_1 + .. + p_g.
+    """
+
+    squares: jax.Array
+    counts: jax.Array
+    ends: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Grouped(Family):
+    """See `grouped`.
+
+    Attributes:
+      base: the family of the directions of a group.
+      norms: what is learned; None before `start`.
+      groups, costs, memory: as in `grouped`.
+    """
+
+    base: Family
+    norms: Norms | None
+    groups: Groups = dataclasses.field(metadata={"static": True})
+    costs: tuple[tuple[str, float], ...] = dataclasses.field(metadata={"static": True})
+    memory: float = dataclasses.field(metadata={"static": True})
+
+    def start(self, params: Any) -> "Grouped":
+        return dataclasses.replace(self, norms=self._first(params))
+
+    def learn(self, params: Any, keys: jax.Array, projections: jax.Array) -> "Grouped":
+        norms = self._norms(params)
+        group = jax.vmap(lambda key: _choose(norms.ends, key))(keys)
+        usable = jnp.isfinite(jnp.square(projections))
+        c = jnp.where(usable, projections, 0).astype(jnp.float32)
+        p = _probabilities(norms.ends)
+        is_in_GQ = (jnp.arange(len(p))[:, None] == group[None]) & usable[None]
+        keep = 1 - 1 / self.memory
+        squares = jnp.sum(jnp.where(is_in_GQ, (c**2)[None], 0), axis=1) * p
+        squares = keep * norms.squares + squares
+        counts = keep * norms.counts + jnp.sum(is_in_GQ, axis=1)
+        new = _learned(squares, counts, *self._sizes_and_costs(params))
+        return dataclasses.replace(self, norms=new)
+
+    def shares(self, params: Any) -> dict[str, jax.Array]:
+        """The part of the queries that each group has, by its name, float32 scalars."""
+        names = [name for name, _ in find_groups(self.groups, params)]
+        return dict(zip(names, _probabilities(self._norms(params).ends), strict=True))
+
+    def parts(self, params: Any) -> list[Subset]:
+        return [subset for _, subset in find_groups(self.groups, params)]
+
+    def part_of(self, params: Any, key: jax.Array) -> jax.Array:
+        return _choose(self._norms(params).ends, key)
+
+    def on_part(self, params: Any, part: int) -> Family:
+        p = _probabilities(self._norms(params).ends)[part]
+        return _Scaled(self.base, lax.rsqrt(p))
+
+    def moves(self, params: Any) -> list[bool]:
+        return [is_floating(leaf) for leaf in jax.tree.leaves(params)]
+
+    def draw(self, params: Any, key: jax.Array) -> Any:
+        own = [self.base.draw(part.select(params), key) for part in self.parts(params)]
+        return self.part_of(params, key), own
+
+    def move(self, params: Any, direction: Any, scale: Any) -> Any:
+        which, own = direction
+        leaves, treedef = jax.tree.flatten(params)
+        p = _probabilities(self._norms(params).ends)
+        for i, (part, drawn) in enumerate(zip(self.parts(params), own, strict=True)):
+            size = jnp.where(which == i, scale * lax.rsqrt(p[i]), 0)
+            selected = part.select(params)
+            moved = self.base.move(selected, drawn, size)
+            moved = iter(jax.tree.leaves(moved, is_leaf=is_perturbed))
+            assert part.indices is not None
+            for j, rows in enumerate(part.indices):
+                if rows is not None:
+                    new = next(moved)
+                    leaves[j] = new if rows is ALL else leaves[j].at[rows].set(_formed(new))
+        return jax.tree.unflatten(treedef, leaves)
+
+    def add(self, params: Any, keys: jax.Array, weights: jax.Array) -> Any:
+        for part, of_part in self._weights(params, keys, weights):
+            params = part.merge(params, self.base.add(part.select(params), keys, of_part))
+        return params
+
+    def combine_with_norm(
+        self, params: Any, keys: jax.Array, weights: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        total, squared = jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.float32)
+        for part, of_part in self._weights(params, keys, weights):
+            own, norm = self.base.combine_with_norm(part.select(total), keys, of_part)
+            total, squared = part.merge(total, own), squared + norm**2
+        return total, jnp.sqrt(squared)
+
+    def on(self, layout: Layout | None) -> "Grouped":
+        return dataclasses.replace(self, base=self.base.on(layout))
+
+    def _weights(
+        self, params: Any, keys: jax.Array, weights: jax.Array
+    ) -> list[tuple[Subset, jax.Array]]:
+        """Each group with the weights of its own directions, 0 for the others'."""
+        ends = self._norms(params).ends
+        p = _probabilities(ends)
+        group = jax.vmap(lambda key: _choose(ends, key))(keys)
+        weights = jnp.asarray(weights, jnp.float32)
+        own = lambda i: jnp.where(group == i, weights * lax.rsqrt(p[i]), 0)
+        return [(part, own(i)) for i, part in enumerate(self.parts(params))]
+
+    def _first(self, params: Any) -> Norms:
+        sizes, costs = self._sizes_and_costs(params)
+        zeros = jnp.zeros(len(sizes), jnp.float32)
+        return _learned(zeros, zeros, sizes, costs)
+
+    def _norms(self, params: Any) -> Norms:
+        norms = self.norms if self.norms is not None else self._first(params)
+        count = len(find_groups(self.groups, params))
+        if norms.ends.shape != (count,):
+            raise ValueError(
+                f"the family learned the norms of {norms.ends.shape[0]} groups, but the parameters "
+                f"have {count}; start it with them: family.start(params)"
+            )
+        return norms
+
+    def _sizes_and_costs(self, params: Any) -> tuple[np.ndarray, np.ndarray]:
+        found = find_groups(self.groups, params)
+        costs = dict(self.costs)
+        if unknown := costs.keys() - {name for name, _ in found}:
+            raise ValueError(
+                f"costs has {min(unknown)!r}, which is no group; the groups are "
+                f"{', '.join(name for name, _ in found)}"
+            )
+        own = [jax.eval_shape(part.select, params) for _, part in found]
+        sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in own]
+        return np.array(sizes, np.float32), np.array(
+            [costs.get(name, 1.0) for name, _ in found], np.float32
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Scaled(Family):
+    """The directions of another family times a factor."""
+
+    base: Family
+    factor: jax.Array
+
+    def draw(self, params: Any, key: jax.Array) -> Any:
+        return self.base.draw(params, key)
+
+    def move(self, params: Any, direction: Any, scale: Any) -> Any:
+        return self.base.move(params, direction, scale * self.factor)
+
+    def moves(self, params: Any) -> list[bool]:
+        return self.base.moves(params)
+
+
+def grouped(
+    groups: Groups = "layers",
+    perturbation: Family | str = "rademacher",
+    *,
+    costs: Mapping[str, float] | None = None,
+    memory: float = 50.0,
+) -> Grouped:
+    """Directions of one group of the parameters each, with queries shared out by what is learned of
+    the groups' gradients.
+
+    A query moves one group, drawn with a probability proportional to √(d / k) n: d its number of
+    parameters, k its cost, n the norm of its gradient, for the variance that is least at equal
+    cost. The estimate is unbiased whatever is learned. Before anything is, the shares go by the
+    sizes, and the variance is that of directions of all parameters; a tenth of the queries stays
+    shared out by size and evenly. Groups above the first layers cost less, for the estimator
+    evaluates what lies below a group once (with `parallel_batch_size` 1): say so by `costs`. The
+    loss is compiled once for each group.
+
+    The family is a value, and `learn` returns the next one. `zeroth_order` and the program keep it
+    in their states, and so does `Update`, given it at the start: `update.init(params,
+    estimator.start(params))`; so a run resumes and replays exactly. In a loop of your own: `family
+    = estimator.learn(params, key, estimate.projections)`.
+
+    Args:
+      groups: "layers": every layer of a stack (or of a list) is a group, and every other top-level
+        entry of the parameters; "leaves": every leaf, of a stack all layers together; or a function
+        (path, leaf) -> the name of the group of a leaf, or the names of those of the layers of a
+        stack [L, ...].
+      perturbation: the family of directions inside a group, or its name.
+      costs: of an evaluation along a direction of a group, by the group's name; 1 for the others.
+      memory: steps that what is learned reaches back.
+
+    Raises:
+      ValueError: an argument is out of range; or, from any use, `costs` names no group, or `groups`
+        returns another number of names than a stack has layers.
+
+    >>> import jax, jax.numpy as jnp, zo_jax
+    >>> params = {"blocks": {"w": jnp.zeros((2, 3, 3))}, "head": jnp.zeros((3, 4))}
+    >>> loss_fn = lambda p: jnp.sum(p["head"]) + 0.1 * jnp.sum(p["blocks"]["w"])
+    >>> estimator = zo_jax.Estimator(num_queries=16)
+    >>> family = zo_jax.grouped().start(params)
+    >>> for i in range(20):
+    ...     key = jax.random.key(i)
+    ...     _, c = zo_jax.project(loss_fn, params, key, estimator=estimator, perturbation=family)
+    ...     family = family.learn(params, estimator.keys(key), c)
+    >>> {name: bool(share > 0.5) for name, share in family.shares(params).items()}
+    {'blocks/0': False, 'blocks/1': False, 'head': True}
+    """
+    base = perturbation if isinstance(perturbation, Family) else families.by_name(perturbation)
+    if isinstance(base, Grouped):
+        raise ValueError("perturbation must be a family inside a group, got one of groups itself")
+    if not (groups in ("layers", "leaves") or callable(groups)):
+        raise ValueError(
+            f"groups must be layers, leaves, or a function of (path, leaf); got {groups!r:.80}"
+        )
+    costs = dict(costs or {})
+    if bad := [name for name, cost in costs.items() if not 0 < cost < float("inf")]:
+        raise ValueError(f"costs must be finite and above 0, got {costs[bad[0]]!r} of {bad[0]}")
+    if not 1 < memory < float("inf"):
+        raise ValueError(f"memory must be finite and above 1 step, got {memory!r}")
+    pairs = tuple(sorted((name, float(cost)) for name, cost in costs.items()))
+    return Grouped(base, None, groups, pairs, float(memory))
+
+
+def find_groups(groups: Groups, params: Any) -> list[tuple[str, Subset]]:
+    """(name, leaves and layers) of each group, in order of their first leaves.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"blocks": {"w": jnp.zeros((2, 3, 3))}, "head": jnp.zeros((3, 4))}
+    >>> [name for name, _ in find_groups("layers", params)]
+    ['blocks/0', 'blocks/1', 'head']
+    """
+    flat = jax.tree.leaves_with_path(params)
+    rows: dict[str, list[Any]] = {}
+    for i, ((path, leaf), is_stack) in enumerate(zip(flat, stacked_leaves(params), strict=True)):
+        if not is_floating(leaf):
+            continue
+        names = _names_of(groups, path_name(path), leaf, is_stack)
+        for name in [names] if isinstance(names, str) else dict.fromkeys(names):
+            own = ALL
+            if not isinstance(names, str):
+                own = np.flatnonzero([other == name for other in names])
+                own = ALL if len(own) == len(names) else own
+            rows.setdefault(name, [None] * len(flat))[i] = own
+    return [(name, Subset(tuple(own))) for name, own in rows.items()]
+
+
+def _names_of(groups: Groups, path: str, leaf: Any, is_stack: bool) -> str | list[str]:
+    """The group of a leaf, or those of its layers."""
+    if callable(groups):
+        names = groups(path, leaf)
+        if isinstance(names, str):
+            return names
+        names = list(map(str, names))
+        if not leaf.ndim or len(names) != leaf.shape[0]:
+            raise ValueError(
+                f"groups must return a name for {path}, or one for each of its layers; got "
+                f"{len(names)} for the shape {leaf.shape}"
+            )
+        return names
+    if groups == "leaves":
+        return path
+    top, *rest = path.split("/")
+    if is_stack:
+        return [f"{top}/{i}" for i in range(leaf.shape[0])]
+    return f"{top}/{rest[0]}" if rest and rest[0].isdigit() else top
+
+
+def _formed(x: Any) -> jax.Array:
+    return x.form() if is_perturbed(x) else x
+
+
+def _choose(ends: jax.Array, key: jax.Array) -> jax.Array:
+    """The group of a query, int32, by a word of its key."""
+    word = jax.random.key_data(jax.random.fold_in(key, _CHOICE))[0]
+    uniform = (word >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+    return jnp.minimum(jnp.sum(uniform >= ends, dtype=jnp.int32), len(ends) - 1)
+
+
+def _probabilities(ends: jax.Array) -> jax.Array:
+    return jnp.diff(ends, prepend=0.0)
+
+
+def _learned(squares: jax.Array, counts: jax.Array, sizes: np.ndarray, costs: np.ndarray) -> Norms:
+    """The shares for what is known of the norms."""
+    # Where nothing is known all coordinates are taken to be alike.
+    known = jnp.sum(squares)
+    per_coordinate = jnp.where(known > 0, known / jnp.maximum(jnp.sum(counts * sizes), 1), 1)
+    squared = (squares + _PRIOR_QUERIES * per_coordinate * sizes) / (counts + _PRIOR_QUERIES)
+    wanted = jnp.sqrt(squared * sizes / costs)
+    shared = wanted / jnp.sum(wanted)
+    fixed = 0.5 * sizes / np.sum(sizes) + 0.5 / len(sizes)
+    p = (1 - _EXPLORED) * shared + _EXPLORED * fixed
+    ends = jnp.cumsum(p)
+    return Norms(squares, counts, (ends / ends[-1]).astype(jnp.float32))
