@@ -3,7 +3,8 @@ configs/reward_brackets.py.
 
 The text is written by `python -m zo_jax.train.rewards.brackets brackets`.
 
-Command: zo-jax train --config=brackets --workdir=runs/brackets
+Command: python main.py --config=brackets --workdir=runs/brackets
+Time and loss: docs/rewards.md.
 """
 
 from zo_jax.train.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

@@ -4,7 +4,7 @@ reward alone: 1 for each completion that is right, 0 for one that is not.
 The argument is the model, as `zo-jax export` writes it of a run of configs/brackets.py; the prompts
 are written by `python -m zo_jax.train.rewards.brackets brackets`.
 
-Command: zo-jax train --config=reward_brackets:MODEL --workdir=runs/reward_brackets
+Command: python main.py --config=reward_brackets:MODEL --workdir=runs/reward_brackets
 Time and reward: docs/rewards.md.
 """
 
