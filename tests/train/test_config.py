@@ -1,4 +1,5 @@
 import importlib.util
+import inspect
 import math
 from pathlib import Path
 
@@ -204,6 +205,8 @@ def test_every_config_is_valid_and_says_how_to_run_it(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    validate(module.get_config())
+    needs_model = "model" in inspect.signature(module.get_config).parameters
+    validate(module.get_config(*["a/model"] * needs_model))
     assert "Command: python main.py" in module.__doc__ and "MEASURE" not in module.__doc__
-    assert "Time" in module.__doc__ and "loss" in module.__doc__.lower()
+    measure = "accuracy" if path.stem[:8] == "finetune" else "reward" if needs_model else "loss"
+    assert "Time" in module.__doc__ and measure in module.__doc__.lower()

@@ -324,7 +324,7 @@ def test_brackets():
     rng = random.Random(0)
     for _ in range(50):
         row, prompt = brackets.make_row(rng), brackets.make_prompt(rng)
-        assert brackets.is_nested(row) and 6 <= len(row) <= 24
+        assert brackets.is_nested(row) and 6 <= len(row) <= 12
         assert not brackets.is_nested(prompt) and len(prompt) >= 3
 
 

@@ -388,7 +388,7 @@ class ZOConfig:
         "what is made of the differences: plain (their mean) or fzoo (that over the standard "
         "deviation of the losses)",
         choices=("plain", "fzoo"),
-        only_if="mode is zo",
+        only_if=f"mode is zo and {_LOSS}",
     )
     groups: str = setting(
         "none",
@@ -396,7 +396,7 @@ class ZOConfig:
         "entry) or leaves: one group of them, with queries shared out by what the projections tell "
         "of the groups' gradients; the loss is compiled once for each group",
         choices=("none", "layers", "leaves"),
-        only_if="mode is zo",
+        only_if=f"mode is zo and {_LOSS}",
     )
     exact: str = setting(
         "none",
@@ -404,7 +404,7 @@ class ZOConfig:
         "norm and the output head, in closed form); or a regular expression over paths like "
         "blocks/3/fc/kernel, by backprop down to the lowest of them. Such a run has no ledger: it "
         "goes on from checkpoints",
-        only_if="mode is zo",
+        only_if=f"mode is zo and {_LOSS}",
     )
 
 

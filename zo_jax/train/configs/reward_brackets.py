@@ -4,7 +4,7 @@ reward alone: 1 for each completion that is right, 0 for one that is not.
 The argument is the model, as `zo-jax export` writes it of a run of configs/brackets.py; the prompts
 are written by `python -m zo_jax.train.rewards.brackets brackets`.
 
-Command: zo-jax train --config=reward_brackets:MODEL --workdir=runs/reward_brackets
+Command: python main.py --config=reward_brackets:MODEL --workdir=runs/reward_brackets
 Time and reward: docs/rewards.md.
 """
 
@@ -31,20 +31,20 @@ def get_config(model: str = "") -> Config:
             name="file",
             path="brackets/prompts.jsonl",
             template="{prompt}",
-            num_train=3000,
+            num_train=1000,
             num_validation=500,
             num_test=500,
         ),
         objective=ObjectiveConfig(
-            name="reward", path=f"{REWARD}:valid", max_new_tokens=16, stop="\n"
+            name="reward", path=f"{REWARD}:valid", max_new_tokens=10, stop="\n"
         ),
-        zo=ZOConfig(num_queries=16, epsilon=0.02, perturbation="low_rank"),
+        zo=ZOConfig(num_queries=16, epsilon=0.03, perturbation="low_rank"),
         optimizer=OptimizerConfig(
             name="adam",
-            learning_rate=4e-3,
+            learning_rate=3e-3,
             schedule="cosine",
             warmup_steps=0,
             min_learning_rate=1e-5,
         ),
-        train=TrainConfig(num_steps=500, batch_size=24, eval_interval=50),
+        train=TrainConfig(num_steps=300, batch_size=16, eval_interval=50),
     )

@@ -4,7 +4,7 @@ factors beside its weights, questions and scores of reasoning-gym.
 The argument is the model: a Hugging Face folder or a .gguf file. The questions are written by
 `python -m zo_jax.train.rewards.chain_sum sums`, which needs `pip install 'zo_jax[rewards]'`.
 
-Command: zo-jax train --config=reward_chain_sum:MODEL --workdir=runs/reward_chain_sum
+Command: python main.py --config=reward_chain_sum:MODEL --workdir=runs/reward_chain_sum
 Time and reward: docs/rewards.md.
 """
 

@@ -13,7 +13,7 @@ import random
 import sys
 
 PAIRS = {"(": ")", "[": "]", "{": "}"}
-_DEEPEST, _SHORTEST, _LONGEST = 6, 6, 24
+_DEEPEST, _SHORTEST, _LONGEST = 4, 6, 12
 
 
 def valid(prompts: list[str], completions: list[str], rows: list[dict]) -> list[float]:
@@ -52,7 +52,7 @@ def make_row(rng: random.Random) -> str:
 
 
 def make_prompt(rng: random.Random) -> str:
-    """The beginning of a row, in which one to six brackets are open."""
+    """The beginning of a row, in which one to four brackets are open."""
     row = make_row(rng)
     depth, places = 0, []
     for i, character in enumerate(row, 1):
@@ -61,7 +61,7 @@ def make_prompt(rng: random.Random) -> str:
     return row[: rng.choice(places)] if places else make_prompt(rng)
 
 
-def write(folder: Path, num_rows: int = 20_000, num_prompts: int = 4_000, seed: int = 0) -> None:
+def write(folder: Path, num_rows: int = 20_000, num_prompts: int = 2_000, seed: int = 0) -> None:
     """The text to learn from, and the prompts, each once."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
