@@ -215,9 +215,10 @@ def grouped(
     parameters, k its cost, n the norm of its gradient, for the variance that is least at equal
     cost. The estimate is unbiased whatever is learned. Before anything is, the shares go by the
     sizes, and the variance is that of directions of all parameters; a tenth of the queries stays
-    shared out by size and evenly. Groups above the first layers cost less, for the estimator
-    evaluates what lies below a group once (with `parallel_batch_size` 1): say so by `costs`. The
-    loss is compiled once for each group.
+    shared out by size and evenly. Groups above the first layers cost less, for what lies below a
+    group is evaluated once for all queries, or where these are fewer than two a group once for
+    both sides of a query (with `parallel_batch_size` 1): say so by `costs`. The loss is compiled
+    once for each group.
 
     The family is a value, and `learn` returns the next one. `zeroth_order` and the program keep it
     in their states, and so does `Update`, given it at the start: `update.init(params,
