@@ -40,9 +40,11 @@ class Hizoo(Method):
     ...     perturbation="gaussian"), smoothing=0.1)
     >>> curvature = jnp.array([1.0, 100.0])
     >>> tx, params = method.transformation(jax.random.key(0)), jnp.ones(2)
+    >>> loss_fn = lambda p: jnp.sum(curvature * p**2)
+    >>> step = jax.jit(lambda state: tx.update(None, state, params, value_fn=loss_fn)[1])
     >>> state = tx.init(params)
-    >>> for _ in range(100):
-    ...     _, state = tx.update(None, state, params, value_fn=lambda p: jnp.sum(curvature * p**2))
+    >>> for _ in range(20):
+    ...     state = step(state)
     >>> bool(state.memory[0][1] > state.memory[0][0])
     True
     """

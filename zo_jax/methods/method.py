@@ -87,10 +87,11 @@ class Method:
     >>> method = zo_jax.methods.Method(zo_jax.Estimator(num_queries=4))
     >>> tx = optax.chain(method.transformation(jax.random.key(0)), optax.sgd(0.05))
     >>> loss_fn = lambda p: jnp.sum((p - 1) ** 2)
+    >>> update = jax.jit(lambda state, params: tx.update(None, state, params, value_fn=loss_fn))
     >>> params = jnp.zeros(4)
     >>> state = tx.init(params)
     >>> for _ in range(50):
-    ...     updates, state = tx.update(None, state, params, value_fn=loss_fn)
+    ...     updates, state = update(state, params)
     ...     params = optax.apply_updates(params, updates)
     >>> bool(loss_fn(params) < 1e-2)
     True
