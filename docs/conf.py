@@ -61,6 +61,8 @@ nitpick_ignore_regex = [
         "py:.*",
         r"(jax|jaxlib|np|numpy|optax|tokenizers|collections|typing|pathlib|contextlib|types)\..*",
     ),
+    # Types of ours that functions return and that have no name of their own in public.
+    ("py:class", r"zo_jax\.[\w.]+\.\w+"),
     ("py:class", r"Any|Callable|Path|Mesh|Primitive|optional"),
 ]
 # With the network, names of others are links.

@@ -31,6 +31,8 @@ LONGEST = (
     "test_estimators",
     "test_modes",
     "test_settings",
+    "test_notebooks",
+    "test_tracking",
 )
 
 

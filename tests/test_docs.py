@@ -96,6 +96,18 @@ def test_what_a_page_names_is_there(page):
         assert not [name for name in names if not is_name(name)]
 
 
+def test_the_columns_of_a_run_are_those_that_are_explained():
+    from zo_jax.train.run_folder.metrics import COLUMNS
+
+    section = (ROOT / "docs/read_a_run.md").read_text().partition("## What the columns mean")[2]
+    told = [
+        name
+        for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", row)
+    ]
+    assert told and not set(told) - set(COLUMNS)
+
+
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 def test_links_lead_somewhere(name):
     """Those of the site are looked at where it is built."""

@@ -65,6 +65,7 @@ def validate(config: Any) -> None:
         field that was changed, but that nothing reads.
     """
     check_values(config)
+    _check_mode(config)
     check_effects(config)
     _check_combinations(config)
 
@@ -144,6 +145,7 @@ def _check_setting(one: Setting, value: Any) -> None:
 
 
 def _check_combinations(config: Config) -> None:
+    _check_mode(config)
     _check_pretrained(config)
     _check_task(config)
     _check_objective(config)
@@ -205,15 +207,19 @@ def _check_task(config: Config) -> None:
         raise ConfigError("task.name=file needs task.template, the prompt, like '{text} It was'")
 
 
+def _check_mode(config: Config) -> None:
+    """Of an objective; before all that has no effect in another mode is told."""
+    if config.objective.name != "loss" and config.mode != "zo":
+        raise ConfigError(
+            f"objective.name={config.objective.name} has no gradient that backprop could find: it "
+            f"needs mode=zo; got {config.mode}"
+        )
+
+
 def _check_objective(config: Config) -> None:
     objective, zo = config.objective, config.zo
     if objective.name == "loss":
         return
-    if config.mode != "zo":
-        raise ConfigError(
-            f"objective.name={objective.name} has no gradient that backprop could find: it needs "
-            f"mode=zo; got {config.mode}"
-        )
     if config.task.name == "text":
         raise ConfigError(
             f"objective.name={objective.name} needs prompts: set task.name=file and task.path, and "

@@ -11,6 +11,9 @@ from typing import Any
 from zo_jax.atomic import write_atomic
 from zo_jax.train.config import Config, ConfigError
 
+# Seconds for what is still to be sent when a run ends; the rest is for `wandb sync`.
+_PATIENCE = 60
+
 
 def check(config: Config) -> None:
     """Whether what the configuration asks for is installed; imports nothing.
@@ -48,7 +51,10 @@ class Tracker:
             file.parent.mkdir(exist_ok=True)
             write_atomic(file, secrets.token_hex(8))
         wandb: Any = importlib.import_module("wandb")
-        quiet = wandb.Settings(console="off", silent=True, disable_git=True)
+        # Without the network the end of a run would wait for it for ever.
+        quiet = wandb.Settings(
+            console="off", silent=True, disable_git=True, finish_timeout=_PATIENCE
+        )
         named = dict(project=project, id=file.read_text(), name=folder.name, dir=str(folder))
         try:
             self._run = wandb.init(**named, resume="allow", config=config, settings=quiet)
