@@ -6,14 +6,15 @@ gives: the table of docs/learning.md.
   python benchmarks/learning.py --depths=2,4,8 --methods=feedback,block_local,backprop
 
 The model, data, batches and optimiser of every row are those of configs/default.py, but for what
-its name says. A row is printed as soon as it is known, and its runs are kept in the file --out,
-where a later call finds them. A forward pass is one of the network; a backprop gradient counts as
-three, and a step of the feedback modes too, with all that they evaluate of single layers. Seconds
-are those of the steps, without compilation and evaluation.
+its name says; the rows of configs/zo.py have its own. A row is printed as soon as it is known, and
+its runs are kept in the file --out, where a later call finds them. A forward pass is one of the
+network; a backprop gradient counts as three, and a step of the feedback modes too, with all that
+they evaluate of single layers. Seconds are those of the steps, without compilation and evaluation.
 """
 
 import argparse
 from collections.abc import Callable
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -28,7 +29,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from zo_jax.train import experiment, steps
-from zo_jax.train.config import Config, FeedbackConfig
+from zo_jax.train.config import Config, FeedbackConfig, ZOConfig
 from zo_jax.train.data.batches import read_batches
 from zo_jax.train.data.corpus import load_corpus
 from zo_jax.train.evaluate import choose_blocks, make_evaluate
@@ -81,11 +82,33 @@ def _mode(mode: str, upper_half: bool = False) -> Callable[[Config], None]:
 
 def _zeroth_order(config: Config) -> None:
     """The directions and the optimiser of configs/zo.py, whose rates were chosen for it."""
-    plain = experiment.load("zo")
+    own = experiment.load("zo")
     config.mode, config.feedback = "zo", FeedbackConfig()
-    config.zo, config.optimizer = plain.zo, plain.optimizer
+    config.zo, config.optimizer = own.zo, own.optimizer
     passes = config.train.num_steps * PASSES_OF_A_GRADIENT
     config.train.num_steps = max(1, passes // passes_of_a_step(config))
+
+
+def _config_zo(change: Callable[[Config], None] = lambda config: None) -> Callable[[Config], None]:
+    """configs/zo.py itself, its own model, batches and steps."""
+
+    def become(config: Config) -> None:
+        own, seed = experiment.load("zo"), config.seed
+        own.model.num_layers = config.model.num_layers
+        change(own)
+        for field in dataclasses.fields(Config):
+            setattr(config, field.name, getattr(own, field.name))
+        config.seed = seed
+
+    return become
+
+
+def _plainly(config: Config) -> None:
+    config.zo.exact = config.zo.groups = "none"
+
+
+def _head_alone(config: Config) -> None:
+    config.mode, config.zo, config.scope = "fo", ZOConfig(), "^(ln_f|head)/"
 
 
 METHODS = {
@@ -104,13 +127,23 @@ METHODS = {
     "block_local": Method("block_local: backprop inside every block", _mode("block_local")),
     "block_local_upper": Method("its control: lower half frozen", _mode("block_local", True)),
     "backprop": Method("backprop", _mode("fo")),
-    "zo": Method("plain zeroth order, equal passes", _zeroth_order),
-    "zo_seconds": Method("plain zeroth order, equal seconds", _zeroth_order),
+    "config_zo": Method("configs/zo.py: directions, and the head in closed form", _config_zo()),
+    "config_zo_head": Method(
+        "its control: the head alone, the rest frozen", _config_zo(_head_alone)
+    ),
+    "config_zo_plain": Method(
+        "its control: directions of all parameters for all of it", _config_zo(_plainly)
+    ),
+    "zo": Method("zeroth order as in configs/zo.py, equal passes", _zeroth_order),
+    "zo_seconds": Method("zeroth order as in configs/zo.py, equal seconds", _zeroth_order),
 }
 
 
 def passes_of_a_step(config: Config) -> int:
-    return 2 * config.zo.num_queries if config.mode == "zo" else PASSES_OF_A_GRADIENT
+    zo = config.zo
+    if config.mode != "zo":
+        return PASSES_OF_A_GRADIENT
+    return 2 * zo.num_queries + (PASSES_OF_A_GRADIENT if zo.exact != "none" else 0)
 
 
 def make_config(method: str, depth: int, seed: int, num_steps: int) -> Config:

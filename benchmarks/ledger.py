@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 
-from configs import zo
+from configs import zo_plain
 from zo_jax import ledger
 from zo_jax.train import steps
 from zo_jax.train.config import Config, ModelConfig, OptimizerConfig, ZOConfig
@@ -64,8 +64,8 @@ def on_disk() -> None:
 
 
 def speed(rounds: int, num_steps: int) -> None:
-    """Training and replay of the same steps of configs/zo.py, turn by turn."""
-    config = zo.get_config()
+    """Training and replay of the same steps of configs/zo_plain.py, turn by turn."""
+    config = zo_plain.get_config()
     corpus = batches.load_corpora(config)
     config = resolve(config, len(corpus.train_NT))
     model = make_model(config.model, corpus.tokenizer.vocab_size)
@@ -102,7 +102,7 @@ def speed(rounds: int, num_steps: int) -> None:
         for seconds, scale in ((training, 1e3), (replaying, 1e3), (appending, 1e6))
     )
     print(
-        f"configs/zo.py: {train_ms:.2f} ms a step to train, {replay_ms:.3f} ms to replay, "
+        f"configs/zo_plain.py: {train_ms:.2f} ms a step to train, {replay_ms:.3f} ms to replay, "
         f"{train_ms / replay_ms:.0f} "
         f"times faster and equal to the bit; {append_us:.0f} us to append a record "
         f"(medians of {rounds} turns of {num_steps} steps)"

@@ -17,6 +17,7 @@ from jax.extend.random import threefry2x32_p
 import jax.numpy as jnp
 import numpy as np
 
+import zo_jax
 from zo_jax import noise
 from zo_jax.families import Signs
 from zo_jax.guided import largest_coordinates
@@ -102,6 +103,16 @@ def sum_by_table(x, words, weights):
     return x + table[index]
 
 
+def in_blocks(x, keys, weights):
+    return zo_jax.apply_directions(x, keys, weights)
+
+
+def in_one_pass_after_words(x, keys, weights):
+    size = ROWS * noise.sign_words_per_row(WIDTH)
+    words = jax.vmap(lambda key: noise.stream(key, size))(noise.key_words(keys))
+    return x + Signs().total(x, words.reshape(QUERIES, ROWS, -1), weights)
+
+
 def main() -> None:
     x = jax.random.normal(jax.random.key(0), (ROWS, WIDTH))
     words = jax.random.bits(jax.random.key(1), (QUERIES, ROWS, noise.sign_words_per_row(WIDTH)))
@@ -129,8 +140,20 @@ def main() -> None:
     report("one pass, output donated", in_one_pass, x, words, weights, donate=True)
     report("one pass, fresh output", in_one_pass, x, words, weights)
     report("a pass for each direction, donated", sum_one_at_a_time, x, words, weights, donate=True)
-    report("block by block of rows, donated", sum_by_row_blocks, x, words, weights, donate=True)
+    report(
+        "block by block of rows, write fused, donated",
+        sum_by_row_blocks,
+        x,
+        words,
+        weights,
+        donate=True,
+    )
     report("look-up in a table of 256 sums, donated", sum_by_table, x, words, weights, donate=True)
+
+    title(f"Drawing {QUERIES} directions of signs and adding them to the head, donated")
+    keys = jax.random.split(jax.random.key(6), QUERIES)
+    report("block by block of rows (`apply_directions`)", in_blocks, x, keys, weights, donate=True)
+    report("all words, then one pass", in_one_pass_after_words, x, keys, weights, donate=True)
 
     title(f"Adding {QUERIES} rank-1 directions to the head")
     u = jax.random.rademacher(jax.random.key(3), (ROWS, QUERIES), jnp.float32)

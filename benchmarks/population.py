@@ -29,7 +29,7 @@ _MODELS = {
     "SmolLM2-135M": lambda: models.load(find_model(), jnp.float32),
     "20M": lambda: models.create(_20M, jax.random.key(0)),
 }
-_PROMPT_TOKENS = 16
+_PROMPT_TOKENS = 8
 
 
 def measure(name: str, members: int, prompts: int, tokens: int, rounds: int) -> str:

@@ -2,9 +2,9 @@
 
   python benchmarks/precision.py            ten minutes on 2 CPU cores
 
-The model and data of configs/zo.py with a constant learning rate of 1e-4, whose updates are below
-half the spacing of most bfloat16 weights, by backprop and by forward passes; validation loss in
-nats after so many steps. int8: between steps every row of a matrix is 8-bit integers and one
+The model and data of configs/zo_plain.py with a constant learning rate of 1e-4, whose updates are
+below half the spacing of most bfloat16 weights, by backprop and by forward passes; validation loss
+in nats after so many steps. int8: between steps every row of a matrix is 8-bit integers and one
 float32 scale, 1/100 of its largest entry when training began and doubled when a row outgrows it;
 updates are rounded to the integers stochastically.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from configs import zo
+from configs import zo_plain
 from zo_jax.train import evaluate, steps
 from zo_jax.train.config import Config
 from zo_jax.train.data import batches
@@ -91,7 +91,7 @@ def main() -> None:
     ):
         losses = []
         for mode in ("fo", "zo"):
-            config = zo.get_config()
+            config = zo_plain.get_config()
             config.mode = mode
             config.model.param_dtype = "float32" if int8 else dtype
             config.optimizer.rounding = rounding

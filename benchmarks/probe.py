@@ -199,8 +199,8 @@ def write_reviews(path: Path) -> None:
 
 
 def character_model() -> Case:
-    """configs/zo.py as it stands."""
-    return from_config(experiment.load("zo"), lambda task: blocks_of(task, 512))
+    """configs/zo_plain.py as it stands."""
+    return from_config(experiment.load("zo_plain"), lambda task: blocks_of(task, 512))
 
 
 def model_of_20M(tokenizer: str) -> Case:
@@ -222,7 +222,7 @@ def make_cases(options: argparse.Namespace) -> dict[str, Callable[[], Case]]:
         "quadratic, sgd": quadratic,
         "MLP, sgd": mlp,
         "MLP, adam": lambda: mlp(optax.adam, 1e-2),
-        "configs/zo.py, adam": character_model,
+        "configs/zo_plain.py, adam": character_model,
         "20M, adam": lambda: model_of_20M(options.tokenizer),
         "SmolLM2 float32, sgd": lambda: smollm("finetune", folder),
         "SmolLM2 bfloat16, sgd": lambda: smollm("finetune", folder, "bfloat16"),

@@ -125,16 +125,18 @@ def by_search(config: Config, path: Path) -> dict[str, Any]:
 
 def tell_rewards(demo: str, seeds: list[int], num_steps: int, out: Path) -> list[str]:
     found: dict[str, list[dict[str, Any]]] = {"population": [], "random search": []}
-    for seed in seeds:
-        config = CONFIGS[demo](out)
-        config.seed = seed
-        config.train.num_steps = num_steps or config.train.num_steps
-        validate(config)
-        name = f"{demo}_{config.train.num_steps}_{seed}"
-        found["population"].append(by_population(config, out / name))
-        print(f"seed {seed}: {found['population'][-1]}", flush=True)
-        found["random search"].append(by_search(config, out / f"{name}_search.json"))
-        print(f"seed {seed}, random search: {found['random search'][-1]}", flush=True)
+    for name, runs in found.items():
+        for seed in seeds:
+            config = CONFIGS[demo](out)
+            config.seed = seed
+            config.train.num_steps = num_steps or config.train.num_steps
+            validate(config)
+            path = out / f"{demo}_{config.train.num_steps}_{seed}"
+            if name == "population":
+                runs.append(by_population(config, path))
+            else:
+                runs.append(by_search(config, path.with_suffix(".json")))
+            print(f"{name}, seed {seed}: {runs[-1]}", flush=True)
     starts = [one["start"] for one in found["population"]]
     lines = [f"| start | | {_spread(starts)} | {len(seeds)} |"]
     for name, runs in found.items():

@@ -81,7 +81,8 @@ def activation_gradient(
     >>> import jax, jax.numpy as jnp, zo_jax
     >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((1, 4, 3))
     >>> losses = lambda params, x: jnp.sum((x @ params["w"]) ** 2, axis=-1)
-    >>> est = zo_jax.activation_gradient(losses, params, jax.random.key(0), x, num_draws=64)
+    >>> est = zo_jax.activation_gradient(
+    ...     losses, params, jax.random.key(0), x, num_draws=64, discount=0.0)
     >>> bool(jnp.allclose(est.gradient["w"], 6, atol=1.5)), float(est.loss)
     (True, 18.0)
     """

@@ -84,15 +84,13 @@ class _Part:
       var: the variable of the sum.
       eqns: those that depend on it, and of those that they need the ones that go entry by entry.
       depends: the variables that depend on it.
-      outs: indices of the program's results among them.
-      outvars: these results.
+      outs: the program's results among them, by index.
     """
 
     var: core.Var
     eqns: list[core.JaxprEqn]
     depends: set[core.Var]
-    outs: list[int]
-    outvars: list[core.Var]
+    outs: dict[int, core.Var]
 
     def run(
         self,
@@ -127,7 +125,7 @@ class _Part:
             for eqn in self.eqns:
                 operands = [_read(local, atom) for atom in eqn.invars]
                 local[eqn.outvars[0]] = _on_rows(eqn, operands, shape, first, count)
-            return [local[var] for var in self.outvars], jnp.sum(jnp.square(total))
+            return [local[var] for var in self.outs.values()], jnp.sum(jnp.square(total))
 
         return map_rows(of_rows, list(carried.values()), is_wanted)
 
@@ -156,17 +154,16 @@ def _part(jaxpr: core.Jaxpr, var: core.Var) -> _Part | None:
         if is_needed or not depends.isdisjoint(eqn.outvars):
             eqns.append(eqn)
             needed.update(_variables(eqn.invars))
-    outs = [k for k, atom in enumerate(jaxpr.outvars) if atom in depends]
-    outvars = _variables([jaxpr.outvars[k] for k in outs])
-    return _Part(var, eqns[::-1], depends, outs, outvars)
+    outs = {k: x for k, x in enumerate(jaxpr.outvars) if isinstance(x, core.Var) and x in depends}
+    return _Part(var, eqns[::-1], depends, outs)
 
 
 def _is_entrywise(eqn: core.JaxprEqn, shape: tuple[int, ...]) -> bool:
     """Whether an equation makes an array of a shape entry by entry of others and of scalars."""
     shape_of = lambda atom: getattr(atom.aval, "shape", None)
-    if len(eqn.outvars) != 1 or shape_of(eqn.outvars[0]) != shape:
+    if [shape_of(var) for var in eqn.outvars] != [shape]:
         return False
-    shapes = [shape_of(atom) for atom in eqn.invars]
+    shapes = list(map(shape_of, eqn.invars))
     if eqn.primitive in (lax.broadcast_in_dim_p, lax.iota_p):
         return all(x == () for x in shapes) and len(shapes) <= 1
     return eqn.primitive in _ENTRYWISE and all(x in ((), shape) for x in shapes)
@@ -228,4 +225,4 @@ def _variables(atoms: Sequence[Any]) -> list[core.Var]:
 
 
 def _in(atom: Any, parts: dict[int, _Part]) -> bool:
-    return any(atom in part.outvars for part in parts.values())
+    return any(atom is var for part in parts.values() for var in part.outs.values())

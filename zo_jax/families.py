@@ -15,8 +15,9 @@ from zo_jax.family import Family
 from zo_jax.layout import Layout
 from zo_jax.noise import key_words
 from zo_jax.perturbed import Dense, LowRank, outer
+from zo_jax.spans import Entries
 from zo_jax.trees import matrices, path_name
-from zo_jax.word_family import UNROLLED, Entries, WordFamily
+from zo_jax.word_family import UNROLLED, WordFamily
 
 # Normal numbers that stay in cache while their norm is taken.
 _IN_CACHE = 2**18

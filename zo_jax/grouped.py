@@ -238,8 +238,8 @@ def grouped(
         returns another number of names than a stack has layers.
 
     >>> import jax, jax.numpy as jnp, zo_jax
-    >>> params = {"blocks": jnp.zeros((2, 3, 3)), "head": jnp.zeros((3, 4))}
-    >>> loss_fn = lambda p: jnp.sum(p["head"]) + 0.1 * jnp.sum(p["blocks"])
+    >>> params = {"blocks": {"w": jnp.zeros((2, 3, 3))}, "head": jnp.zeros((3, 4))}
+    >>> loss_fn = lambda p: jnp.sum(p["head"]) + 0.1 * jnp.sum(p["blocks"]["w"])
     >>> estimator = zo_jax.Estimator(num_queries=16)
     >>> family = zo_jax.grouped().start(params)
     >>> for i in range(20):
@@ -269,7 +269,7 @@ def find_groups(groups: Groups, params: Any) -> list[tuple[str, Subset]]:
     """(name, leaves and layers) of each group, in order of their first leaves.
 
     >>> import jax.numpy as jnp
-    >>> params = {"blocks": jnp.zeros((2, 3, 3)), "head": jnp.zeros((3, 4))}
+    >>> params = {"blocks": {"w": jnp.zeros((2, 3, 3))}, "head": jnp.zeros((3, 4))}
     >>> [name for name, _ in find_groups("layers", params)]
     ['blocks/0', 'blocks/1', 'head']
     """

@@ -76,9 +76,9 @@ def _product_with_factors(lhs, rhs, **params):
     wide = other.astype(sum_dtype(other.dtype))
     factors = [(x.u, u_labels), (x.v, v_labels)]
     (first, first_labels), (second, second_labels) = factors if u_is_first else factors[::-1]
-    inner_product = _contract(wide, other_labels, first, first_labels, inner)
+    inner_product = x.scale * _contract(wide, other_labels, first, first_labels, inner)
     present = [a for a in labels.out if a in inner or a in second_labels]
-    change = x.scale * _contract(inner_product, inner, second, second_labels, present)
+    change = _contract(inner_product, inner, second, second_labels, present)
     change = _spread(change, present, labels.out)
     return (product.astype(change.dtype) + change).astype(product.dtype)
 
@@ -111,9 +111,9 @@ def _contract(
     """The product of two arrays with labelled axes, summed over what the result lacks."""
     if _R in b_labels and b.shape[b_labels.index(_R)] == 1:
         # With a rank of 1 there may be nothing to sum.
-        b, b_labels = b.squeeze(b_labels.index(_R)), [x for x in b_labels if x != _R]
+        b, b_labels = _without(_R, b, b_labels)
         if _R in a_labels:
-            a, a_labels = a.squeeze(a_labels.index(_R)), [x for x in a_labels if x != _R]
+            a, a_labels = _without(_R, a, a_labels)
         if _R in out_labels:
             out = [x for x in out_labels if x != _R]
             return jnp.expand_dims(_contract(a, a_labels, b, b_labels, out), out_labels.index(_R))
@@ -123,6 +123,11 @@ def _contract(
     names = {x: i for i, x in enumerate(_union(a_labels, b_labels))}
     name = lambda labels: [names[x] for x in labels]
     return jnp.einsum(a, name(a_labels), b, name(b_labels), name(out_labels))
+
+
+def _without(label: int, x: jax.Array, labels: list[int]) -> tuple[jax.Array, list[int]]:
+    """Without an axis of size 1."""
+    return lax.squeeze(x, [labels.index(label)]), [a for a in labels if a != label]
 
 
 def _spread(x: jax.Array, labels: list[int], out_labels: list[int]) -> jax.Array:

@@ -162,8 +162,7 @@ class Queries:
         lines) of a family without parts.
         """
         params = operands.params
-        # Of queries that are mapped at once all branches would be evaluated.
-        parts = family.parts(params) if self.parallel_batch_size == 1 else None
+        parts = family.parts(params) if self._can_branch else None
         if parts is None:
             share = not self.batch_per_query
             return None, [self._lines_of(operands, _Part(loss_fn, params, family), share)]
@@ -175,6 +174,17 @@ class Queries:
         ]
         which = lambda query: family.part_of(params, operands.keys[query])
         return which, [self._lines_of(operands, part, share) for part in of_parts]
+
+    @property
+    def _can_branch(self) -> bool:
+        """Whether queries may take branches of their own: of those that are mapped at once all
+        branches would be evaluated, and devices that share an evaluation meet in its collectives,
+        while those of another query wait elsewhere.
+        """
+        sizes = {} if self.mesh is None else dict(self.mesh.shape)
+        return self.parallel_batch_size == 1 and all(
+            size == 1 for axis, size in sizes.items() if axis != self.query_axis
+        )
 
     def _lines_of(self, operands: _Operands, part: _Part, share: bool) -> Lines:
         """(query) -> the loss along its direction.

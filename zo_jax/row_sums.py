@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 # Entries of a block: it and the words of its directions stay in cache.
-_BLOCK_ENTRIES = 2**19
+_BLOCK_ENTRIES = 2**18
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

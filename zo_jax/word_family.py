@@ -6,8 +6,6 @@ so a stack of layers [L, ...] has fresh noise for every layer, scanned or indexe
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-import itertools
-import math
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -20,17 +18,12 @@ from zo_jax.family import Family, sum_of_squares, widened
 from zo_jax.layout import Layout
 from zo_jax.noise import key_words
 from zo_jax.row_sums import RowSum
+from zo_jax.spans import Entries, Leaf, Span, make_spans, place_leaves
 from zo_jax.trees import is_floating
 
 # A sum over directions makes one pass over a leaf for so many of them, written out: XLA fuses
 # these.
 UNROLLED = 8
-# Leaves with more words than this are summed one after the other, the smaller ones together.
-_LARGE_WORDS = 2**15
-# Leaves of so many entries are summed block by block of their rows.
-_LARGE_ENTRIES = 2**20
-# Of the smaller ones so many words are drawn at once, of every direction.
-_WORDS_AT_ONCE = 2**18
 
 
 class Direction(NamedTuple):
@@ -45,99 +38,6 @@ class Direction(NamedTuple):
 
     words: list[jax.Array | None]
     factor: jax.Array
-
-
-class Entries:
-    """How the entries of a direction in one leaf come from the leaf's words; n stands for several
-    directions.
-    """
-
-    # Whether the words of a leaf that is split over devices are split as it is.
-    follows_leaf: ClassVar[bool] = True
-    # Whether each row of entries comes from a row of words.
-    by_rows: ClassVar[bool] = True
-
-    def words_shape(self, leaf: Any) -> tuple[int, ...]:
-        """Of the words of a leaf."""
-        raise NotImplementedError
-
-    def move(self, leaf: jax.Array, words: jax.Array, scale: jax.Array) -> Any:
-        """The leaf moved by scale · z, `Perturbed`."""
-        raise NotImplementedError
-
-    def total(self, leaf: Any, words_n: jax.Array, weights_n: jax.Array) -> jax.Array:
-        """Σ weights z, float32, of words [n, ...]."""
-        raise NotImplementedError
-
-    def gram(self, leaf: Any, words_n: jax.Array) -> jax.Array | None:
-        """⟨zᵢ, zⱼ⟩ over the leaf, float32 [n, n]; None where the words do not tell."""
-        del leaf, words_n
-        return None
-
-
-class _Leaf(NamedTuple):
-    """A floating leaf: its place among all leaves, its path, itself, its share of a direction, and
-    the index in the stream of its first word.
-    """
-
-    index: int
-    path: tuple[Any, ...]
-    value: Any
-    entries: Entries
-    first: int = 0
-
-    @property
-    def words_shape(self) -> tuple[int, ...]:
-        return self.entries.words_shape(self.value)
-
-    @property
-    def num_words(self) -> int:
-        return math.prod(self.words_shape)
-
-    @property
-    def is_large(self) -> bool:
-        return self.num_words > _LARGE_WORDS
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether its words are drawn apart from those of other leaves."""
-        return self.is_large or self.goes_by_rows
-
-    @property
-    def goes_by_rows(self) -> bool:
-        """Whether the leaf is summed block by block of its rows."""
-        has_rows = self.entries.by_rows and math.prod(self.value.shape[:-1]) > 1
-        return has_rows and self.value.size >= _LARGE_ENTRIES and self.first % 2 == 0
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """The same for leaves whose programs differ in the place of their words alone."""
-        return self.entries, self.value.shape, self.value.dtype
-
-
-class _Span(NamedTuple):
-    """Consecutive words of the stream, which are drawn at once, and the leaves that own them, in
-    order.
-
-    Attributes:
-      leaves: the owners.
-      starts: of the words of each leaf, counted from the first one of the span.
-      block: `first // 2`.
-    """
-
-    leaves: list[_Leaf]
-    starts: list[Any]
-    block: Any
-
-    @property
-    def first(self) -> int:
-        """Index in the stream of the first word."""
-        return self.leaves[0].first
-
-    @property
-    def size(self) -> int:
-        """Number of words."""
-        return self.leaves[-1].first + self.leaves[-1].num_words - self.first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +68,7 @@ class WordFamily(Family):
     def draw(self, params: Any, key: jax.Array) -> Direction:
         words: list[jax.Array | None] = [None] * len(jax.tree.leaves(params))
         key = key_words(key)
-        for span in _spans(self._leaves(params)):
+        for span in make_spans(self._leaves(params)):
             own = self._draw(key, span)
             for leaf, start in zip(span.leaves, span.starts, strict=True):
                 words[leaf.index] = self._words_of(leaf, key, own, start)
@@ -234,7 +134,7 @@ class WordFamily(Family):
         # Leaves that are alike are calls of one function, which is traced once.
         functions: dict[Any, Callable[..., Any]] = {}
 
-        def add_leaf(leaf: _Leaf, *args: Any) -> tuple[jax.Array, jax.Array | None]:
+        def add_leaf(leaf: Leaf, *args: Any) -> tuple[jax.Array, jax.Array | None]:
             function = functools.partial(self._add_leaf, leaf)
             if self.layout is not None:
                 return function(*args)
@@ -251,7 +151,7 @@ class WordFamily(Family):
                 sums.append(total)
             return sums, squared
 
-        for span in _spans(self._leaves(params)):
+        for span in make_spans(self._leaves(params)):
             if span.leaves[0].goes_by_rows and self.layout is None:
                 leaf = span.leaves[0]
                 leaves[leaf.index] = _row_sum(leaf, span.block, keys_kn2, weights_kn)
@@ -270,7 +170,7 @@ class WordFamily(Family):
 
     def _add_leaf(
         self,
-        leaf: _Leaf,
+        leaf: Leaf,
         total: jax.Array,
         squared: jax.Array | None,
         keys_n2: jax.Array,
@@ -297,25 +197,14 @@ class WordFamily(Family):
         keys_q2 = jnp.pad(keys_q2, ((0, pad), (0, 0)), "edge")
         return keys_q2.reshape(-1, n, 2), jnp.pad(weights, (0, pad)).reshape(-1, n)
 
-    def _leaves(self, params: Any) -> list[_Leaf]:
-        """The floating leaves in the order of the stream: the small ones without a gap, then the
-        large ones, each from a whole block of two words on.
-        """
-        flat = jax.tree.leaves_with_path(params)
-        of_leaf = zip(range(len(flat)), flat, self.entries(params), strict=True)
-        leaves = [_Leaf(i, *x, entries) for i, x, entries in of_leaf if is_floating(x[1])]
-        placed, first = [], 0
-        for leaf in sorted(leaves, key=lambda leaf: leaf.is_large):
-            first += first % 2 if leaf.is_large else 0
-            placed.append(leaf._replace(first=first))
-            first += leaf.num_words
-        return placed
+    def _leaves(self, params: Any) -> list[Leaf]:
+        return place_leaves(params, self.entries(params))
 
-    def _draw(self, key: jax.Array, span: _Span) -> jax.Array:
+    def _draw(self, key: jax.Array, span: Span) -> jax.Array:
         """The words of a span."""
         return self._everywhere(noise.stream(key, span.size, span.first, span.block))
 
-    def _words_of(self, leaf: _Leaf, key: jax.Array, own: jax.Array, start: Any) -> jax.Array:
+    def _words_of(self, leaf: Leaf, key: jax.Array, own: jax.Array, start: Any) -> jax.Array:
         """The words of a leaf where it lives, from those of its span."""
         shape, place = leaf.words_shape, self._words_place(leaf)
         if place is not None:
@@ -324,7 +213,7 @@ class WordFamily(Family):
             return own.reshape(shape)
         return lax.dynamic_slice_in_dim(own, start, leaf.num_words).reshape(shape)
 
-    def _words_place(self, leaf: _Leaf) -> Callable[[jax.Array], jax.Array] | None:
+    def _words_place(self, leaf: Leaf) -> Callable[[jax.Array], jax.Array] | None:
         """Puts the words of a leaf where they belong, if they are split over devices as the leaf
         is; otherwise None.
         """
@@ -357,7 +246,7 @@ class WordFamily(Family):
         return 1
 
 
-def _row_sum(leaf: _Leaf, block: Any, keys_kn2: jax.Array, weights_kn: jax.Array) -> RowSum:
+def _row_sum(leaf: Leaf, block: Any, keys_kn2: jax.Array, weights_kn: jax.Array) -> RowSum:
     """Σ weights z of a leaf, whose words begin with a block of the stream."""
     words_per_row = leaf.words_shape[-1]
 
@@ -379,59 +268,3 @@ def _row_sum(leaf: _Leaf, block: Any, keys_kn2: jax.Array, weights_kn: jax.Array
         return lax.scan(add_chunk, part, (keys_kn2, weights_kn))[0]
 
     return RowSum(leaf.value.shape, leaf.value.dtype, add)
-
-
-def _spans(leaves: list[_Leaf]) -> list[_Span]:
-    """The stream in parts, each of which is drawn at once.
-
-    A large leaf is a part of its own, so that the words of large leaves need not exist together.
-    Where the words of a leaf begin is `opaque` if others are like it.
-    """
-    parts: list[list[_Leaf]] = []
-    for leaf in leaves:
-        fits = parts and leaf.first + leaf.num_words - parts[-1][0].first <= _WORDS_AT_ONCE
-        if fits and not leaf.is_alone and not parts[-1][-1].is_alone:
-            parts[-1].append(leaf)
-        else:
-            parts.append([leaf])
-
-    spans = []
-    for part in parts:
-        places = [
-            leaf.first // 2 if len(part) == 1 else leaf.first - part[0].first for leaf in part
-        ]
-        spans.append((part, places))
-    places = iter(_opaque_where_alike(leaves, [place for _, places in spans for place in places]))
-    result = []
-    for part, of_leaves in spans:
-        numbers = [next(places) for _ in of_leaves]
-        if len(part) == 1:
-            result.append(_Span(part, [0], numbers[0]))
-        else:
-            result.append(_Span(part, numbers, part[0].first // 2))
-    return result
-
-
-def _opaque_where_alike(leaves: list[_Leaf], places: list[int]) -> list[Any]:
-    """A number for each leaf, as XLA does not know it where the leaves of a subtree differ from
-    those of another in these numbers alone, as in layers written out.
-    """
-
-    def subtrees(depth: int) -> list[list[int]]:
-        key = lambda i: (leaves[i].is_alone, leaves[i].path[:depth])
-        return [list(part) for _, part in itertools.groupby(range(len(leaves)), key)]
-
-    def num_programs(parts: list[list[int]]) -> int:
-        kinds = {(leaves[i].kind, places[i] - places[part[0]]) for part in parts for i in part}
-        return len(parts) + len(kinds)
-
-    depths = range(1 + max((len(leaf.path) for leaf in leaves), default=0))
-    parts = min(map(subtrees, depths), key=num_programs)
-    if len(parts) <= 2:
-        return places
-    bases = noise.opaque([places[part[0]] for part in parts])
-    return [
-        base + jnp.uint32(places[i] - places[part[0]])
-        for part, base in zip(parts, bases, strict=True)
-        for i in part
-    ]

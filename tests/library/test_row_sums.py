@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import zo_jax
-from zo_jax import families, row_sums, word_family
+from zo_jax import families, row_sums, spans
 
 SHAPES = {"stack": (3, 51, 333), "matrix": (107, 129), "bias": (7,)}
 
@@ -16,8 +16,8 @@ SHAPES = {"stack": (3, 51, 333), "matrix": (107, 129), "bias": (7,)}
 def small_blocks(monkeypatch):
     """Leaves of a test as large ones, of many blocks and a rest."""
     monkeypatch.setattr(row_sums, "_BLOCK_ENTRIES", 4000)
-    monkeypatch.setattr(word_family, "_LARGE_WORDS", 100)
-    monkeypatch.setattr(word_family, "_LARGE_ENTRIES", 10_000)
+    monkeypatch.setattr(spans, "_LARGE_WORDS", 100)
+    monkeypatch.setattr(spans, "_LARGE_ENTRIES", 10_000)
 
 
 def make_params(dtype=jnp.float32):

@@ -57,7 +57,7 @@ def test_tiny_is_valid(tiny_config):
         (dict(zo__rank=0), "zo.rank"),
         (
             dict(zo__rank=2),
-            "zo.rank=2 has no effect: it is read only if zo.perturbation is low_rank",
+            "zo.rank=2 has no effect: it is read only if zo.perturbation is low_rank or lozo",
         ),
         (dict(optimizer__learning_rate=-1.0), "optimizer.learning_rate"),
         (dict(optimizer__b1=1.0), "optimizer.b1"),

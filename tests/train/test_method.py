@@ -1,19 +1,21 @@
 """zo.method in the program: the step is that of the method in the library, and replays."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from zo_jax import ledger, methods
 from zo_jax.replay import replay
 from zo_jax.train import steps
-from zo_jax.train.config import ConfigError
+from zo_jax.train.config import KEPT, ConfigError
 from zo_jax.train.data import batches
 from zo_jax.train.data.corpus import load_corpus
 from zo_jax.train.losses import next_token_loss
 from zo_jax.train.model import make_model
 from zo_jax.train.optimizers import make_optimizer
 from zo_jax.train.run_folder.resume import run_header
+from zo_jax.train.settings import replace_value
 from zo_jax.train.validation import resolve, validate
 
 
@@ -56,6 +58,51 @@ def test_fzoo_steps_are_those_of_the_library_and_replay(tiny_config, tmp_path):
     jax.tree.map(near, again.params, end)
 
 
+def test_steps_along_kept_directions_are_those_of_the_library(tiny_config):
+    """In both halves, in a step after the factors have changed."""
+    config = tiny_config
+    config.zo.perturbation, config.zo.rank, config.zo.epsilon = "lozo", 2, 1e-2
+    config.zo.period = 1
+    config.optimizer.name, config.optimizer.learning_rate = "sgd", 1e-2
+    validate(config)
+    corpus = load_corpus(config.data)
+    config = resolve(config, len(corpus.train_NT))
+    model = make_model(config.model, corpus.tokenizer.vocab_size)
+    state = steps.init_state(config, model)
+    train_step = steps.make_train_step(config, model)
+    for step in range(2):
+        before = jax.tree.map(np.array, state.params)
+        tokens, _ = batches.read_batches(config, corpus.train_NT, step)
+        state, _, record = train_step(state, step, tokens, None)
+
+    method = methods.Lozo(steps.make_estimator(config), rank=2, period=1)
+    transformation = method.transformation(steps.base_key(config))
+    loss = lambda params, tokens: next_token_loss(model, params, tokens)
+
+    @jax.jit
+    def second(params):
+        start = transformation.init(params)._replace(count=jnp.int32(1))
+        return transformation.update(None, start, params, value_fn=loss, batch=(tokens,))
+
+    updates, there = second(before)
+    np.testing.assert_allclose(record.projections, there.numbers, rtol=1e-3, atol=1e-4)
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    jax.tree.map(lambda a, u, b: near(a - 1e-2 * u, b), before, updates, state.params)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_factors_are_kept_for_a_period(tiny_config, name):
+    tiny_config.zo.perturbation, tiny_config.zo.rank, tiny_config.zo.period = name, 2, 3
+    params = {"w": jnp.ones((4, 3))}
+    kept = lambda step: jax.tree.leaves(steps.kept_directions(tiny_config, params, step))
+    same = lambda a, b: all(map(np.array_equal, kept(a), kept(b)))
+    assert same(0, 2) and same(3, 5) and same(2, 3) == (name == "tezo")
+    kinds = {"lozo": methods.Lozo, "subzero": methods.SubZero, "tezo": methods.Tezo}
+    assert type(steps.kept_directions(tiny_config, params, 0)) is type(
+        kinds[name](rank=2).family(params, (), methods.Step(jnp.zeros(2, jnp.uint32), 0))
+    )
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -63,6 +110,7 @@ def test_fzoo_steps_are_those_of_the_library_and_replay(tiny_config, tmp_path):
         (dict(num_queries=1), "at least two losses"),
         (dict(batch_per_query=True), "losses of one batch"),
         (dict(exact="head"), "steps of another length"),
+        (dict(groups="leaves"), "by the groups' own"),
     ],
 )
 def test_impossible_methods_are_refused(tiny_config, change, message):
@@ -71,7 +119,7 @@ def test_impossible_methods_are_refused(tiny_config, change, message):
         setattr(tiny_config.zo, name, value)
     with pytest.raises(ConfigError, match=message):
         validate(tiny_config)
-    tiny_config.zo.method = "lozo"
+    tiny_config.zo.method = "mezo"
     with pytest.raises(ConfigError, match=r"zo\.method must be one of plain, fzoo"):
         validate(tiny_config)
 
@@ -80,4 +128,23 @@ def test_a_rate_found_by_plain_trials_is_refused(tiny_config):
     tiny_config.zo.method, tiny_config.zo.difference = "fzoo", "forward"
     tiny_config.optimizer.learning_rate = "auto"
     with pytest.raises(ConfigError, match="trials of plain estimates"):
+        validate(tiny_config)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"mode": "calibrate", "fo.bp_interval": 2},
+            "needs mode=zo, zo.exact=none and zo.groups=none",
+        ),
+        ({"zo.exact": "head"}, "needs mode=zo, zo.exact=none and zo.groups=none"),
+        ({"zo.epsilon": "auto"}, "auto is found along directions"),
+    ],
+)
+def test_impossible_kept_directions_are_refused(tiny_config, change, message):
+    tiny_config.zo.perturbation = "lozo"
+    for name, value in change.items():
+        replace_value(tiny_config, name, value)
+    with pytest.raises(ConfigError, match=message):
         validate(tiny_config)

@@ -138,7 +138,7 @@ def test_the_ledger_is_the_run_without_the_reward(folder, run, tmp_path, capsys)
     run, _ = run
     (folder / "reward.py").rename(tmp_path / "away.py")
     try:
-        assert ledger_tool.main([str(run), "--to-step=4"]) == 0
+        assert ledger_tool.main([str(run), f"--base={folder / 'base'}"]) == 0
     finally:
         (tmp_path / "away.py").rename(folder / "reward.py")
     assert "are equal to the bit to its checkpoint" in capsys.readouterr().out
@@ -260,7 +260,7 @@ def test_workers_end_with_the_process_that_asks(reward_of, tmp_path):
         ({"zo__perturbation": "rademacher"}, "needs zo.perturbation=low_rank"),
         ({"zo__epsilon": "auto"}, "zo.epsilon=auto is found by a loss"),
         ({"optimizer__learning_rate": "auto"}, "learning_rate=auto is found by a loss"),
-        ({"task__template": "{{text}} é"}, "tokenizer cannot read the prompt"),
+        ({"task__template": "{text} é"}, "tokenizer cannot read the prompt"),
         ({"objective__text_path": "none.txt"}, "text_path=none.txt cannot be read"),
         ({"mesh__query": 2}, "population on one device"),
         ({"task__labels": fine_tune.LABELS, "task__target": "answer"}, "either task.labels"),
@@ -273,7 +273,8 @@ def test_bad_input_is_told_before_anything_is_compiled(folder, fields, message, 
         "def g(p, c, r): return ['1'] * len(p)\ndef h(p, c, r): return [1, 2, 3]\n"
         "def i(p, c, r): return None\n"
     )
-    texts = {k: v.format(folder) if isinstance(v, str) else v for k, v in fields.items()}
+    put = lambda v: v.replace("{}", str(folder)) if isinstance(v, str) else v
+    texts = {name: put(value) for name, value in fields.items()}
     with pytest.raises((ConfigError, DataError), match=message) as error:
         train_and_evaluate(get_config(folder, **texts), tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run/ledger.bin").exists()

@@ -113,6 +113,7 @@ IN_PROGRAMS = {
     "zo.epsilon": Case(1e-2),
     "zo.perturbation": Case("sphere"),
     "zo.rank": Case(2, {"zo.perturbation": "low_rank"}),
+    "zo.period": Case(3, {"zo.perturbation": "lozo"}),
     "zo.difference": Case("forward"),
     "zo.parallel_batch_size": Case(2),
     "zo.batch_chunks": Case(2),
@@ -307,7 +308,8 @@ BROKEN = {
     "data.tokenizer is bpe": {"data.tokenizer": "gpt2"},
     "data.tokenizer is gpt2": {"data.tokenizer": "bpe"},
     "zo.difference is not jvp": {"zo.difference": "jvp"},
-    "zo.perturbation is low_rank": {"zo.perturbation": "gaussian"},
+    "zo.perturbation is low_rank or lozo or subzero or tezo": {"zo.perturbation": "gaussian"},
+    "zo.perturbation is lozo or subzero": {"zo.perturbation": "tezo"},
     "fo.source is text or disk": {"fo.source": "shakespeare"},
     "fo.source is not empty or shakespeare": {"fo.source": "shakespeare"},
     "fo.source is empty": {"fo.source": "shakespeare"},
@@ -395,7 +397,8 @@ def program(config, name):
     """The text of the compiled function that reads a field, for a vocabulary of 20 words."""
     config = resolve(config, 100)
     is_init = name == "model.embedding_std"
-    is_update = name.startswith("optimizer.") and config.mode == "zo"
+    is_update = name.startswith("optimizer.") or name == "zo.method"
+    is_update = is_update and config.mode == "zo"
     key = is_init, is_update, repr(config)
     if key not in PROGRAMS:
         PROGRAMS[key] = lower(config, is_init, is_update).as_text()
@@ -420,7 +423,7 @@ def lower(config, is_init, is_update):
     if is_update:
         loss, c = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((), (q,)))
         return steps.make_update(config, gpt).lower(state, key, loss, c)
-    return steps.make_project(config, gpt).lower(state.params, key, tokens)
+    return steps.make_project(config, gpt).lower(state.params, key, tokens, None, state.step)
 
 
 @pytest.mark.parametrize("name", IN_PROGRAMS)

@@ -319,6 +319,10 @@ class DataConfig:
     )
 
 
+# Families of directions with factors that last several steps (`zo_jax.methods`).
+KEPT = ("lozo", "subzero", "tezo")
+
+
 @dataclasses.dataclass
 class ZOConfig:
     """The zeroth-order gradient estimate."""
@@ -339,11 +343,20 @@ class ZOConfig:
     )
     perturbation: str = setting(
         "rademacher",
-        "family of directions",
-        choices=("rademacher", "gaussian", "sphere", "low_rank"),
+        "family of directions; lozo, subzero and tezo keep factors of each matrix for some steps",
+        choices=("rademacher", "gaussian", "sphere", "low_rank", *KEPT),
     )
     rank: int = setting(
-        1, "rank of the directions", allowed=_COUNT, only_if="zo.perturbation is low_rank"
+        1,
+        "rank of the directions",
+        allowed=_COUNT,
+        only_if="zo.perturbation is low_rank or lozo or subzero or tezo",
+    )
+    period: int = setting(
+        50,
+        "steps for which factors are kept",
+        allowed=_COUNT,
+        only_if="zo.perturbation is lozo or subzero",
     )
     difference: str = setting(
         "central",

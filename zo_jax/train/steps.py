@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zo_jax import families
+from zo_jax import families, methods
 from zo_jax.anchor import distance
 from zo_jax.estimators import Estimator
+from zo_jax.family import Family
 from zo_jax.grouped import grouped
 from zo_jax.layout import Layout
 from zo_jax.methods import weights_of
 from zo_jax.train import feedback, hybrid
-from zo_jax.train.config import QUERY_MODES, Config, method_of
+from zo_jax.train.config import KEPT, QUERY_MODES, Config, method_of
 from zo_jax.train.losses import next_token_loss
 from zo_jax.train.optimizers import make_optimizer, make_schedule
 from zo_jax.train.scopes import make_exact, make_scope
@@ -96,7 +97,9 @@ def make_estimator(config: Config, layout: Layout | None = None, model: Any = No
     is exact is left out.
     """
     zo = config.zo
-    family = families.by_name(zo.perturbation, zo.rank)
+    # In the place of kept directions, which differ from step to step: see `kept_directions`.
+    name = "gaussian" if zo.perturbation in KEPT else zo.perturbation
+    family = families.by_name(name, zo.rank)
     if zo.groups != "none":
         family = grouped(zo.groups, family)
     return Estimator(
@@ -110,6 +113,20 @@ def make_estimator(config: Config, layout: Layout | None = None, model: Any = No
         mesh=None if layout is None else layout.mesh,
         exact=exact_of(config, model) if model else None,
     )
+
+
+def kept_directions(config: Config, trained: Any, step: Any) -> Family:
+    """The directions of a step of LOZO, SubZero or TeZO, whose factors last several steps.
+
+    Args:
+      trained: the parameters that are trained, or their shapes.
+      step: int32, from 0.
+    """
+    zo = config.zo
+    period = {} if zo.perturbation == "tezo" else dict(period=zo.period)
+    kinds = {"lozo": methods.Lozo, "subzero": methods.SubZero, "tezo": methods.Tezo}
+    method = kinds[zo.perturbation](rank=zo.rank, **period)
+    return method.family(trained, (), methods.Step(jax.random.key_data(base_key(config)), step))
 
 
 def exact_of(config: Config, model: Any) -> Subset | None:
@@ -214,7 +231,8 @@ def make_project(
     config: Config, model: Any, layout: Layout | None = None, loss_fn: Loss | None = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The jitted forward passes of a step: (params, key, batch) -> (loss, projections [q]); the
-    family of directions, if it learns, is a fourth argument.
+    family of directions, if it learns, is a fourth argument, and the step from 0, which is read
+    where directions have factors that are kept, a fifth.
 
     The leaves of a batch are [B, ...], or [q, B, ...] with `zo.batch_per_query`. A query whose
     loss is not finite has the projection nan. `loss_fn` is as in `make_loss`.
@@ -225,9 +243,12 @@ def make_project(
 
     @jax.jit
     def project(
-        params: Any, key: jax.Array, batch: Any, family: Any = None
+        params: Any, key: jax.Array, batch: Any, family: Any = None, step: Any = 0
     ) -> tuple[jax.Array, ...]:
-        return _along(estimator, family).project(loss(params), scope.select(params), key, batch)
+        trained = scope.select(params)
+        if config.zo.perturbation in KEPT:
+            family = kept_directions(config, trained, step)
+        return _along(estimator, family).project(loss(params), trained, key, batch)
 
     return project
 
@@ -242,11 +263,15 @@ def make_update(
     """
     rules = make_rules(config, model, layout)
     tell = _make_tell(config, rules.subset)
-    family = make_estimator(config).family
+    always = make_estimator(config).family
 
     def update(
         state: RunState, key: jax.Array, loss: jax.Array, projections: jax.Array
     ) -> tuple[RunState, StepMetrics]:
+        family = always
+        if config.zo.perturbation in KEPT:
+            trained = rules.subset.floating(state.params).select(state.params)
+            family = kept_directions(config, trained, state.step)
         new, metrics = tell(
             state, *rules.from_projections(family, state.train, key, loss, projections)
         )
@@ -387,7 +412,7 @@ def make_train_step(
     def train_step(state, step, batch, fo_batch):
         if fo_batch is None:
             k = step_key(step)
-            loss, projections = project(state.params, k, batch, state.train.family)
+            loss, projections = project(state.params, k, batch, state.train.family, state.step)
             return *update(state, k, loss, projections), StepRecord(words(k), loss, projections)
         if batch is None:
             return *fo_step(state, fo_batch), None

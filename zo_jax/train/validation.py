@@ -7,7 +7,7 @@ import copy
 import difflib
 from typing import Any
 
-from zo_jax.train.config import SETTINGS, Config, blocks_per_step
+from zo_jax.train.config import KEPT, SETTINGS, Config, blocks_per_step
 from zo_jax.train.model import SIZES
 from zo_jax.train.settings import (
     ConfigError,
@@ -65,6 +65,7 @@ def validate(config: Any) -> None:
         field that was changed, but that nothing reads.
     """
     check_values(config)
+    _check_mode(config)
     check_effects(config)
     _check_combinations(config)
 
@@ -144,6 +145,7 @@ def _check_setting(one: Setting, value: Any) -> None:
 
 
 def _check_combinations(config: Config) -> None:
+    _check_mode(config)
     _check_pretrained(config)
     _check_task(config)
     _check_objective(config)
@@ -205,15 +207,19 @@ def _check_task(config: Config) -> None:
         raise ConfigError("task.name=file needs task.template, the prompt, like '{text} It was'")
 
 
+def _check_mode(config: Config) -> None:
+    """Of an objective; before all that has no effect in another mode is told."""
+    if config.objective.name != "loss" and config.mode != "zo":
+        raise ConfigError(
+            f"objective.name={config.objective.name} has no gradient that backprop could find: it "
+            f"needs mode=zo; got {config.mode}"
+        )
+
+
 def _check_objective(config: Config) -> None:
     objective, zo = config.objective, config.zo
     if objective.name == "loss":
         return
-    if config.mode != "zo":
-        raise ConfigError(
-            f"objective.name={objective.name} has no gradient that backprop could find: it needs "
-            f"mode=zo; got {config.mode}"
-        )
     if config.task.name == "text":
         raise ConfigError(
             f"objective.name={objective.name} needs prompts: set task.name=file and task.path, and "
@@ -313,6 +319,18 @@ def _check_batches(config: Config) -> None:
 
 def _check_method(config: Config) -> None:
     zo = config.zo
+    is_kept = zo.perturbation in KEPT
+    if is_kept and (config.mode != "zo" or zo.exact != "none" or zo.groups != "none"):
+        raise ConfigError(
+            f"zo.perturbation={zo.perturbation} needs mode=zo, zo.exact=none and zo.groups=none, "
+            f"got {config.mode}, {zo.exact} and {zo.groups}; change these, or set "
+            "zo.perturbation=low_rank"
+        )
+    if is_kept and "auto" in (zo.epsilon, config.optimizer.learning_rate):
+        raise ConfigError(
+            "auto is found along directions that no factors are kept of: set zo.epsilon and "
+            f"optimizer.learning_rate with zo.perturbation={zo.perturbation}"
+        )
     if zo.method == "plain":
         return
     if zo.difference != "forward" or zo.num_queries < 2:
@@ -328,6 +346,11 @@ def _check_method(config: Config) -> None:
         raise ConfigError(
             f"zo.method={zo.method} makes steps of another length than zo.exact={zo.exact}: set "
             "zo.exact=none, or zo.method=plain"
+        )
+    if zo.groups != "none":
+        raise ConfigError(
+            f"zo.method={zo.method} weighs directions by the deviation of all losses, and "
+            f"zo.groups={zo.groups} by the groups' own: set one of them to its default"
         )
     if config.optimizer.learning_rate == "auto":
         raise ConfigError(

@@ -46,5 +46,5 @@ def get_config(model: str = "") -> Config:
             warmup_steps=0,
             min_learning_rate=1e-5,
         ),
-        train=TrainConfig(num_steps=600, batch_size=24, eval_interval=50),
+        train=TrainConfig(num_steps=500, batch_size=24, eval_interval=50),
     )
