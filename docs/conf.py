@@ -40,7 +40,7 @@ myst_heading_anchors = 3
 
 # Notebooks are kept without outputs: the build executes them, once for each version of them.
 nb_execution_mode = "cache"
-nb_execution_timeout = 300
+nb_execution_timeout = 900
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_merge_streams = True

@@ -49,7 +49,7 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     assert len(tagged) == 1, "one cell is tagged 'parameters'"
     notebook.cells.insert(tagged[0] + 1, nbformat.v4.new_code_cell(SMALL[path.stem]))
     client = nbclient.NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}
     )
     client.execute()
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
