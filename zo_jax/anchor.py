@@ -42,8 +42,8 @@ def anchor(
     >>> import jax.numpy as jnp, optax, zo_jax
     >>> tx = optax.chain(optax.sgd(0.1), zo_jax.anchor(0.5, 0.1))
     >>> state, params = tx.init(jnp.ones(2)), jnp.array([1.0, 3.0])
-    >>> tx.update(jnp.zeros(2), state, params)[0].round(4).tolist()  # 0.1 · 0.5 · (3 - 1)
-    [0.0, -0.1]
+    >>> tx.update(jnp.zeros(2), state, params)[0]  # 0.1 · 0.5 · (3 - 1)
+    Array([-0. , -0.1], dtype=float32)
     """
     if not 0 <= strength < float("inf"):
         raise ValueError(f"strength must be finite and at least 0; got {strength!r}")

@@ -124,13 +124,13 @@ def test_everything_formed_is_recorded(name):
 
 def test_records_inside_records():
     with zo_jax.record_formed() as outer:
-        formed_in(jnp.exp)
+        formed_in(lambda w: jnp.exp(w))
         with zo_jax.record_formed() as inner:
             formed_in(jnp.sin)
         formed_in(jnp.cos)
     assert [f.primitive for f in inner] == ["sin"]
     assert [f.primitive for f in outer] == ["exp", "sin", "cos"]
-    assert "test_interpreter.py" in outer[0].where or "interpreter" in outer[0].where
+    assert "test_interpreter.py" in outer[0].where
 
 
 IN_LOOPS = {

@@ -206,7 +206,10 @@ def test_every_config_is_valid_and_says_how_to_run_it(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     needs_model = "model" in inspect.signature(module.get_config).parameters
-    validate(module.get_config(*["a/model"] * needs_model))
+    config = module.get_config(*["a/model"] * needs_model)
+    if config.task.name == "file" and not config.task.path:
+        config.task.path = "of_the_user.jsonl"
+    validate(config)
     assert "Command: python main.py" in module.__doc__ and "MEASURE" not in module.__doc__
     measure = "accuracy" if path.stem[:8] == "finetune" else "reward" if needs_model else "loss"
     assert "Time" in module.__doc__ and measure in module.__doc__.lower()

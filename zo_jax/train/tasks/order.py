@@ -57,7 +57,7 @@ def widths(longest: np.ndarray, limit: int) -> tuple[int, ...]:
     them.
 
     >>> widths(np.array([9, 12, 30, 31, 33, 60]), 64)
-    (16, 32, 64)
+    (16, 32, 40, 64)
     """
     tokens = [*np.quantile(longest, _QUANTILES, method="higher").tolist(), limit]
     return tuple(sorted({-(-int(n) // _MULTIPLE) * _MULTIPLE for n in tokens}))
