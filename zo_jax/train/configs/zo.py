@@ -6,7 +6,7 @@ projections tell. A run without a ledger: it goes on from checkpoints. Loss valu
 configs/zo_plain.py.
 
 Command: python main.py --config=zo
-Time and loss: docs/learning.md.
+Loss: 2.69 nats, more than the head alone with the rest frozen: see docs/learning.md.
 """
 
 from zo_jax.train.config import (
