@@ -230,7 +230,8 @@ def _share_rows(workdir: Workdir, start: int, last: int) -> tuple[list[metrics.R
     def find() -> tuple[list[metrics.Row], list[int]]:
         found, missing = _find_rows(workdir, start, last)
         rows.extend(found)
-        return [{name: row[name] for name in ("step", "eval_loss")} for row in found], missing
+        brief = ("step", *metrics.MEASURES)
+        return [{name: row[name] for name in brief} for row in found], missing
 
     brief, missing = processes.first_tells(find)
     return rows or brief, missing

@@ -1,7 +1,7 @@
 """Trains a GPT language model from scratch, with forward passes only or with backprop.
 
-zo-jax train                                     the default experiment, in a folder of its own
-under runs/ zo-jax train --config=gpt2_20m --workdir=DIR --config.zo.num_queries=16
+zo-jax train                    the default experiment, in a folder of its own under runs/
+zo-jax train --config=gpt2_20m --workdir=DIR --config.zo.num_queries=16
 """
 
 import argparse
