@@ -6,7 +6,7 @@ projections tell. A run without a ledger: it goes on from checkpoints. Loss valu
 configs/zo_plain.py.
 
 Command: python main.py --config=zo
-Loss: 2.69 nats, more than the head alone with the rest frozen: see docs/learning.md.
+Time and loss, which is more than that of the head alone: docs/learning.md.
 """
 
 from zo_jax.train.config import (
