@@ -16,7 +16,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Compiled three times faster, to slower programs. What rests on XLA's optimisations, such as
 # numbers that different programs compute to the same bit, is tested in processes without.
 QUICK = "--xla_backend_optimization_level=0"
-if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 12):
+if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     # Later ones do not know it, and end a process that is given what they do not know.
     QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", QUICK)
