@@ -245,7 +245,8 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.methods) - set(METHODS):
         parser.error(f"--methods must be of {', '.join(METHODS)}; got {', '.join(unknown)}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for path in (args.out, args.figure):
+        path.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in args.out.open()] if args.out.exists() else []
     print(f"{HEADER}\n|{'---|' * HEADER.count(' | ')}---|", flush=True)
     for depth in args.depths:

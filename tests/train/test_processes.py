@@ -221,6 +221,41 @@ def test_a_death_while_a_checkpoint_is_written(tmp_path):
     assert codes == [76, -signal.SIGKILL] and "cannot go on" in outputs[0], (codes, outputs)
 
 
+FAULTY = """
+from pathlib import Path
+import sys
+
+sys.path.insert(0, str(Path({tests!r})))
+from tiny import get_config
+
+from zo_jax.train import loop
+
+take_step = loop.Loop._take_step
+
+
+def fail_at_step_20(self, replayed):
+    if self.step == 20:
+        raise ZeroDivisionError("a fault that nobody planned")
+    return take_step(self, replayed)
+
+
+loop.Loop._take_step = fail_at_step_20
+"""
+
+
+@pytest.mark.slow
+def test_an_exception_that_nobody_planned_ends_all_at_once(tmp_path):
+    faulty = tmp_path / "faulty.py"
+    faulty.write_text(FAULTY.format(tests=str(Path(__file__).parent)))
+    processes = start(tmp_path / "run", 2, own={1: [f"--config={faulty}"]})
+    codes, outputs = end(processes)
+    assert codes == [76, 1], outputs
+    assert "process 0 of 2 cannot go on" in outputs[0], outputs[0]
+    assert "ZeroDivisionError: a fault that nobody planned" in outputs[1], outputs[1]
+    # JAX's barrier at the end of a process is not waited for.
+    assert "arrier" not in outputs[1] and "hutdown" not in outputs[1], outputs[1]
+
+
 def test_a_lifeline_tells_of_a_death_and_not_of_a_goodbye():
     for dies in (True, False):
         told, table, came = [], {}, threading.Condition()

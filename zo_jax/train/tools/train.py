@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Sequence
 import logging
 from pathlib import Path
+import traceback
 
 from zo_jax.train import processes
 from zo_jax.train.arguments import Parser, add_experiment, fail, parse, read_experiment
@@ -30,6 +31,13 @@ def main(args: Sequence[str]) -> int:
         train_and_evaluate(config, workdir, options.restart)
     except FAILURES as error:
         return fail(error)
+    except Exception:
+        if processes.count() == 1:
+            raise
+        # Python would end only after JAX has waited a minute for the others, which wait for this
+        # process.
+        traceback.print_exc()
+        processes.leave(1)
     return 0
 
 
