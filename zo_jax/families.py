@@ -33,13 +33,14 @@ class Signs(Entries):
         return _dense(leaf, words, scale, "rademacher")
 
     def total(self, leaf, words_n, weights_n):
+        drawn_n = noise.made_once(lambda: words_n, jnp.any(weights_n != 0))
         z = lambda words: noise.sign_bits(words, _width(leaf))
         n = len(weights_n)
         if n <= UNROLLED:
-            return sum(noise.with_signs(weights_n[i], z(words_n[i])) for i in range(n))
+            return sum(noise.with_signs(weights_n[i], z(drawn_n[i])) for i in range(n))
         add = lambda total, x: (total + noise.with_signs(x[0], z(x[1])), None)
         zero = jnp.zeros((*words_n.shape[1:-1], _width(leaf)), jnp.float32)
-        return lax.scan(add, zero, (weights_n, words_n))[0]
+        return lax.scan(add, zero, (weights_n, drawn_n))[0]
 
     def gram(self, leaf, words_n):
         return noise.agreements(words_n, _width(leaf))
@@ -85,7 +86,8 @@ class Factors(Entries):
         return LowRank(leaf, u, v, scale / math.sqrt(self.rank), leaf.dtype)
 
     def total(self, leaf, words_n, weights_n):
-        u, v = self._factors(leaf, words_n)
+        is_wanted = jnp.any(weights_n != 0)
+        u, v = noise.made_once(lambda: self._factors(leaf, words_n), is_wanted)
         u = u * (weights_n / math.sqrt(self.rank)).reshape(-1, *(1,) * leaf.ndim)
         # All directions side by side: one matrix product [..., A, n r] @ [..., n r, B].
         side_by_side = lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1)

@@ -77,6 +77,16 @@ def stream(key: jax.Array, size: int, first: int = 0, block: Any = None) -> jax.
     return jnp.stack(_blocks(key, index), axis=-1).reshape(-1)[before : before + size]
 
 
+def made_once(make: Callable[[], Any], is_wanted: jax.Array) -> Any:
+    """What `make` gives, arrays, made before they are used; or zeros.
+
+    XLA for CPUs would make them anew for every entry that needs them, and a branch is a border that
+    it does not fuse across. XLA for GPUs fuses well, and would wait for the condition.
+    """
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make))
+    return lax.platform_dependent(cpu=lambda: lax.cond(is_wanted, make, zeros), default=make)
+
+
 def opaque(numbers: Sequence[int]) -> list[jax.Array]:
     """The numbers modulo 2³², uint32 scalars, as XLA does not know them.
 
@@ -217,6 +227,16 @@ def _with_signs_jvp(primals, tangents):
     # transposed.
     (x, bits), (dx, _) = primals, tangents
     return with_signs(x, bits), dx * with_signs(jnp.float32(1), bits)
+
+
+def add_signs(base: jax.Array, x: jax.Array, words: jax.Array) -> jax.Array:
+    """`base` [R, B] plus `x` (float32 scalar) times the signs of `words`, in one pass over memory:
+    with x times the signs first, XLA for CPUs writes them down and reads them again for a product.
+    """
+    # Signs that know of x are drawn anew in a loop over values of x, where a table of the words
+    # of all entries would have been kept for it.
+    words, x = lax.optimization_barrier((words, x))
+    return jnp.where(sign_bits(words, base.shape[-1]) != 0, base - x, base + x)
 
 
 # Compiled as a whole when called eagerly too, so that the rounding is the same.

@@ -115,7 +115,10 @@ class Dense(Perturbed):
     dtype: Any = dataclasses.field(metadata={"static": True})
 
     def form(self) -> jax.Array:
-        return (self.base.astype(sum_dtype(self.base.dtype)) + self.noise()).astype(self.dtype)
+        base = self.base.astype(sum_dtype(self.base.dtype))
+        if self.kind == "rademacher":
+            return noise.add_signs(base, self.scale, self.words).astype(self.dtype)
+        return (base + self.noise()).astype(self.dtype)
 
     def noise(self) -> jax.Array:
         """scale · z, float32, of the shape of self."""
