@@ -14,6 +14,7 @@ seconds of tracing and compiling a model of 24 layers that are written out, each
 import argparse
 import collections
 from collections.abc import Callable
+import functools
 import os
 from typing import Any, NamedTuple
 
@@ -303,7 +304,7 @@ def benchmark_time(names: list[str], rounds: int, q: int = 4) -> None:
     )
 
 
-def benchmark_compilation(num_layers: int = 24, C: int = 128) -> None:
+def benchmark_compilation(rounds: int, num_layers: int = 24, C: int = 128) -> None:
     """A model of layers written out, each a call of one jitted function."""
 
     @jax.jit
@@ -326,25 +327,24 @@ def benchmark_compilation(num_layers: int = 24, C: int = 128) -> None:
         "down": normal(i + 300, 4 * C, C),
     }
     params, x = [layer_params(i) for i in range(num_layers)], normal(1, 2, 256, C)
-    _, backprop = compile_timed(jax.value_and_grad(loss), params, x)
-    rows = [["`jax.value_and_grad`", f"{backprop:.1f}", "1.0"]]
+    programs = {"`jax.value_and_grad`": (lambda: jax.value_and_grad(loss), (params, x))}
     for name, family in FAMILIES.items():
         for function in (zo_jax.project, zo_jax.estimate_gradient):
-            _, seconds = compile_timed(
-                lambda p, k, x, f=function, family=family: f(
-                    loss, p, k, x, num_queries=4, perturbation=family
-                ),
-                params,
-                jax.random.key(0),
-                x,
+            make = lambda function=function, family=family: functools.partial(
+                function, loss, num_queries=4, perturbation=family
             )
-            rows.append(
-                [f"`{function.__name__}`, {name}", f"{seconds:.1f}", f"{seconds / backprop:.1f}"]
-            )
+            programs[f"`{function.__name__}`, {name}"] = make, (params, jax.random.key(0), x)
+    seconds = {what: [] for what in programs}
+    for _ in range(rounds):
+        for what, (make, args) in programs.items():
+            jax.clear_caches()
+            seconds[what].append(compile_timed(make(), *args)[1])
+    seconds = {what: np.array(s) for what, s in seconds.items()}
+    floor = next(iter(seconds.values()))
     print_table(
-        f"Tracing and compiling {num_layers} layers written out",
+        f"Tracing and compiling {num_layers} layers written out, median of {rounds}",
         ["what", "seconds", "over backprop's"],
-        rows,
+        [[what, f"{np.median(s):.1f}", ratio(s, floor)] for what, s in seconds.items()],
     )
 
 
@@ -358,4 +358,4 @@ if __name__ == "__main__":
     print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores")
     benchmark_time([name for name in MODELS if arguments.only in name], arguments.rounds)
     if not arguments.only:
-        benchmark_compilation()
+        benchmark_compilation(min(5, arguments.rounds))
