@@ -4,6 +4,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import math
+import operator
 from typing import Any, ClassVar
 
 import jax
@@ -15,7 +16,7 @@ from zo_jax.family import Family
 from zo_jax.layout import Layout
 from zo_jax.noise import key_words
 from zo_jax.perturbed import Dense, LowRank, outer
-from zo_jax.spans import Entries
+from zo_jax.spans import Entries, cut
 from zo_jax.trees import matrices, path_name
 from zo_jax.word_family import UNROLLED, WordFamily
 
@@ -33,14 +34,18 @@ class Signs(Entries):
         return _dense(leaf, words, scale, "rademacher")
 
     def total(self, leaf, words_n, weights_n):
-        drawn_n = noise.made_once(lambda: words_n, jnp.any(weights_n != 0))
-        z = lambda words: noise.sign_bits(words, _width(leaf))
-        n = len(weights_n)
-        if n <= UNROLLED:
-            return sum(noise.with_signs(weights_n[i], z(drawn_n[i])) for i in range(n))
-        add = lambda total, x: (total + noise.with_signs(x[0], z(x[1])), None)
-        zero = jnp.zeros((*words_n.shape[1:-1], _width(leaf)), jnp.float32)
-        return lax.scan(add, zero, (weights_n, drawn_n))[0]
+        return _sum_of_signs(words_n, _width(leaf), weights_n)
+
+    def prepare(self, leaves, starts, words_n, weights_n):
+        # One sum for all: a program that sums the signs of one leaf is long, and finds its words by
+        # arithmetic that takes longer than the sum.
+        total = _sum_of_signs(words_n, 32 * words_n.shape[-1], weights_n)
+        placed = zip(leaves, starts, strict=True)
+        return [cut(total, start, self.words_shape(leaf), 32) for leaf, start in placed]
+
+    def total_of(self, leaf, prepared, weights_n):
+        del weights_n
+        return prepared[..., : _width(leaf)]
 
     def gram(self, leaf, words_n):
         return noise.agreements(words_n, _width(leaf))
@@ -86,8 +91,26 @@ class Factors(Entries):
         return LowRank(leaf, u, v, scale / math.sqrt(self.rank), leaf.dtype)
 
     def total(self, leaf, words_n, weights_n):
-        is_wanted = jnp.any(weights_n != 0)
-        u, v = noise.made_once(lambda: self._factors(leaf, words_n), is_wanted)
+        u, v = self._factors(leaf, words_n)
+        return self._sum(leaf, u, v, weights_n)
+
+    def prepare(self, leaves, starts, words_n, weights_n):
+        # A product would draw the signs of both factors for each of its entries.
+        def make_factors(leaf):
+            return lambda start: self._factors(leaf, cut(words_n, start, self.words_shape(leaf)))
+
+        of_shape: dict[Any, Callable[..., Any]] = {}
+        for leaf in leaves:
+            of_shape.setdefault(leaf.shape, jax.jit(make_factors(leaf)))
+        placed = list(zip(leaves, starts, strict=True))
+        make = lambda: [of_shape[leaf.shape](start) for leaf, start in placed]
+        return noise.made_once(make, jnp.any(weights_n != 0))
+
+    def total_of(self, leaf, prepared, weights_n):
+        u, v = prepared
+        return self._sum(leaf, u, v, weights_n)
+
+    def _sum(self, leaf, u, v, weights_n):
         u = u * (weights_n / math.sqrt(self.rank)).reshape(-1, *(1,) * leaf.ndim)
         # All directions side by side: one matrix product [..., A, n r] @ [..., n r, B].
         side_by_side = lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1)
@@ -289,6 +312,18 @@ def apply_directions(
 def _width(leaf: Any) -> int:
     """Entries of a row; a scalar is a row of one."""
     return leaf.shape[-1] if leaf.ndim else 1
+
+
+def _sum_of_signs(words_n: jax.Array, width: int, weights_n: jax.Array) -> jax.Array:
+    """Σ weights z of signs from words [n, ..., W], float32 [..., width]."""
+    z = lambda words: noise.sign_bits(words, width)
+    n = len(weights_n)
+    if n <= UNROLLED:
+        terms = [noise.with_signs(weights_n[i], z(words_n[i])) for i in range(n)]
+        return functools.reduce(operator.add, terms)
+    add = lambda total, x: (total + noise.with_signs(x[0], z(x[1])), None)
+    zero = jnp.zeros((*words_n.shape[1:-1], width), jnp.float32)
+    return lax.scan(add, zero, (weights_n, words_n))[0]
 
 
 def _dense(leaf: jax.Array, words: jax.Array, scale: jax.Array, kind: str) -> Any:

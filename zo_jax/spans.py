@@ -6,6 +6,7 @@ import math
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from zo_jax import noise
@@ -16,7 +17,7 @@ _LARGE_WORDS = 2**15
 # Leaves of so many entries are summed block by block of their rows.
 _LARGE_ENTRIES = 2**20
 # Of the smaller ones so many words are drawn at once, of every direction.
-_WORDS_AT_ONCE = 2**18
+_WORDS_AT_ONCE = 2**17
 
 
 class Entries:
@@ -41,10 +42,40 @@ class Entries:
         """Σ weights z, float32, of words [n, ...]."""
         raise NotImplementedError
 
+    def prepare(
+        self, leaves: Sequence[Any], starts: Sequence[Any], words_n: jax.Array, weights_n: jax.Array
+    ) -> list[Any]:
+        """What the sum in each of the leaves of a span with such entries is made of.
+
+        Args:
+          leaves: the leaves.
+          starts: of their words among those of the span.
+          words_n: of the span, [n, S].
+          weights_n: float32 [n].
+        """
+        del weights_n
+        placed = zip(leaves, starts, strict=True)
+        return [cut(words_n, start, self.words_shape(leaf)) for leaf, start in placed]
+
+    def total_of(self, leaf: Any, prepared: Any, weights_n: jax.Array) -> jax.Array:
+        """`total`, from what `prepare` made."""
+        return self.total(leaf, prepared, weights_n)
+
     def gram(self, leaf: Any, words_n: jax.Array) -> jax.Array | None:
         """⟨zᵢ, zⱼ⟩ over the leaf, float32 [n, n]; None where the words do not tell."""
         del leaf, words_n
         return None
+
+
+def cut(x: jax.Array, start: Any, shape: tuple[int, ...], per_word: int = 1) -> jax.Array:
+    """A leaf's part, [..., *shape], of what was made of the words of a span, [..., S * per_word]:
+    `per_word` numbers of each word, side by side.
+    """
+    *rows, width = shape
+    size = math.prod(shape) * per_word
+    if x.shape[-1] != size:
+        x = lax.dynamic_slice_in_dim(x, start * per_word, size, axis=-1)
+    return x.reshape(*x.shape[:-1], *rows, width * per_word)
 
 
 class Leaf(NamedTuple):
@@ -177,7 +208,8 @@ def _opaque_where_alike(leaves: list[Leaf], places: list[int]) -> list[Any]:
         return places
     bases = noise.opaque([places[part[0]] for part in parts])
     return [
-        base + jnp.uint32(places[i] - places[part[0]])
+        # Places begin again with each span.
+        base + jnp.uint32((places[i] - places[part[0]]) % 2**32)
         for part, base in zip(parts, bases, strict=True)
         for i in part
     ]

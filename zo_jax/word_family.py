@@ -19,7 +19,7 @@ from zo_jax.family import Family, sum_of_squares, widened
 from zo_jax.layout import Layout
 from zo_jax.noise import key_words
 from zo_jax.row_sums import RowSum
-from zo_jax.spans import Entries, Leaf, Span, make_spans, place_leaves
+from zo_jax.spans import Entries, Leaf, Span, cut, make_spans, place_leaves
 from zo_jax.trees import is_floating
 
 # A sum over directions makes one pass over a leaf for so many of them, written out: XLA fuses
@@ -148,9 +148,13 @@ class WordFamily(Family):
                 # Never true, which XLA cannot know: it would draw the words of all leaves at once.
                 keys_n2 = keys_n2 ^ (squared < 0).astype(jnp.uint32)
             own_n = jax.vmap(lambda key: self._draw(key, span))(keys_n2)
+            prepared = self._prepared(span, own_n, weights_n)
             sums = []
-            for leaf, start, total in zip(span.leaves, span.starts, totals, strict=True):
-                total, squared = add_leaf(leaf, total, squared, keys_n2, weights_n, own_n, start)
+            for leaf, start, total, own in zip(
+                span.leaves, span.starts, totals, prepared, strict=True
+            ):
+                drawn_n = keys_n2, weights_n, own_n, own
+                total, squared = add_leaf(leaf, total, squared, *drawn_n, start)
                 sums.append(total)
             return sums, squared
 
@@ -171,6 +175,21 @@ class WordFamily(Family):
                 leaves[leaf.index] = self._placed(leaf.path, total.astype(leaf.value.dtype))
         return leaves, squared
 
+    def _prepared(self, span: Span, own_n: jax.Array, weights_n: jax.Array) -> list[Any]:
+        """What the sum in each leaf of a span is made of; None where leaves are split over
+        devices, and each is summed where it lives.
+        """
+        prepared: list[Any] = [None] * len(span.leaves)
+        if self.layout is not None:
+            return prepared
+        for entries in {leaf.entries: None for leaf in span.leaves}:
+            mine = [i for i, leaf in enumerate(span.leaves) if leaf.entries == entries]
+            values = [span.leaves[i].value for i in mine]
+            made = entries.prepare(values, [span.starts[i] for i in mine], own_n, weights_n)
+            for i, one in zip(mine, made, strict=True):
+                prepared[i] = one
+        return prepared
+
     def _add_leaf(
         self,
         leaf: Leaf,
@@ -179,13 +198,19 @@ class WordFamily(Family):
         keys_n2: jax.Array,
         weights_n: jax.Array,
         own_n: jax.Array,
+        prepared: Any,
         start: Any,
     ) -> tuple[jax.Array, jax.Array | None]:
         """(total + Σ weights z in a leaf, squared + the square of that sum's norm, or None where
         the words do not tell it).
         """
-        words_n = jax.vmap(lambda key, own: self._words_of(leaf, key, own, start))(keys_n2, own_n)
-        total = total + leaf.entries.total(leaf.value, words_n, weights_n).reshape(total.shape)
+        words_of = lambda key, own: self._words_of(leaf, key, own, start)
+        words_n = jax.vmap(words_of)(keys_n2, own_n)  # made only if it is used
+        if prepared is None:
+            new = leaf.entries.total(leaf.value, words_n, weights_n)
+        else:
+            new = leaf.entries.total_of(leaf.value, prepared, weights_n)
+        total = total + new.reshape(total.shape)
         gram = None if squared is None else leaf.entries.gram(leaf.value, words_n)
         if squared is None or gram is None:
             return total, None
@@ -212,9 +237,7 @@ class WordFamily(Family):
         shape, place = leaf.words_shape, self._words_place(leaf)
         if place is not None:
             return noise.table(key, shape, leaf.first, place)
-        if own.size == leaf.num_words:
-            return own.reshape(shape)
-        return lax.dynamic_slice_in_dim(own, start, leaf.num_words).reshape(shape)
+        return cut(own, start, shape)
 
     def _words_place(self, leaf: Leaf) -> Callable[[jax.Array], jax.Array] | None:
         """Puts the words of a leaf where they belong, if they are split over devices as the leaf

@@ -54,6 +54,28 @@ def test_sum_in_blocks_is_that_of_the_directions(family, q, small_blocks):
     np.testing.assert_array_equal(total["count"], params["count"])
 
 
+@pytest.mark.parametrize("family", ["rademacher", "gaussian", "low_rank"])
+def test_layers_written_out_over_several_draws(family, monkeypatch):
+    """Layers that are alike share programs, wherever in the stream, and in which draw, they are."""
+    monkeypatch.setattr(spans, "_WORDS_AT_ONCE", 64)
+    family, rng = families.by_name(family, rank=2), np.random.default_rng(0)
+    shapes = {"kernel": (17, 40), "stack": (2, 9, 11), "bias": (33,), "scalar": ()}
+    layer = lambda: {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+    params = [layer() for _ in range(7)]
+    keys, weights = jax.random.split(jax.random.key(1), 3), jnp.array([0.5, -2.0, 1.0])
+    total = jax.jit(family.combine)(params, keys, weights)
+    form = lambda x: x.form() if hasattr(x, "form") else x
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    expected = jax.tree.map(np.zeros_like, params)
+    for key, weight in zip(keys, weights, strict=True):
+        z = jax.tree.map(
+            form, family.perturb(zeros, key, 1.0), is_leaf=lambda x: hasattr(x, "form")
+        )
+        expected = jax.tree.map(lambda a, b, w=weight: a + np.asarray(w * b), expected, z)
+    for x, y in zip(jax.tree.leaves(total), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
 OPTIMIZERS = {
     "sgd": optax.sgd(1e-2, momentum=0.9),
     "adamw": optax.adamw(optax.linear_schedule(1e-2, 1e-3, 9), weight_decay=0.1),
