@@ -140,8 +140,8 @@ def flax_attention(num_layers: int = 4, C: int = 256) -> Model:
 
 
 def experts(num_experts: int = 8, C: int = 256, H: int = 512) -> Model:
-    """Two layers of experts by einsum, each with an equal share of 1024 tokens, and a fused gate
-    and value that is split.
+    """Two layers of experts by einsum, each of which gets 512 of 4096 tokens, and a fused gate and
+    value that is split.
     """
 
     def layer(p, x):
@@ -163,7 +163,7 @@ def experts(num_experts: int = 8, C: int = 256, H: int = 512) -> Model:
         "out": normal(i + 50, num_experts, H, C),
         "router": normal(i + 70, C, num_experts),
     }
-    return Model(loss, [layer_params(i) for i in range(2)], normal(1, 1024, C))
+    return Model(loss, [layer_params(i) for i in range(2)], normal(1, 4096, C))
 
 
 def equinox_transformer(num_layers: int = 3, C: int = 256) -> Model:
