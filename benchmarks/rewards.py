@@ -104,7 +104,7 @@ def by_search(config: Config, path: Path) -> dict[str, Any]:
     model, task, *_ = make_subject(config, sources)
     assert isinstance(task, RewardTask) and task.test
     scope, step_key = steps.scope_of(config, model), steps.make_step_key(config, None)
-    params = steps.init_state(config, model).params
+    params, score = steps.init_state(config, model).params, task.make_score(None)
     take = jax.jit(
         lambda params, key, i: scope.merge(
             params, task.strategy.member(scope.select(params), task.strategy.ask(key), i)
@@ -113,7 +113,7 @@ def by_search(config: Config, path: Path) -> dict[str, Any]:
     begin = time.monotonic()
     for step in range(config.train.num_steps):
         key, batch = step_key(step), task.batches(step)[0]
-        scores = task.score(params, key, batch).mean(axis=1)
+        scores = score(params, key, batch).mean(axis=1)
         part = [[of[i] for i in batch] for of in task.train]
         if scores.max() > task.evaluate_part(params, Prompts(*part))["eval_reward"]:
             params = take(params, key, int(scores.argmax()))

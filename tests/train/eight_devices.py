@@ -2,6 +2,7 @@
 
 import re
 
+import fine_tune
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,13 +14,16 @@ import zo_jax
 from zo_jax import families, rounding
 from zo_jax.layout import Layout
 from zo_jax.train import steps
-from zo_jax.train.config import ConfigError
+from zo_jax.train.config import ConfigError, ObjectiveConfig
 from zo_jax.train.data import batches
+from zo_jax.train.evolve import make_population_step
 from zo_jax.train.losses import next_token_loss
 from zo_jax.train.mesh import AXES, make_mesh
 from zo_jax.train.model import RULES, make_model
 from zo_jax.train.run import make_layout, train_and_evaluate
 from zo_jax.train.run_folder import checkpoint, metrics
+from zo_jax.train.subject import load_sources, make_subject
+from zo_jax.train.validation import resolve
 
 # Every axis alone, every two of them, all three.
 MESHES = [(1, 8, 1), (1, 1, 8), (2, 4, 1), (4, 1, 2), (1, 2, 4), (2, 2, 2)]
@@ -299,6 +303,51 @@ def test_meshes_that_do_not_fit(config, tmp_path):
         ConfigError, match=r"micro-batch must be divisible by mesh.data; got 2 and 4"
     ):
         make_layout(config, None)
+
+
+REWARD = """
+def capitals(prompts, completions, rows):
+    return [sum(c.isupper() for c in text) / 8 for text in completions]
+"""
+
+
+@pytest.mark.parametrize("objective", ["reward", "accuracy"])
+def test_a_population_is_spread_over_queries(tmp_path, objective):
+    """Members of each device write what they write on one device, and are scored in their order."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    fine_tune.write_base(tmp_path / "base")
+    fine_tune.write_examples(tmp_path / "examples.jsonl")
+    config = fine_tune.get_config(tmp_path)
+    config.zo.num_queries, config.zo.epsilon, config.zo.perturbation = 8, 0.3, "low_rank"
+    if objective == "reward":
+        path = f"{tmp_path / 'reward.py'}:capitals"
+        config.objective = ObjectiveConfig(name="reward", path=path, max_new_tokens=8)
+        config.task.labels, config.task.answer_tokens = "", 50
+    else:
+        config.objective = ObjectiveConfig(name="accuracy", shaping="zscore")
+    config = resolve(config, 20)
+    model, task, *_ = make_subject(config, load_sources(config))
+    layout = make_layout(config, model)
+    assert layout.mesh.shape["query"] == 8
+    found = []
+    for place in (None, layout):
+        state = steps.init_state(config, model, place)
+        step = make_population_step(config, model, task, place)
+        state, metrics_, record = step(state, 0, task.batches(0, place)[0], None)
+        found.append((np.asarray(record.projections), float(metrics_.loss)))
+        results = task.evaluate(state.params)
+        found[-1] += (results["eval_loss"],)
+    for alone, spread_ in zip(*found, strict=True):
+        np.testing.assert_allclose(alone, spread_, rtol=1e-4)
+    assert np.any(found[0][0])
+    for queries, mesh, message in (
+        (3, (8, 1, 1), "the 6 members, two for each of zo.num_queries, must be divisible by the 8"),
+        (8, (4, 2, 1), "spread over mesh.query alone.* got mesh.data=2, mesh.model=1"),
+    ):
+        config.zo.num_queries = queries
+        config.mesh.query, config.mesh.data, config.mesh.model = mesh
+        with pytest.raises(ConfigError, match=message):
+            make_layout(config, model)
 
 
 def test_leaves_that_do_not_divide_are_replicated(config):

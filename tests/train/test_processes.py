@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+import fine_tune
 import pytest
 
 from zo_jax.train import lifeline
@@ -254,6 +255,58 @@ def test_an_exception_that_nobody_planned_ends_all_at_once(tmp_path):
     assert "ZeroDivisionError: a fault that nobody planned" in outputs[1], outputs[1]
     # JAX's barrier at the end of a process is not waited for.
     assert "arrier" not in outputs[1] and "hutdown" not in outputs[1], outputs[1]
+
+
+REWARDED = """
+from pathlib import Path
+import sys
+
+sys.path.insert(0, {tests!r})
+import fine_tune
+
+from zo_jax.train.config import ObjectiveConfig
+
+
+def get_config():
+    folder = Path(__file__).parent
+    config = fine_tune.get_config(folder)
+    config.task.labels, config.task.answer_tokens = "", 50
+    path = f"{{folder / 'reward.py'}}:capitals"
+    config.objective = ObjectiveConfig(name="reward", path=path, max_new_tokens=8)
+    config.zo.num_queries, config.zo.epsilon, config.zo.perturbation = 2, 0.3, "low_rank"
+    return config
+
+
+def capitals(prompts, completions, rows):
+    return [sum(c.isupper() for c in text) / 8 for text in completions]
+
+
+def fails(prompts, completions, rows):
+    raise KeyError("nothing here")
+"""
+
+
+@pytest.mark.slow
+def test_each_process_scores_what_its_members_write(tmp_path):
+    file = tmp_path / "reward.py"
+    file.write_text(REWARDED.format(tests=str(Path(__file__).parent)))
+    fine_tune.write_base(tmp_path / "base")
+    fine_tune.write_examples(tmp_path / "examples.jsonl")
+    begin = lambda folder, n, *fields: start(
+        tmp_path / folder, n, "train.num_steps=4", "train.eval_interval=2", *fields,
+        own={i: [f"--config={file}"] for i in range(n)},
+    )  # fmt: skip
+    one, two = begin("one", 1), begin("two", 2)
+    for processes in (one, two):
+        codes, outputs = end(processes)
+        assert codes == [0] * len(processes), outputs
+    numbers = lambda folder: [
+        float(x or "nan") for row in losses_of(tmp_path / folder) for x in row
+    ]
+    assert numbers("two") == pytest.approx(numbers("one"), nan_ok=True, rel=1e-4)
+    codes, outputs = end(begin("failed", 2, f"objective.path={file}:fails"))
+    assert codes == [70, 70], outputs
+    assert all("failed for each of" in output for output in outputs)
 
 
 def test_a_lifeline_tells_of_a_death_and_not_of_a_goodbye():

@@ -470,7 +470,7 @@ def _fine_tune_of(config):
     written = task.write(state.params, task.validation) if getattr(task, "writes", 0) else None
     key, scores = steps.make_step_key(config, None)(0), None
     if config.objective.name != "loss":
-        scores = jnp.asarray(task.score(state.params, key, task.batches(0)[0]))
+        scores = jnp.asarray(task.make_score(None)(state.params, key, task.batches(0)[0]))
         scores = scores.tolist(), task.strategy.projections(scores).tolist(), task.samples
     measured = task.evaluate_part(state.params, task.test) if task.test else None
     factors = jax.tree.map(lambda x: (x.shape, float(jnp.sum(jnp.abs(x)))), state.params["lora"])

@@ -74,6 +74,7 @@ def generate(
     stop_tokens: Sequence[int] | None = None,
     seed: int = 0,
     streams: Sequence[int] | np.ndarray | None = None,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Generated:
     """Continues prompts, each as if it were alone.
 
@@ -92,6 +93,7 @@ def generate(
       stop_tokens: ids that end a text; None for the model's.
       seed: of the draws; prompt i draws by key `fold_in(key(seed), streams[i])` and by position.
       streams: for each prompt the number of its stream; None for its own number.
+      sharding: of the prompts over devices, which hold `params`; None for where these are.
 
     Raises:
       ValueError: a prompt is empty or too long, the model has no tokenizer or no chat template, or
@@ -122,6 +124,8 @@ def generate(
     tokens_BP = np.zeros((len(ids), min(width, slots)), np.int32)
     for row, prompt in zip(tokens_BP, ids, strict=True):
         row[: len(prompt)] = prompt
+    if sharding is not None:
+        tokens_BP, lengths_B, row_keys = jax.device_put((tokens_BP, lengths_B, row_keys), sharding)
     state = _read(params, tokens_BP, lengths_B, num_slots=slots, **static)
     write = functools.partial(
         _write, temperature=jnp.float32(temperature), top_p=jnp.float32(top_p), **static

@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from zo_jax.layout import Layout
 from zo_jax.train.config import Config
 from zo_jax.train.steps import RunState, StepMetrics, StepRecord, make_step_key, make_update
 
 
 def make_population_step(
-    config: Config, model: Any, task: Any
+    config: Config, model: Any, task: Any, layout: Layout | None = None
 ) -> Callable[..., tuple[RunState, StepMetrics, StepRecord]]:
     """The step of an objective that is no loss: (state, step from 0, batch, None) -> (state,
     metrics, record).
@@ -22,10 +23,12 @@ def make_population_step(
     Args:
       config: resolved.
       model: a `train.pretrained.Pretrained`.
-      task: with `strategy` and `score`, as `tasks.populations.Scored`.
+      task: with `strategy` and `make_score`, as `tasks.populations.Scored`.
+      layout: of the devices that members are spread over; None for one.
     """
-    step_key, update = make_step_key(config, None), make_update(config, model)
-    words = jax.jit(jax.random.key_data)
+    step_key, update = make_step_key(config, layout), make_update(config, model, layout)
+    words, score = jax.jit(jax.random.key_data), task.make_score(layout)
+    everywhere = (lambda x: x) if layout is None else layout.put_everywhere
 
     @jax.jit
     def shape(scores: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -36,7 +39,7 @@ def make_population_step(
     def population_step(state, step, batch, fo_batch):
         del fo_batch
         key = step_key(step)
-        loss, best, projections = shape(jnp.asarray(task.score(state.params, key, batch)))
+        loss, best, projections = shape(everywhere(score(state.params, key, batch)))
         new, metrics = update(state, key, loss, projections)
         metrics = metrics._replace(best_score=best)
         return new, metrics, StepRecord(words(key), loss, projections)

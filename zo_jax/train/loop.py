@@ -42,7 +42,7 @@ class Loop:
         if config.objective.name == "loss":
             self.train_step = make_train_step(config, model, run.layout, task.loss)
         else:
-            self.train_step = make_population_step(config, model, task)
+            self.train_step = make_population_step(config, model, task, run.layout)
         self.update = (
             make_update(config, model, run.layout) if len(self.records) > self.step else None
         )

@@ -26,6 +26,7 @@ from zo_jax.train.settings import walk
 from zo_jax.train.signals import CannotWrite, RunStopped
 from zo_jax.train.steps import count_trained
 from zo_jax.train.subject import Sources, Subject, load_sources, make_subject
+from zo_jax.train.tasks import spread
 from zo_jax.train.validation import check_mesh, resolve, validate
 
 # What `train_and_evaluate` raises for reasons that its messages explain.
@@ -137,13 +138,7 @@ def make_layout(config: Config, model: Any) -> Layout | None:
       ConfigError: the mesh does not fit the devices, or the batches the mesh.
     """
     mesh, devices = config.mesh, jax.devices()
-    if config.objective.name != "loss" and (jax.process_count() > 1 or mesh != MeshConfig()):
-        raise ConfigError(
-            f"objective.name={config.objective.name} has its population on one device of one "
-            "process; leave mesh at its defaults, and --distributed out"
-        )
-    # They have no queries to split, or all members on one device.
-    if config.mode in GRADIENT_MODES or config.objective.name != "loss":
+    if config.mode in GRADIENT_MODES:  # they have no queries to split
         devices = devices[:1] if mesh == MeshConfig() else devices
         is_open = -1 in (mesh.data, mesh.model)
         mesh = MeshConfig(1 if is_open else mesh.query, mesh.data, mesh.model)
@@ -152,4 +147,6 @@ def make_layout(config: Config, model: Any) -> Layout | None:
     except MeshError as error:
         raise ConfigError(str(error)) from error
     check_mesh(config, mesh.shape)
+    if config.objective.name != "loss":
+        spread.check(2 * config.zo.num_queries, mesh.shape)
     return None if mesh.size == 1 else Layout(mesh, model.rules)

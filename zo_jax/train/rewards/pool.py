@@ -28,9 +28,9 @@ _START = 120.0
 
 
 class RewardFailed(RunStopped):
-    """A reward that scores nothing any more; EX_SOFTWARE of sysexits.h."""
+    """A reward that scores nothing any more, in any process; EX_SOFTWARE of sysexits.h."""
 
-    exit_code = 70
+    exit_code, together = 70, True
 
 
 class Call(NamedTuple):
@@ -129,7 +129,7 @@ class Reward:
                 f"objective.path={path}: {file} cannot be read ({error}); give a Python file and "
                 "one of its functions, like my_reward.py:score"
             ) from None
-        self.num_failed, self._told = 0, 0
+        self.num_failed, self._told, self._reason = 0, 0, ""
         self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
         self._num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
         for _ in range(self._num_workers):
@@ -155,16 +155,23 @@ class Reward:
         Raises:
           RewardFailed: it fails for all of them.
         """
+        return self.settle(self.ask(calls))
+
+    def ask(self, calls: Sequence[Call]) -> np.ndarray:
+        """`score`, but nan where it fails."""
         found = list(self._threads.map(self._score_call, calls))
-        scores = np.array([[score for score, _ in one] for one in found])
+        if reasons := [reason for one in found for _, reason in one if reason]:
+            self._tell(reasons)
+        return np.array([[score for score, _ in one] for one in found])
+
+    def settle(self, scores: np.ndarray) -> np.ndarray:
+        """What `score` makes of what `ask` gives."""
         failed = np.isnan(scores)
-        if failed.any():
-            self._tell([reason for one in found for _, reason in one if reason])
         if failed.all():
-            reason = next(reason for one in found for _, reason in one if reason)
             raise RewardFailed(
-                f"{self.path.name}:{self.name} failed for each of {scores.size} completions: "
-                f"{reason}; mend it and begin another run, or raise objective.timeout"
+                f"{self.path.name}:{self.name} failed for each of {scores.size} completions"
+                f"{self._reason and f': {self._reason}'}; mend it and begin another run, or raise "
+                "objective.timeout"
             )
         return np.where(failed, np.nanmin(scores), scores)
 
@@ -198,7 +205,7 @@ class Reward:
 
     def _tell(self, reasons: list[str]) -> None:
         """Counts failures, and says so whenever there are twice as many as were told."""
-        self.num_failed += len(reasons)
+        self.num_failed, self._reason = self.num_failed + len(reasons), reasons[0]
         if self.num_failed >= 2 * self._told:
             self._told = self.num_failed
             print(

@@ -3,7 +3,7 @@
 Axes: M members, P prompts of a batch, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ from zo_jax.evolution import Evolution, Members
 from zo_jax.layout import Layout
 from zo_jax.models.generate import generate
 from zo_jax.models.population import populate
+from zo_jax.train import processes
 from zo_jax.train.config import Config
 from zo_jax.train.data.corpus import permutation
 from zo_jax.train.data.sources import DataError
@@ -27,11 +28,15 @@ from zo_jax.train.settings import ConfigError
 from zo_jax.train.tasks import answers, encode
 from zo_jax.train.tasks.example import Example, Examples
 from zo_jax.train.tasks.prompted import Part, PromptedTask
+from zo_jax.train.tasks.spread import Spread, gather, own_copy
 
 # Completions written at once in an evaluation, and how many of them are shown.
 _BATCH, _SHOWN = 64, 3
 # Blocks of the text whose loss is told, at most, and the most tokens of one.
 _NUM_BLOCKS, _BLOCK = 32, 256
+
+
+Score = Callable[[Any, jax.Array, Any], np.ndarray | jax.Array]
 
 
 class Scored(Protocol):
@@ -43,9 +48,9 @@ class Scored(Protocol):
 
     strategy: Evolution
 
-    def score(self, params: Any, key: jax.Array, batch: Any) -> np.ndarray | jax.Array:
-        """The scores of the members that the strategy asks for by the key of a step, on a batch:
-        float32 [M] or [M, P].
+    def make_score(self, layout: Layout | None) -> Score:
+        """(params, key of a step, batch) -> the scores of the members that the strategy asks for,
+        float32 [M] or [M, P]; with a layout they are spread over its axis `query`.
         """
         ...
 
@@ -68,11 +73,16 @@ def make_strategy(config: Config) -> Evolution:
 
 
 class Writer:
-    """Members of a population around the trained parameters, which write together."""
+    """Members of a population around the trained parameters, which write together.
 
-    def __init__(self, config: Config, model: Any, strategy: Evolution):
+    Attributes:
+      spread: where they are.
+    """
+
+    def __init__(self, config: Config, model: Any, strategy: Evolution, layout: Layout | None):
         """Of a `train.pretrained.Pretrained`."""
         self._model, scope = model, make_scope(config.scope, model)
+        self.spread = Spread(strategy.population, layout)
 
         def place(params: Any, members: Members) -> Any:
             moved = populate(params, strategy.family, members.keys, members.scales, scope)
@@ -83,12 +93,25 @@ class Writer:
     def write(
         self, params: Any, key: jax.Array, prompts: Sequence[np.ndarray], **options: Any
     ) -> list[list[str]]:
-        """What each member of a step writes to each prompt; options are those of `generate`."""
-        members = self._ask(key)
+        """What each member of a step that this process has writes to each prompt; options are those
+        of `generate`.
+        """
+        params, words = self.spread.here((params, jax.random.key_data(key)))
+        members = self._ask(jax.random.wrap_key_data(words, impl="threefry2x32"))
+        if sharding := self.spread.rows():
+            own = jax.tree.map(lambda x: x[self.spread.own], members)
+            members = jax.device_put(own, sharding)
         M, P = len(members.keys), len(prompts)
         weights = self._place(params, members)
         streams = np.tile(np.arange(P), M)
-        out = generate(self._model.model, weights, [*prompts] * M, streams=streams, **options)
+        out = generate(
+            self._model.model,
+            weights,
+            [*prompts] * M,
+            streams=streams,
+            sharding=sharding,
+            **options,
+        )
         return [out.texts[i : i + P] for i in range(0, M * P, P)]
 
 
@@ -136,7 +159,6 @@ class RewardTask:
         lengths_N = np.asarray([len(tokens) for tokens in self.train.tokens])
         self.num_examples, self.tokens_per_example = len(lengths_N), round(float(lengths_N.mean()))
         self.strategy = make_strategy(config)
-        self._writer = Writer(config, model, self.strategy)
         self._stops = _stops(model, config.objective.stop)
         self._text_loss = _text_loss(config, model)
         self._draw_seed = jax.jit(lambda key: jax.random.bits(jax.random.fold_in(key, 2**31)) >> 1)
@@ -189,12 +211,18 @@ class RewardTask:
     def loss(self, params: Any, batch: Any) -> jax.Array:
         raise NotImplementedError("a reward has no loss that can be traced")
 
-    def score(self, params: Any, key: jax.Array, batch: Any) -> np.ndarray:
-        prompts = [self.train.tokens[i] for i in batch]
-        seed = int(self._draw_seed(key))
-        texts = self._writer.write(params, key, prompts, seed=seed, **self._options())
-        examples = [self.train.examples[i] for i in batch]
-        return self.reward.score([_call(examples, own) for own in texts]).astype(np.float32)
+    def make_score(self, layout: Layout | None) -> Score:
+        writer = Writer(self.config, self.model, self.strategy, layout)
+
+        def score(params: Any, key: jax.Array, batch: Any) -> np.ndarray:
+            prompts = [self.train.tokens[i] for i in batch]
+            seed = int(self._draw_seed(key))
+            texts = writer.write(params, key, prompts, seed=seed, **self._options())
+            examples = [self.train.examples[i] for i in batch]
+            own = self.reward.ask([_call(examples, written) for written in texts])
+            return self.reward.settle(gather(writer.spread.own, own)).astype(np.float32)
+
+        return score
 
     def evaluate(self, params: Any) -> dict[str, float]:
         results = self.evaluate_part(params, self.validation)
@@ -204,26 +232,28 @@ class RewardTask:
         """The mean reward of what the model itself writes to some prompts, always by the same
         random numbers.
         """
-        weights, total = self.model.weights(params), 0.0
-        for start in range(0, len(part.tokens), _BATCH):
-            numbers = np.arange(start, min(start + _BATCH, len(part.tokens)))
+        weights, num_prompts = self.model.weights(own_copy(params)), len(part.tokens)
+        places, calls = [], []
+        # Each process has its share of the batches.
+        for start in range(0, num_prompts, _BATCH)[processes.index() :: processes.count()]:
+            numbers = np.arange(start, min(start + _BATCH, num_prompts))
             # The last batch is filled up, so that it is no program of its own.
-            rows = np.resize(numbers, min(_BATCH, len(part.tokens)))
+            rows = np.resize(numbers, min(_BATCH, num_prompts))
             prompts = [part.tokens[i] for i in rows]
             texts = generate(
                 self.model.model, weights, prompts, seed=0, streams=rows, **self._options()
             ).texts
-            calls = [
+            places += numbers.tolist()
+            calls += [
                 _call([part.examples[i]], [text]) for i, text in zip(numbers, texts, strict=False)
             ]
-            scores = self.reward.score(calls)
-            total += float(scores.sum())
-            if start == 0:
-                self.samples = [
-                    f"  {call.prompts[0]!r:.80} -> {call.completions[0]!r:.200} ({score:g})"
-                    for call, score in zip(calls[:_SHOWN], scores[:, 0], strict=False)
-                ]
-        reward = total / len(part.tokens)
+        scores = self.reward.settle(gather(places, self.reward.ask(calls)))[:, 0]
+        if processes.is_first():
+            self.samples = [
+                f"  {call.prompts[0]!r:.80} -> {call.completions[0]!r:.200} ({score:g})"
+                for call, score in zip(calls[:_SHOWN], scores, strict=False)
+            ]
+        reward = float(scores.mean())
         return {"eval_loss": 0.0 - reward, "eval_reward": reward}
 
     def _options(self) -> dict[str, Any]:
@@ -268,43 +298,54 @@ class AccuracyTask(PromptedTask):
             )
         self.measure = "eval_exact_match" if examples.is_written else "eval_accuracy"
         self.strategy = make_strategy(config)
-        self._writer = Writer(config, model, self.strategy)
-        self._estimator = Estimator(
-            num_queries=config.zo.num_queries, perturbation=self.strategy.family
-        )
         self._scope, self._text_loss = make_scope(config.scope, model), _text_loss(config, model)
-        self._count = jax.jit(self._count_right)
 
     def batches(self, step: int, layout: Layout | None = None) -> tuple[Any, Any]:
         if not self.examples.is_written:
             return super().batches(step, layout)
         return self.orders[self.config.train.batch_size].batch(step)[0], None
 
-    def score(self, params: Any, key: jax.Array, batch: Any) -> np.ndarray | jax.Array:
+    def make_score(self, layout: Layout | None) -> Score:
         if not self.examples.is_written:
-            return self._count(params, key, batch)
-        prompts = [self.prompt(self.train, i) for i in batch]
-        texts = self._writer.write(params, key, prompts, **self.answer_options)
-        references = [self.train.examples[i].references for i in batch]
-        is_right = lambda own: [
-            answers.exact_match(text.strip(), right)
-            for text, right in zip(own, references, strict=True)
-        ]
-        return np.asarray([is_right(own) for own in texts], np.float32)
+            return self._make_count(layout)
+        writer = Writer(self.config, self.model, self.strategy, layout)
 
-    def _count_right(self, params: Any, key: jax.Array, batch: Any) -> jax.Array:
+        def score(params: Any, key: jax.Array, batch: Any) -> np.ndarray:
+            prompts = [self.prompt(self.train, i) for i in batch]
+            texts = writer.write(params, key, prompts, **self.answer_options)
+            references = [self.train.examples[i].references for i in batch]
+            is_right = lambda own: [
+                answers.exact_match(text.strip(), right)
+                for text, right in zip(own, references, strict=True)
+            ]
+            own = np.asarray([is_right(own) for own in texts], np.float32)
+            return gather(writer.spread.own, own).astype(np.float32)
+
+        return score
+
+    def _make_count(self, layout: Layout | None) -> Score:
         """The part of the options that are right, float32 [M]."""
+        estimator = Estimator(
+            num_queries=self.config.zo.num_queries,
+            perturbation=self.strategy.family,
+            mesh=None if layout is None else layout.mesh,
+        )
+        sides = (self.strategy.sigma, -self.strategy.sigma)
 
-        def accuracy(trained: Any, batch: Any) -> jax.Array:
+        def accuracy(params: Any, trained: Any, batch: Any) -> jax.Array:
             _, choice_B = self._losses_and_choices(self._scope.merge(params, trained), batch)
             if isinstance(batch, encode.Labelled):
                 return jnp.mean((choice_B == batch.right).astype(jnp.float32))
             right_B = jnp.take_along_axis(batch.right, choice_B[:, None], axis=1)
             return jnp.mean(right_B.astype(jnp.float32))
 
-        sides = (self.strategy.sigma, -self.strategy.sigma)
-        trained = self._scope.select(params)
-        return self._estimator.losses_along(accuracy, trained, key, sides, batch).reshape(-1)
+        @jax.jit
+        def count(params: Any, key: jax.Array, batch: Any) -> jax.Array:
+            trained = self._scope.select(params)
+            of_trained = jax.tree_util.Partial(accuracy, params)
+            return estimator.losses_along(of_trained, trained, key, sides, batch).reshape(-1)
+
+        return count
 
     def evaluate_part(self, params: Any, part: Part) -> dict[str, float]:
         results = super().evaluate_part(params, part)
