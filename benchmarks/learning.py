@@ -105,6 +105,11 @@ def _config_zo(change: Callable[[Config], None] = lambda config: None) -> Callab
 
 def _plainly(config: Config) -> None:
     config.zo.exact = config.zo.groups = "none"
+    config.zo.relative_rate = 1.0
+
+
+def _same_rate(config: Config) -> None:
+    config.zo.relative_rate = 1.0
 
 
 def _head_alone(config: Config) -> None:
@@ -133,6 +138,9 @@ METHODS = {
     ),
     "config_zo_plain": Method(
         "its control: directions of all parameters for all of it", _config_zo(_plainly)
+    ),
+    "config_zo_same_rate": Method(
+        "its control: one rate for directions and head", _config_zo(_same_rate)
     ),
     "zo": Method("zeroth order as in configs/zo.py, equal passes", _zeroth_order),
     "zo_seconds": Method("zeroth order as in configs/zo.py, equal seconds", _zeroth_order),

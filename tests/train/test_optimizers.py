@@ -8,7 +8,8 @@ import pytest
 
 from zo_jax.mudamw import mudamw, orthogonalize
 from zo_jax.train.config import OptimizerConfig
-from zo_jax.train.optimizers import make_optimizer, matrices
+from zo_jax.train.optimizers import make_optimizer, matrices, scale_part
+from zo_jax.trees import ALL, Subset
 
 SHAPES = {
     "embedding": {"embedding": (7, 4)},
@@ -146,3 +147,14 @@ def test_every_optimizer_descends_with_a_schedule(fields):
 
     params = jax.tree.map(jnp.zeros_like, target)
     assert loss(train(params)) < 0.75 * loss(params)
+
+
+def test_a_part_has_a_rate_of_its_own():
+    """Whole leaves, some layers of a stack, and what is not in the part."""
+    params = {"head": jnp.ones(3), "stack": jnp.ones((3, 2)), "wte": jnp.ones((2, 2))}
+    part = Subset((None, np.array([0, 2]), ALL))
+    tx = optax.chain(optax.sgd(1.0), scale_part(part, 0.25))
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    np.testing.assert_array_equal(updates["head"], -np.ones(3))
+    np.testing.assert_array_equal(updates["stack"][:, 0], [-0.25, -1, -0.25])
+    np.testing.assert_array_equal(updates["wte"], -0.25 * np.ones((2, 2)))

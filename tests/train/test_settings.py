@@ -120,6 +120,7 @@ IN_PROGRAMS = {
     "zo.batch_per_query": Case(True),
     "zo.method": Case("fzoo", {"zo.difference": "forward"}),
     "zo.exact": Case("^ln_f/"),
+    "zo.relative_rate": Case(0.3, {"zo.exact": "^ln_f/"}),
     "zo.groups": Case("layers"),
     "fo.gradient_accumulation_steps": Case(2, BACKPROP),
     "instruct.method": Case("gram_schmidt", INSTRUCT),
@@ -280,6 +281,7 @@ BROKEN = {
     "mode is fo or calibrate or instruct": {"mode": "zo"},
     "mode is feedback or block_local": {"mode": "zo"},
     "mode is feedback": {"mode": "block_local", "scope": "full"},
+    "zo.exact is not none": {"zo.exact": "none"},
     "feedback.errors is all": {"feedback.errors": "last"},
     "feedback.attention is weights or qkv": {"feedback.attention": "closed_form"},
     "feedback.attention is qkv": {"feedback.attention": "weights"},
@@ -397,7 +399,7 @@ def program(config, name):
     """The text of the compiled function that reads a field, for a vocabulary of 20 words."""
     config = resolve(config, 100)
     is_init = name == "model.embedding_std"
-    is_update = name.startswith("optimizer.") or name == "zo.method"
+    is_update = name.startswith("optimizer.") or name in ("zo.method", "zo.relative_rate")
     is_update = is_update and config.mode == "zo"
     key = is_init, is_update, repr(config)
     if key not in PROGRAMS:

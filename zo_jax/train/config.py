@@ -406,6 +406,13 @@ class ZOConfig:
         "goes on from checkpoints",
         only_if=f"mode is zo and {_LOSS}",
     )
+    relative_rate: float = setting(
+        1.0,
+        "learning rate of the parameters that have directions, over that of those that are exact: "
+        "Adam gives the noise of directions the step that it gives an exact gradient",
+        allowed=_POSITIVE,
+        only_if="zo.exact is not none",
+    )
 
 
 @dataclasses.dataclass

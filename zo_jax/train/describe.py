@@ -13,7 +13,14 @@ import jax
 
 from zo_jax.estimators import Estimator
 from zo_jax.layout import Layout
-from zo_jax.train.config import GRADIENT_MODES, QUERY_MODES, Config, blocks_per_step, fixed_fields
+from zo_jax.train.config import (
+    GRADIENT_MODES,
+    QUERY_MODES,
+    Config,
+    ZOConfig,
+    blocks_per_step,
+    fixed_fields,
+)
 from zo_jax.train.settings import as_word
 from zo_jax.train.tasks.task import MEASURES, Task
 from zo_jax.train.validation import fill_in
@@ -178,7 +185,10 @@ def _describe_feedback(config: Config, batch: str) -> str:
     )
 
 
-def _describe_exact(exact: str, queries: str) -> str:
+def _describe_exact(zo: ZOConfig, queries: str) -> str:
+    exact = zo.exact
+    if zo.relative_rate != 1:
+        queries += f", {zo.relative_rate:g} times the learning rate"
     if exact == "none":
         return f"forward passes only: {queries}"
     if exact == "head":
@@ -233,7 +243,7 @@ def describe(
         "feedback": _describe_feedback(config, batch),
         "block_local": _describe_feedback(config, batch),
         "fo": backprop,
-        "zo": _describe_exact(zo.exact, queries),
+        "zo": _describe_exact(zo, queries),
         "calibrate": f"{queries}; instead, {every}, {backprop}",
         "instruct": f"{queries}; {every} {guided} of them guided ({config.instruct.method}) by {backprop}",  # noqa: E501
     }[config.mode]

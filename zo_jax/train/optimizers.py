@@ -10,6 +10,7 @@ import optax
 from zo_jax.anchor import anchor
 from zo_jax.mudamw import matrices, mudamw
 from zo_jax.train.config import OptimizerConfig
+from zo_jax.trees import Subset
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> Callable[[Any], Any]:
@@ -35,14 +36,36 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> Callable[[Any], An
     return lambda step: cosine(step + 1)  # so that the first step moves
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, num_steps: int, scaled: optax.GradientTransformation | None = None
+) -> optax.GradientTransformation:
     """The optimiser that a validated configuration names, for a run of so many steps; with an
     anchor, the last part of the chain is that.
+
+    Args:
+      config: a validated configuration.
+      num_steps: of the run.
+      scaled: what is made of its updates, as `scale_part`.
     """
     optimizer = _make_optimizer(config, num_steps)
+    if scaled:
+        optimizer = optax.chain(optimizer, scaled)
     if not config.anchor:
         return optimizer
     return optax.chain(optimizer, anchor(config.anchor, make_schedule(config, num_steps)))
+
+
+def scale_part(part: Subset, factor: float) -> optax.GradientTransformation:
+    """Updates with those of a part of the parameters times a factor: after an optimiser, a learning
+    rate of its own for that part.
+    """
+
+    def scale(updates: Any, params: Any) -> Any:
+        del params
+        scaled = jax.tree.map(lambda x: factor * x, part.select(updates))
+        return part.merge(updates, scaled)
+
+    return optax.stateless(scale)
 
 
 def _make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:

@@ -23,7 +23,7 @@ from zo_jax.methods import weights_of
 from zo_jax.train import feedback, hybrid
 from zo_jax.train.config import KEPT, QUERY_MODES, Config, method_of
 from zo_jax.train.losses import next_token_loss
-from zo_jax.train.optimizers import make_optimizer, make_schedule
+from zo_jax.train.optimizers import make_optimizer, make_schedule, scale_part
 from zo_jax.train.scopes import make_exact, make_scope
 from zo_jax.trees import ALL, WHOLE, Subset
 from zo_jax.update import TrainState, Update, UpdateMetrics
@@ -152,8 +152,12 @@ def count_trained(config: Config, model: Any) -> int:
 
 def make_rules(config: Config, model: Any, layout: Layout | None = None) -> Update:
     """The optimisation that the configuration names."""
+    scaled = None
+    if config.zo.relative_rate != 1 and (exact := exact_of(config, model)):
+        trained = jax.eval_shape(scope_of(config, model).select, model.shapes())
+        scaled = scale_part(exact.rest(trained), config.zo.relative_rate)
     return Update(
-        make_optimizer(config.optimizer, config.train.num_steps),
+        make_optimizer(config.optimizer, config.train.num_steps, scaled),
         subset=scope_of(config, model),
         clip_norm=config.instruct.grad_clip_norm,
         rounding=config.optimizer.rounding,

@@ -6,7 +6,7 @@ projections tell. A run without a ledger: it goes on from checkpoints. Loss valu
 configs/zo_plain.py.
 
 Command: python main.py --config=zo
-Time and loss, which is more than that of the head alone: docs/learning.md.
+Time and loss: docs/learning.md.
 """
 
 from zo_jax.train.config import (
@@ -31,7 +31,7 @@ def get_config() -> Config:
             embedding_std=0.5,
         ),
         data=DataConfig(source="shakespeare", tokenizer="char", block_size=64),
-        zo=ZOConfig(num_queries=16, epsilon=1e-2, groups="layers", exact="head"),
+        zo=ZOConfig(num_queries=16, epsilon=1e-2, groups="layers", exact="head", relative_rate=0.1),
         optimizer=OptimizerConfig(
             name="adam",
             learning_rate=1e-2,
