@@ -24,9 +24,8 @@ import optax
 
 from zo_jax import exact as exactly
 from zo_jax.estimators import typed_key
-from zo_jax.jaxprs import without_custom_vjp
 from zo_jax.noise import key_words
-from zo_jax.sites import Sites
+from zo_jax.sites import trace_tokens
 from zo_jax.trees import Rule, Subset, as_arrays, is_floating, loss_of, path_name
 
 
@@ -94,9 +93,9 @@ def activation_gradient(
         params, losses_of = parts.rest.select(params), loss_of(parts.rest, token_loss_fn, params)
     else:
         losses_of = token_loss_fn
-    evaluate, sites = _trace(losses_of, params, batch)
-
-    values = [leaf for leaf in jax.tree.leaves(params) if is_floating(leaf)]
+    evaluate, found = trace_tokens(losses_of, params, batch)
+    _check_covered(found.uncovered, params, found.tokens)
+    sites, values = found.sites, [x for x in jax.tree.leaves(params) if is_floating(x)]
 
     def clean(values):
         losses_BT, taps = evaluate(values, None)
@@ -192,40 +191,14 @@ def _check(num_draws: int, sigma: float, discount: float) -> None:
         raise ValueError(f"discount must be from 0 to 1, got {discount!r}")
 
 
-def _trace(losses_of: Callable[..., Any], params: Any, batch: tuple[Any, ...]) -> Any:
-    """((floating leaves, noises) -> (losses [B, T], taps), the sites)."""
-    leaves, treedef = jax.tree.flatten(params)
-    fixed = [None if is_floating(leaf) else leaf for leaf in leaves]
-
-    def run(values):
-        values = iter(values)
-        own = [next(values) if x is None else x for x in fixed]
-        return losses_of(jax.tree.unflatten(treedef, own), *batch)
-
-    values = [leaf for leaf in leaves if is_floating(leaf)]
-    closed, out = jax.make_jaxpr(run, return_shape=True)(values)
-    shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", None)
-    if dtype is None or shape is None or len(shape) != 2 or not jnp.issubdtype(dtype, jnp.floating):
-        got = type(out).__name__ if shape is None else f"shape {shape} and dtype {dtype}"
-        raise ValueError(
-            f"token_loss_fn must return the floating loss of every token [B, T], got {got}; leave "
-            "out the mean"
-        )
-    jaxpr = without_custom_vjp(closed.jaxpr)
-    sites = Sites(jaxpr, [True] * len(values), shape)
-    if sites.uncovered:
+def _check_covered(uncovered: set[int], params: Any, tokens: tuple[int, ...]) -> None:
+    if uncovered:
         paths = [p for p, x in jax.tree.leaves_with_path(params) if is_floating(x)]
-        names = ", ".join(path_name(paths[i]) or "params" for i in sorted(sites.uncovered))
+        names = ", ".join(path_name(paths[i]) or "params" for i in sorted(uncovered))
         raise ValueError(
-            f"parameters must act linearly on activations {list(shape)} + [...], but {names} are "
+            f"parameters must act linearly on activations {list(tokens)} + [...], but {names} are "
             "used in another way too; name them in exact"
         )
-
-    def evaluate(values, noises):
-        (losses_BT,), taps = sites.evaluate(closed.consts, values, noises)
-        return losses_BT, taps
-
-    return evaluate, sites.sites
 
 
 def _errors(losses_with, sites, sigma, key, num_draws, discount, num_tokens):

@@ -8,14 +8,25 @@ that site's error, and no noise of its own.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
+import jax.numpy as jnp
 
-from zo_jax.jaxprs import CALLS, bind, body_of, consts_of, open_jaxpr, scan_sizes
+from zo_jax.jaxprs import (
+    CALLS,
+    bind,
+    body_of,
+    consts_of,
+    open_jaxpr,
+    scan_sizes,
+    without_custom_vjp,
+)
+from zo_jax.trees import is_floating
 
 # Results of these are linear in each operand, or in the one that is made of parameters.
 _LINEAR = frozenset(
@@ -63,6 +74,7 @@ class Sites:
     Attributes:
       sites: in the order of evaluation.
       uncovered: leaves with a use that is no site.
+      tokens: (B, T).
     """
 
     def __init__(self, jaxpr: core.Jaxpr, is_param: Sequence[bool], tokens: tuple[int, int]):
@@ -73,7 +85,7 @@ class Sites:
           is_param: for each input whether it is a parameter.
           tokens: (B, T).
         """
-        self._jaxpr, self._tokens = jaxpr, tokens
+        self._jaxpr, self.tokens = jaxpr, tokens
         self.sites: list[Site] = []
         self.uncovered: set[int] = set()
         # Of an equation, by the indices of it and of those that it stands in: "site", "tap" (at
@@ -140,7 +152,7 @@ class Sites:
             name in ("mul", "dot_general") and sum(bool(x.leaves) for x in operands) > 1
         )
         shape = aval.shape  # pyright: ignore
-        if is_linear and is_data and shape[:2] == self._tokens and len(shape) > 2:
+        if is_linear and is_data and shape[:2] == self.tokens and len(shape) > 2:
             shared = next((x.site for x in operands if x.site is not None), None)
             if name in _SUMS and shared is not None and self._fits(shared, shape, loops):
                 self._actions[path], site = "tap", shared
@@ -228,3 +240,39 @@ class Sites:
             unroll=params["unroll"],
         )
         return [*carry, *ys], list(zip(paths, values, strict=True))
+
+
+def trace_tokens(
+    losses_of: Callable[..., Any], params: Any, batch: tuple[Any, ...]
+) -> tuple[Callable[..., Any], Sites]:
+    """((floating leaves, noises) -> (losses [B, T], taps), the sites) of `losses_of(params,
+    *batch)`.
+
+    Raises:
+      ValueError: it does not return the floating losses of tokens [B, T].
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    fixed = [None if is_floating(leaf) else leaf for leaf in leaves]
+
+    def run(values):
+        values = iter(values)
+        own = [next(values) if x is None else x for x in fixed]
+        return losses_of(jax.tree.unflatten(treedef, own), *batch)
+
+    values = [leaf for leaf in leaves if is_floating(leaf)]
+    closed, out = jax.make_jaxpr(run, return_shape=True)(values)
+    shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", None)
+    if dtype is None or shape is None or len(shape) != 2 or not jnp.issubdtype(dtype, jnp.floating):
+        got = type(out).__name__ if shape is None else f"shape {shape} and dtype {dtype}"
+        raise ValueError(
+            f"token_loss_fn must return the floating loss of every token [B, T], got {got}; leave "
+            "out the mean"
+        )
+    jaxpr = without_custom_vjp(closed.jaxpr)
+    sites = Sites(jaxpr, [True] * len(values), shape)
+
+    def evaluate(values, noises):
+        (losses_BT,), taps = sites.evaluate(closed.consts, values, noises)
+        return losses_BT, taps
+
+    return evaluate, sites

@@ -548,6 +548,68 @@ def test_dizo_is_the_formula_and_replays():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), replayed, end)
 
 
+@pytest.mark.parametrize("input_axis", [-2, -1])
+def test_agzo_moves_in_the_span_of_its_inputs(input_axis):
+    """Two steps from the formula; the second matrix is a stack in a loop."""
+    rng = np.random.default_rng(4)
+    flip = (lambda w: w) if input_axis == -2 else (lambda w: np.swapaxes(w, -1, -2).copy())
+    start = {"stack": flip(rng.normal(size=(2, 6, 6))), "w": flip(rng.normal(size=(6, 5)))}
+    start = jax.tree.map(np.float32, start) | {"b": np.zeros(6, np.float32)}
+    # Inputs with a leading direction that power iterations find in float32.
+    x = (rng.normal(size=(2, 4, 6)) * [5, 1, 1, 1, 0.5, 0.5]).astype(np.float32)
+    product = lambda h, w: h @ (w if input_axis == -2 else w.swapaxes(-1, -2))
+
+    def token_losses(params, x):
+        layer = lambda h, w: (jnp.tanh(product(h, w) + params["b"][None, None]), None)
+        h, _ = jax.lax.scan(layer, x, params["stack"])
+        return jnp.mean((product(h, params["w"]) - 0.3) ** 2, axis=-1)
+
+    def loss_and_inputs(theta):
+        b, stack, w = theta
+        inputs, h = [], np.float64(x)
+        for layer in stack:
+            inputs.append(h)
+            h = np.tanh(product(h, layer) + b)
+        return np.mean((product(h, w) - 0.3) ** 2), [*inputs, h]
+
+    method = methods.Agzo(est(), rank=2, num_iterations=60, input_axis=input_axis)
+    tx = method.transformation(KEY)
+    state, params = tx.init(start), start
+    update = jax.jit(
+        lambda state, params: tx.update(None, state, params, value_fn=token_losses, batch=(x,))
+    )
+    theta = [np.float64(start[k]) for k in ("b", "stack", "w")]
+    for t in range(2):
+        _, inputs = loss_and_inputs(theta)
+        flat = [h.reshape(-1, 6) for h in inputs]
+        # Where A is a basis of the right span, which one decides what R means: the one that was
+        # found is taken.
+        updates, state = update(state, params)
+        found = [np.float64(a) for a in state.memory if a is not None]
+        A = [*found[0], found[1]]
+        for a, h in zip(A, flat, strict=True):
+            top = np.linalg.eigh(h.T @ h)[1][:, -2:]
+            np.testing.assert_allclose(a @ a.T, top @ top.T, atol=2e-3)
+        keys = jax.random.split(Step(jax.random.key_data(KEY), jnp.int32(t)).key, 3)
+        like = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((6,), (2, 6, 2), (5, 2))]
+        gradient = [0 * p for p in theta]
+        for key in keys:
+            b, r_stack, r = (np.float64(z) for z in zo_jax.gaussian().direction(like, key))
+            of = (lambda a, r: a @ r.T) if input_axis == -2 else (lambda a, r: r @ a.T)
+            z = [b, np.stack([of(a, q) for a, q in zip(A, r_stack, strict=False)]), of(A[2], r)]
+            ends = [loss_and_inputs(plus(theta, s * 0.02, z))[0] for s in (1, -1)]
+            c = (ends[0] - ends[1]) / 0.04
+            gradient = [g + c * d / 3 for g, d in zip(gradient, z, strict=True)]
+        for name, g in zip(("b", "stack", "w"), gradient, strict=True):
+            np.testing.assert_allclose(updates[name], g, rtol=2e-3, atol=2e-3 * np.abs(g).max())
+        params = jax.tree.map(lambda p, u: p - RATE * u, params, updates)
+        theta = [np.float64(params[k]) for k in ("b", "stack", "w")]
+    with pytest.raises(ValueError, match="Agzo depends on its data: pass value_fn"):
+        tx.update(None, state, params, numbers=state.numbers)
+    plain = methods.Agzo(est(), is_matrix=lambda path, leaf: path == "w")
+    assert [a is None for a in plain.init(start)] == [True, True, False]
+
+
 def test_addax_mixes_the_estimate_and_the_gradient():
     tx = methods.addax(KEY, alpha=0.3, estimator=est())
     updates, state = jax.jit(

@@ -1,6 +1,7 @@
 """The methods of the field, each a file: its formula, what it costs, and where it comes from."""
 
 from zo_jax.methods.addax import addax
+from zo_jax.methods.agzo import Agzo
 from zo_jax.methods.conmezo import ConMezo
 from zo_jax.methods.dizo import DizoState, dizo
 from zo_jax.methods.es import EvolutionStrategy, eggroll, evolution_strategy
@@ -19,6 +20,7 @@ from zo_jax.methods.tezo import Tezo
 from zo_jax.methods.zo_muon import ZoMuon
 
 __all__ = [
+    "Agzo",
     "ConMezo",
     "CurvatureSpsa",
     "DizoState",

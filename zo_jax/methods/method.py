@@ -8,7 +8,7 @@ numbers are handed in.
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +99,9 @@ class Method:
 
     estimator: Estimator = Estimator()
 
+    # Whether a step can be taken again from its numbers, without data.
+    replays: ClassVar[bool] = True
+
     def __post_init__(self):
         if self.estimator.has_aux:
             raise ValueError(
@@ -137,6 +140,13 @@ class Method:
             epsilon = epsilon(step.count)
         family = self.family(params, memory, step)
         return dataclasses.replace(self.estimator, epsilon=epsilon, perturbation=family)
+
+    def prepare(
+        self, loss_fn: Callable[..., Any], params: Any, memory: Any, step: Step, *batch: Any
+    ) -> Any:
+        """The memory that a step's passes begin with, where the data decides it."""
+        del loss_fn, params, step, batch
+        return memory
 
     def project(
         self,
@@ -203,15 +213,19 @@ class Method:
                     f"{self._name} evaluates the loss of perturbed parameters: pass both to update,"
                     " as tx.update(None, state, params, value_fn=lambda params: loss)"
                 )
+            if numbers is not None and not self.replays:
+                raise ValueError(
+                    f"a step of {self._name} depends on its data: pass value_fn and the batch, not "
+                    "numbers"
+                )
             params, step = as_arrays(params), Step(state.key, state.count)
-            loss = state.loss
+            loss, memory = state.loss, state.memory
             if numbers is None:
                 assert value_fn is not None
-                loss, numbers = self.project(
-                    value_fn, params, state.memory, step, *batch, **extra_args
-                )
+                memory = self.prepare(value_fn, params, memory, step, *batch)
+                loss, numbers = self.project(value_fn, params, memory, step, *batch, **extra_args)
             numbers = jnp.asarray(numbers, jnp.float32)
-            new, memory = self.combine(params, state.memory, step, numbers)
+            new, memory = self.combine(params, memory, step, numbers)
             return new, MethodState(
                 key=state.key,
                 count=jnp.asarray(optax.safe_increment(state.count)),
