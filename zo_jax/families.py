@@ -96,18 +96,17 @@ class Factors(Entries):
 
     def prepare(self, leaves, starts, words_n, weights_n):
         # A product would draw the signs of both factors for each of its entries.
-        def make_factors(leaf):
-            return lambda start: self._factors(leaf, cut(words_n, start, self.words_shape(leaf)))
-
-        of_shape: dict[Any, Callable[..., Any]] = {}
-        for leaf in leaves:
-            of_shape.setdefault(leaf.shape, jax.jit(make_factors(leaf)))
         placed = list(zip(leaves, starts, strict=True))
-        make = lambda: [of_shape[leaf.shape](start) for leaf, start in placed]
+
+        def make():
+            signs_n = noise.signs(words_n, 32 * words_n.shape[-1])
+            of_leaf = lambda leaf, start: cut(signs_n, start, self.words_shape(leaf), 32)
+            return [of_leaf(leaf, start) for leaf, start in placed]
+
         return noise.made_once(make, jnp.any(weights_n != 0))
 
     def total_of(self, leaf, prepared, weights_n):
-        u, v = prepared
+        u, v = self._split(leaf, prepared)
         return self._sum(leaf, u, v, weights_n)
 
     def _sum(self, leaf, u, v, weights_n):
@@ -123,9 +122,12 @@ class Factors(Entries):
         return jnp.sum(inner(u) * inner(v), axis=(2, 3, 4)) / self.rank
 
     def _factors(self, leaf, words):
+        return self._split(leaf, noise.signs(words, self.rank * sum(leaf.shape[-2:])))
+
+    def _split(self, leaf, both):
         """u float32 [..., A, r] and v float32 [..., B, r], from one row of signs [(A + B) r]."""
         a, b = leaf.shape[-2:]
-        both = noise.signs(words, (a + b) * self.rank)
+        both = both[..., : (a + b) * self.rank]
         both = self._everywhere(both.reshape(*both.shape[:-1], a + b, self.rank))
         return self._everywhere(both[..., :a, :]), self._everywhere(both[..., a:, :])
 
@@ -180,8 +182,8 @@ class _LowRank(WordFamily):
     rank: int
     is_matrix: Callable[[str, Any], bool] | None = None
 
-    # The sum is one matrix product over the directions.
-    _directions_at_once: ClassVar[int] = 64
+    # The sum is one matrix product over the directions, whose factors exist together.
+    _directions_at_once: ClassVar[int] = 16
 
     def entries(self, params):
         factors, signs = Factors(self.rank, self.layout), Signs()
