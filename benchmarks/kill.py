@@ -58,7 +58,7 @@ CASES = {
     for mode, optimizer in itertools.product(MODES, OPTIMIZERS)
 } | {
     "zo-adam-2": ("train.snapshot_delta=0.05", 2),
-    "fo-adam-2": ("mode=fo mesh.query=1 mesh.data=2", 2),
+    "fo-adam-2": ("mode=fo mesh.data=2", 2),
 }
 # Seconds after which the death of one process must have ended the other.
 LIMIT = 30
