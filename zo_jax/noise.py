@@ -123,23 +123,28 @@ def table(
     return place(jnp.where(index & 1, x1, x0))
 
 
+def _eight_rounds(i: jax.Array, state: Any) -> Any:
+    """Of Threefry, a turn of the loop that makes words.
+
+    XLA would fuse words that come out of no loop into each of their uses, and draw them 32 times
+    over for their 32 signs; JAX's own primitive loops over four rounds, and takes twice as long. A
+    function of the module: drawn eagerly, a loop over one that is new each time is traced each
+    time.
+    """
+    x0, x1, (a, b, c) = state
+    count = jnp.uint32(2) * i.astype(jnp.uint32) + jnp.uint32(1)
+    x0, x1 = _mix(x0 + a, x1 + b + count, _ROTATIONS[1])
+    x0, x1 = _mix(x0 + b, x1 + c + count + jnp.uint32(1), _ROTATIONS[0])
+    return x0, x1, (c, a, b)
+
+
 def _blocks(key: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The two words of each block of a key's stream: `_threefry2x32` of the counter (0, index)."""
     k0, k1 = key[0], key[1]
     x0, x1 = _mix(jnp.broadcast_to(k0, index.shape), index + k1, _ROTATIONS[0])
 
-    # Eight rounds a turn. XLA would fuse words that come out of no loop into each of their uses,
-    # and draw them 32 times over for their 32 signs; JAX's own primitive loops over four rounds,
-    # and takes twice as long.
-    def eight_rounds(i, state):
-        x0, x1, (a, b, c) = state
-        count = jnp.uint32(2) * i.astype(jnp.uint32) + jnp.uint32(1)
-        x0, x1 = _mix(x0 + a, x1 + b + count, _ROTATIONS[1])
-        x0, x1 = _mix(x0 + b, x1 + c + count + jnp.uint32(1), _ROTATIONS[0])
-        return x0, x1, (c, a, b)
-
     schedule = (k1, k0 ^ k1 ^ jnp.uint32(_PARITY), k0)
-    x0, x1, (a, b, _) = lax.fori_loop(0, 2, eight_rounds, (x0, x1, schedule))
+    x0, x1, (a, b, _) = lax.fori_loop(0, 2, _eight_rounds, (x0, x1, schedule))
     return x0 + a, x1 + b + jnp.uint32(5)
 
 
