@@ -235,7 +235,7 @@ def test_every_mode_on_a_mesh(config, mode):
         model, read = setup(config, layout)
         state = steps.init_state(config, model, layout)
         step_on = steps.make_train_step(config, model, layout)
-        for step in range(2):
+        for step in range(config.fo.bp_interval or 1):
             state, info, _ = step_on(state, step, *read(step))
         results.append(jax.tree.map(np.asarray, (state.params, info.loss)))
     apart = [
