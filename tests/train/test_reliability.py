@@ -367,11 +367,11 @@ def test_hybrid_runs_go_on_from_between(tiny_config, tmp_path, text, mode, capsy
     train_and_evaluate(tiny_config, folder)
     assert "from the seed, replaying steps 1 to 5" in capsys.readouterr().out
     assert_same_run(folder, whole, tiny_config, 12)
-    tiny_config.train.num_steps = 7
+    tiny_config.train.num_steps = 9
     train_and_evaluate(tiny_config, tmp_path / "part")
     tiny_config.train.num_steps = 12
     assert train_and_evaluate(tiny_config, tmp_path / "part") == result
-    assert "continuing from the checkpoint of step 7" in capsys.readouterr().out
+    assert "continuing from the checkpoint of step 9" in capsys.readouterr().out
     assert_same_run(tmp_path / "part", whole, tiny_config, 12)
 
 
