@@ -1,5 +1,6 @@
 """Settings that hold for every test; they must be made before jax and datasets are imported."""
 
+import gc
 from importlib import metadata
 import os
 from pathlib import Path
@@ -25,6 +26,9 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Nearly all that a collection of garbage looks at are programs that JAX keeps; what they leave
+# goes with the tests of a file.
+gc.set_threshold(100_000, 50, 100)
 
 
 # What takes longest begins first, so that the workers end together.
@@ -62,3 +66,4 @@ def forget_programs():
     """Compiled programs go with the tests of a file: all of them together take gigabytes."""
     yield
     jax.clear_caches()
+    gc.collect()

@@ -27,6 +27,7 @@ def loss_fn(params, x_BT):
     return jnp.mean(jax.nn.logsumexp(h_BTC @ params["head"], axis=-1) ** 2)
 
 
+LOSS, GRADIENT = jax.jit(loss_fn), jax.jit(jax.grad(loss_fn, allow_int=True))
 last_two = lambda path, leaf: {"head": True, "layers": [1, 2]}.get(path, False)
 RULES = {
     "head": ("^head$", {"head": ...}),
@@ -74,8 +75,7 @@ def test_equals_jax_grad_above_and_finite_differences_below(rule, options):
     est = jax.jit(lambda p, x: estimator.estimate(loss_fn, p, KEY, x))(PARAMS, x)
     own, rest, put = parts_of(chosen)
 
-    grad = jax.jit(jax.grad(loss_fn, allow_int=True))
-    true = [grad(PARAMS, b) for b in (x if per_query else [x])]
+    true = [GRADIENT(PARAMS, b) for b in (x if per_query else [x])]
     for name, g in own(est.gradient).items():
         mean = np.mean([own(t)[name] for t in true], axis=0)
         np.testing.assert_allclose(g, mean, rtol=2e-4, atol=1e-6)
@@ -85,7 +85,7 @@ def test_equals_jax_grad_above_and_finite_differences_below(rule, options):
     for i, key in enumerate(jax.random.split(KEY, q)):
         z, b = estimator.family.direction(part, key), x[i] if per_query else x
         floating = [k for k in z if k != "steps"]
-        at = lambda s: float(loss_fn(put(PARAMS, {k: part[k] + s * z[k] for k in floating}), b))
+        at = lambda s: float(LOSS(put(PARAMS, {k: part[k] + s * z[k] for k in floating}), b))
         if options.get("difference") == "forward":
             c = (at(epsilon) - at(0)) / epsilon
         else:
@@ -102,7 +102,7 @@ def test_equals_jax_grad_above_and_finite_differences_below(rule, options):
 def test_the_estimate_is_unbiased():
     estimator = zo_jax.Estimator(num_queries=4000, difference="jvp", exact="^head$")
     est = jax.jit(lambda p: estimator.estimate(loss_fn, p, KEY, X))(PARAMS)
-    true = jax.grad(loss_fn, allow_int=True)(PARAMS, X)
+    true = GRADIENT(PARAMS, X)
     rest = ["embedding", "layers"]
     norm2 = sum(float(jnp.sum(true[k] ** 2)) for k in rest)
     for name in rest:

@@ -55,7 +55,7 @@ def assert_close(lazy, formed, tolerance, num_terms=0):
 
 
 @settings(
-    max_examples=int(os.environ.get("ZO_JAX_FUZZ_EXAMPLES", 60)),
+    max_examples=int(os.environ.get("ZO_JAX_FUZZ_EXAMPLES", 40)),
     deadline=None,
     derandomize="ZO_JAX_FUZZ_EXAMPLES" not in os.environ,
     database=None,

@@ -1,5 +1,7 @@
 """bfloat16 inside the loss, or in the parameters: the estimate is that of float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,9 @@ from zo_jax.train.losses import next_token_loss
 from zo_jax.train.model import make_model
 
 
-def estimate(param_dtype, compute_dtype, params, family):
+@functools.cache
+def make(param_dtype, compute_dtype, family):
+    """A model and an estimator of its gradient."""
     config = ModelConfig(
         num_layers=2,
         num_heads=2,
@@ -22,9 +26,7 @@ def estimate(param_dtype, compute_dtype, params, family):
     )
     model = make_model(config, 61)
     tokens = np.random.default_rng(1).integers(0, 61, (4, 17)).astype(np.int32)
-    params = params or model.fresh(jax.random.key(0))
-    params = jax.tree.map(lambda x: x.astype(param_dtype), params)
-    result = jax.jit(
+    estimate = jax.jit(
         lambda p: estimators.estimate_gradient(
             lambda p, t: next_token_loss(model, p, t),
             p,
@@ -34,7 +36,15 @@ def estimate(param_dtype, compute_dtype, params, family):
             epsilon=1e-2,
             perturbation=family,
         )
-    )(params)
+    )
+    return model, estimate
+
+
+def estimate(param_dtype, compute_dtype, params, family):
+    model, estimate_of = make(param_dtype, compute_dtype, family)
+    params = params or model.fresh(jax.random.key(0))
+    params = jax.tree.map(lambda x: x.astype(param_dtype), params)
+    result = estimate_of(params)
     assert result.loss.dtype == result.projections.dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves(result.gradient)} == {jnp.dtype(param_dtype)}
     return params, np.concatenate([np.float64(x).ravel() for x in jax.tree.leaves(result.gradient)])

@@ -22,11 +22,10 @@ def model(request, tmp_path):
     return models.load(tmp_path)
 
 
-def one_after_the_other(m, prompt, num_tokens):
+def one_after_the_other(m, logits, prompt, num_tokens):
     """The likeliest tokens without a cache: all of the text again for each."""
     ids = np.zeros((1, 32), np.int32)
     ids[0, : len(prompt)] = prompt
-    logits = jax.jit(m.logits)
     for n in range(len(prompt), len(prompt) + num_tokens):
         ids[0, n] = np.argmax(logits(m.params, ids)[0, n - 1])
     return ids[0, len(prompt) : len(prompt) + num_tokens].tolist()
@@ -35,8 +34,9 @@ def one_after_the_other(m, prompt, num_tokens):
 def test_batch_with_cache_is_each_prompt_alone_without_one(model):
     # More tokens than a chunk has.
     out = models.generate(model, model.params, PROMPTS, max_tokens=18, stop_tokens=())
+    logits = jax.jit(model.logits)
     for prompt, tokens in zip(PROMPTS, out.tokens, strict=True):
-        assert tokens.tolist() == one_after_the_other(model, prompt, 18)
+        assert tokens.tolist() == one_after_the_other(model, logits, prompt, 18)
     assert out.texts == ["", "", ""] and out.tokens_per_second > 0
 
 

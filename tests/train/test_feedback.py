@@ -373,7 +373,7 @@ def _at(tree, *path):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["feedback", "block_local"])
 def test_runs_resume_bit_exactly_and_say_what_they_are(feedback_config, tmp_path, capsys, mode):
-    feedback_config.mode = mode
+    feedback_config.mode, feedback_config.train.sample_tokens = mode, 0
     whole = train_and_evaluate(feedback_config, tmp_path / "whole")
     said = capsys.readouterr().out
     assert "a biased direction, no zeroth-order estimate" in said

@@ -243,10 +243,10 @@ def train_steps(config, tmp_path, num_steps=5):
     [
         ("sgd", "rademacher", "full"),
         ("adam", "gaussian", "reduced"),
-        ("adamw", "sphere", "full"),
+        ("adamw", "sphere", "reduced"),
         ("muon", "low_rank", "full"),
         ("mudamw", "rademacher", "blocks/0/fc"),
-        ("adam", "rademacher in groups", "full"),
+        ("adam", "rademacher in groups", "reduced"),
     ],
 )
 def test_replay_equals_training_to_the_bit(tiny_config, tmp_path, optimizer, perturbation, scope):

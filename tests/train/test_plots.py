@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -35,8 +36,9 @@ def make_run(tmp_path, tiny_config):
     return make
 
 
-@pytest.mark.parametrize("x", plots.X_LABELS)
-@pytest.mark.parametrize("y", ["eval_loss", "loss", "grad_norm", "current_lr"])
+@pytest.mark.parametrize(
+    "x, y", zip(plots.X_LABELS, itertools.cycle(["eval_loss", "loss", "grad_norm", "current_lr"]))
+)
 def test_one_quantity_against_another(make_run, tmp_path, x, y, capsys):
     out = tmp_path / "picture.svg"
     runs = [str(make_run("one")), str(make_run("two", text="b"))]

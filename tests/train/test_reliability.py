@@ -93,7 +93,7 @@ def text(tmp_path, tiny_config):
 
 @pytest.mark.slow
 def test_killed_at_random_and_equal_all_the_same():
-    command = [sys.executable, str(ROOT / "benchmarks/kill.py"), "--count=3", "--num-steps=120"]
+    command = [sys.executable, str(ROOT / "benchmarks/kill.py"), "--count=2", "--num-steps=120"]
     command += ["--only=calibrate-mudamw"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0 and "equal to the bit" in done.stdout, done
@@ -101,10 +101,10 @@ def test_killed_at_random_and_equal_all_the_same():
 
 @pytest.mark.slow
 def test_damaged_at_random_and_never_silent():
-    command = [sys.executable, str(ROOT / "benchmarks/damage.py"), "--count=15", "--workers=1"]
+    command = [sys.executable, str(ROOT / "benchmarks/damage.py"), "--count=8", "--workers=1"]
     command += ["--mode=zo"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0 and "15 damages, 0 of them" in done.stdout, done
+    assert done.returncode == 0 and "8 damages, 0 of them" in done.stdout, done
 
 
 def assert_stopped_and_saved(folder, process, number):
@@ -356,17 +356,23 @@ def test_corrupt_and_lost_ledgers(tiny_config, tmp_path, text, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["calibrate", "instruct"])
 def test_hybrid_runs_go_on_from_between(tiny_config, tmp_path, text, mode, capsys):
-    tiny_config.mode, tiny_config.fo.bp_interval = mode, 6
-    tiny_config.instruct.adaptive = mode == "instruct"
+    """From the seed, and from a checkpoint with a backprop gradient before it and one after it."""
+    tiny_config.mode, tiny_config.fo.bp_interval, tiny_config.fo.corpus_fraction = mode, 6, 0.5
+    tiny_config.instruct.adaptive, tiny_config.train.num_steps = mode == "instruct", 12
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    train_and_evaluate(tiny_config, whole)
+    result = train_and_evaluate(tiny_config, whole)
     shutil.copytree(whole, folder)
-    shutil.rmtree(folder / "checkpoints/6")
-    shutil.rmtree(folder / "checkpoints/4")
+    shutil.rmtree(folder / "checkpoints")
     capsys.readouterr()
     train_and_evaluate(tiny_config, folder)
     assert "from the seed, replaying steps 1 to 5" in capsys.readouterr().out
-    assert_same_run(folder, whole, tiny_config)
+    assert_same_run(folder, whole, tiny_config, 12)
+    tiny_config.train.num_steps = 9
+    train_and_evaluate(tiny_config, tmp_path / "part")
+    tiny_config.train.num_steps = 12
+    assert train_and_evaluate(tiny_config, tmp_path / "part") == result
+    assert "continuing from the checkpoint of step 9" in capsys.readouterr().out
+    assert_same_run(tmp_path / "part", whole, tiny_config, 12)
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ ADAPTIVE = INSTRUCT | {"instruct.adaptive": True}
 FEEDBACK = {"mode": "feedback", "scope": "full"}
 COSINE = {"optimizer.schedule": "cosine", "optimizer.warmup_steps": 1}
 OF = lambda name: {"optimizer.name": name}
-# A pretrained model and examples, which the fixture `folder` writes.
+# A pretrained model and examples, which the fixture `fine_tunes` writes.
 FINE = {
     **{f"model.{name}": 0 for name in ("num_layers", "num_heads", "width")},
     "model.context_length": 1024,
@@ -348,9 +348,13 @@ def before_and_after(name):
     return configs
 
 
-def write_fine_tunes(folder):
-    """Bases and examples."""
-    folder.mkdir(exist_ok=True)
+@pytest.fixture(scope="module")
+def fine_tunes(tmp_path_factory):
+    """A folder with a text, bases and examples, from which much is read and to which nothing is
+    written.
+    """
+    folder = tmp_path_factory.mktemp("fine_tunes")
+    (folder / "a.txt").write_text(tiny.TEXT)
     for i, name in enumerate("ab"):
         (folder / name).mkdir()
         fine_tune.write_base(folder / name / "base", seed=i)
@@ -368,6 +372,7 @@ def write_fine_tunes(folder):
         rows = [{"sentence": f"{name} {i}", "label": i % 2} for i in range(24)]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "sst2" / f"{name}.jsonl").write_text(text)
+    return folder
 
 
 @pytest.fixture
@@ -456,12 +461,18 @@ def test_it_changes_what_is_read(name, folder):
     assert blocks(before, folder) != blocks(after, folder)
 
 
+# By configuration: most cases begin with the same one.
+FINE_TUNES = {}
+
+
 def fine_tune_of(config):
     """What a configuration makes of a pretrained model and its examples."""
-    try:
-        return _fine_tune_of(config)
-    except RewardFailed as error:
-        return str(error)
+    if repr(config) not in FINE_TUNES:
+        try:
+            FINE_TUNES[repr(config)] = str(_fine_tune_of(config))
+        except RewardFailed as error:
+            FINE_TUNES[repr(config)] = str(error)
+    return FINE_TUNES[repr(config)]
 
 
 def _fine_tune_of(config):
@@ -480,24 +491,23 @@ def _fine_tune_of(config):
 
 
 @pytest.mark.parametrize("name", IN_FINE_TUNES)
-def test_it_changes_the_fine_tune(name, folder):
-    write_fine_tunes(folder)
+def test_it_changes_the_fine_tune(name, fine_tunes, monkeypatch):
+    monkeypatch.chdir(fine_tunes)
+    monkeypatch.setenv("HOME", str(fine_tunes))
     before, after = before_and_after(name)
-    assert str(fine_tune_of(before)) != str(fine_tune_of(after))
+    assert fine_tune_of(before) != fine_tune_of(after)
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
+def outcome(tmp_path_factory, fine_tunes):
     """(name of a run) -> what it leaves in its folder, and says; each run is made once."""
     root = tmp_path_factory.mktemp("runs")
-    (root / "a.txt").write_text(tiny.TEXT)
-    write_fine_tunes(root / "fine")
 
     @functools.cache
     def of(name):
         config, folder = make(RUNS[name]), root / name
         stop = ""
-        with contextlib.chdir(root if config.task.name == "text" else root / "fine"):
+        with contextlib.chdir(fine_tunes):
             try:
                 train_and_evaluate(config, folder)
             except RunStopped as error:

@@ -85,8 +85,8 @@ def test_norm_without_a_pass_over_the_sum(family, q):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["calibrate", "instruct"])  # with the steps of zo, and of fo
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+# Both with the steps of zo.
+@pytest.mark.parametrize("mode, dtype", [("calibrate", "bfloat16"), ("instruct", "float16")])
 def test_half_precision_in_every_mode(tiny_config, mode, dtype):
     tiny_config.mode, tiny_config.scope = mode, "^(wte|ln_f|blocks/0/fc)/"  # one of each kind
     tiny_config.model.param_dtype = tiny_config.model.compute_dtype = dtype
