@@ -16,7 +16,7 @@ SMALL = {
     "00_getting_started": "STEPS = 20",
     "01_your_own_model": "STEPS = 50",
     "02_fine_tune": "NUM_STEPS = 25",
-    "03_rewards": "PRETRAINING_STEPS, STEPS = 20, 2; range = lambda n, of=range: of(min(n, 16))",
+    "03_rewards": "PRETRAINING_STEPS, STEPS = 20, 2",
     "04_replay": "STEPS = 20",
 }
 

@@ -92,9 +92,12 @@ def opaque(numbers: Sequence[int]) -> list[jax.Array]:
 
     Programs that differ in such a number alone are one, which XLA compiles once.
     """
-    count = lambda turn, xs: [x + turn for x in xs]
     before = [jnp.uint32((n - 1) % 2**32) for n in numbers]
-    return lax.fori_loop(np.uint32(0), np.uint32(2), count, before)
+    return lax.fori_loop(np.uint32(0), np.uint32(2), _count, before)
+
+
+def _count(turn: jax.Array, xs: list[jax.Array]) -> list[jax.Array]:
+    return [x + turn for x in xs]
 
 
 def table(
