@@ -58,6 +58,8 @@ def _feedback(**fields: Any) -> Callable[[Config], None]:
     def change(config: Config) -> None:
         for name, value in fields.items():
             setattr(config.feedback, name, value)
+        if config.feedback.attention in ("none", "closed_form"):
+            config.feedback.num_draws = FeedbackConfig().num_draws  # there are none
 
     return change
 
