@@ -176,11 +176,11 @@ class WordFamily(Family):
         return leaves, squared
 
     def _prepared(self, span: Span, own_n: jax.Array, weights_n: jax.Array) -> list[Any]:
-        """What the sum in each leaf of a span is made of; None where leaves are split over
-        devices, and each is summed where it lives.
+        """What the sum in each leaf of a span is made of; None where one is split over devices, and
+        each is summed where it lives.
         """
         prepared: list[Any] = [None] * len(span.leaves)
-        if self.layout is not None:
+        if any(self._words_place(leaf) for leaf in span.leaves):
             return prepared
         for entries in {leaf.entries: None for leaf in span.leaves}:
             mine = [i for i, leaf in enumerate(span.leaves) if leaf.entries == entries]
