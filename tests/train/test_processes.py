@@ -28,11 +28,11 @@ PATIENCE = 600
 STARTED: list[subprocess.Popen] = []
 
 
-def start(folder, num_processes, *fields, own=(), befores=None, env=None):
+def start(folder, num_processes, *fields, own=(), befores=None, env=None, small=SMALL):
     """The processes of one small run, each with one device.
 
     `own` [process: arguments] are what some of them are given besides, `befores` what each is
-    started by, `env` other values of environment variables.
+    started by, `env` other values of environment variables, `small` what makes it quick.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -40,7 +40,7 @@ def start(folder, num_processes, *fields, own=(), befores=None, env=None):
     command = [sys.executable, str(ROOT / "main.py"), f"--config={ROOT / 'tests/train/tiny.py'}"]
     command += [
         f"--workdir={folder}",
-        *(f"--config.{field}" for field in (*SMALL, *LENGTH, *fields)),
+        *(f"--config.{field}" for field in (*small, *LENGTH, *fields)),
     ]
     if num_processes > 1:
         command += ["--distributed", f"--coordinator=localhost:{port}"]
@@ -290,7 +290,7 @@ def test_each_process_scores_what_its_members_write(tmp_path):
     fine_tune.write_examples(tmp_path / "examples.jsonl")
     begin = lambda folder, n, *fields: start(
         tmp_path / folder, n, "train.num_steps=4", "train.eval_interval=2", *fields,
-        own={i: [f"--config={file}"] for i in range(n)},
+        own={i: [f"--config={file}"] for i in range(n)}, small=(),
     )  # fmt: skip
     one, two = begin("one", 1), begin("two", 2)
     for processes in (one, two):
