@@ -118,6 +118,12 @@ def _head_alone(config: Config) -> None:
     config.mode, config.zo, config.scope = "fo", ZOConfig(), "^(ln_f|head)/"
 
 
+def _head_alone_as_long(config: Config) -> None:
+    passes = config.train.num_steps * passes_of_a_step(config)
+    _head_alone(config)
+    config.train.num_steps = passes // passes_of_a_step(config)
+
+
 METHODS = {
     "feedback": Method(
         "feedback, draws on the weights of attention (the default run)", _feedback()
@@ -137,6 +143,9 @@ METHODS = {
     "config_zo": Method("configs/zo.py: directions, and the head in closed form", _config_zo()),
     "config_zo_head": Method(
         "its control: the head alone, the rest frozen", _config_zo(_head_alone)
+    ),
+    "config_zo_head_passes": Method(
+        "its control: the head alone for as many passes", _config_zo(_head_alone_as_long)
     ),
     "config_zo_plain": Method(
         "its control: directions of all parameters for all of it", _config_zo(_plainly)
