@@ -19,8 +19,8 @@ import numpy as np
 
 import zo_jax
 from zo_jax import noise
-from zo_jax.families import Signs
 from zo_jax.guided import largest_coordinates
+from zo_jax.kinds import Signs
 from zo_jax.perturbed import outer
 
 ROWS, WIDTH, QUERIES = 50257, 280, 8

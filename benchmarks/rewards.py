@@ -36,7 +36,7 @@ from zo_jax.train.export import load_run
 from zo_jax.train.rewards import brackets, chain_sum
 from zo_jax.train.run import train_and_evaluate
 from zo_jax.train.subject import load_sources, make_subject
-from zo_jax.train.tasks.populations import Prompts, RewardTask
+from zo_jax.train.tasks.reward import Prompts, RewardTask
 from zo_jax.train.validation import resolve, validate
 
 

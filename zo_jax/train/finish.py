@@ -14,8 +14,8 @@ from zo_jax.train.run_folder import checkpoint, metrics
 from zo_jax.train.run_folder.folder import Workdir
 from zo_jax.train.steps import RunState, base_key, init_state, kept_part
 from zo_jax.train.subject import Subject
-from zo_jax.train.tasks.populations import RewardTask
 from zo_jax.train.tasks.prompted import PromptedTask
+from zo_jax.train.tasks.reward import RewardTask
 from zo_jax.train.tools import plots
 
 

@@ -10,10 +10,11 @@ from zo_jax.train.data.tokenization import ModelTokenizer, Tokenizer
 from zo_jax.train.model import make_model
 from zo_jax.train.pretrained import Pretrained, open_pretrained
 from zo_jax.train.rewards.pool import Reward
+from zo_jax.train.tasks.accuracy import AccuracyTask
 from zo_jax.train.tasks.example import Examples
 from zo_jax.train.tasks.load import load_examples
-from zo_jax.train.tasks.populations import AccuracyTask, RewardTask
 from zo_jax.train.tasks.prompted import PromptedTask
+from zo_jax.train.tasks.reward import RewardTask
 from zo_jax.train.tasks.task import Task
 from zo_jax.train.tasks.text import TextTask
 

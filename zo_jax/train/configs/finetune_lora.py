@@ -24,14 +24,18 @@ def get_config(model: str = "") -> Config:
         mode="zo",
         scope="lora",
         model=ModelConfig(path=model),
-        lora=LoraConfig(rank=8, alpha=16.0),
+        # Of the last block's last product alone: all that lies before it is evaluated once a step,
+        # and a query costs next to nothing.
+        lora=LoraConfig(rank=1, alpha=16.0, targets=r"(/down_proj|mlp/c_proj)$", num_layers=1),
         task=TaskConfig(
             name="file",
             template="{text} It was",
             labels='{"0": " terrible", "1": " great"}',
             max_tokens=64,
         ),
-        zo=ZOConfig(num_queries=1, epsilon=1e-2),
-        optimizer=OptimizerConfig(name="sgd", learning_rate=1e-2),
-        train=TrainConfig(num_steps=1000, batch_size=16, eval_interval=250),
+        zo=ZOConfig(num_queries=128, epsilon=1e-2, parallel_batch_size=16),
+        optimizer=OptimizerConfig(
+            name="adam", learning_rate=3e-3, schedule="cosine", warmup_steps=20
+        ),
+        train=TrainConfig(num_steps=500, batch_size=16, eval_interval=125),
     )
