@@ -8,7 +8,13 @@ import pytest
 
 from zo_jax.mudamw import mudamw, orthogonalize
 from zo_jax.train.config import OptimizerConfig
-from zo_jax.train.optimizers import make_optimizer, matrices, scale_part
+from zo_jax.train.optimizers import (
+    make_optimizer,
+    make_optimizer_in_turns,
+    make_schedule,
+    matrices,
+    scale_part,
+)
 from zo_jax.trees import ALL, Subset
 
 SHAPES = {
@@ -158,3 +164,31 @@ def test_a_part_has_a_rate_of_its_own():
     np.testing.assert_array_equal(updates["head"], -np.ones(3))
     np.testing.assert_array_equal(updates["stack"][:, 0], [-0.25, -1, -0.25])
     np.testing.assert_array_equal(updates["wte"], -0.25 * np.ones((2, 2)))
+
+
+def test_two_kinds_of_steps_have_moments_and_rates_of_their_own():
+    config = OptimizerConfig(
+        name="adam", learning_rate=0.1, schedule="cosine", warmup_steps=0, min_learning_rate=0.01
+    )
+    interval, rate, num_steps = 3, 5.0, 9
+    of_estimate, of_gradient = (
+        make_optimizer_in_turns(config, num_steps, interval, rate, kind) for kind in (False, True)
+    )
+    whole = make_schedule(config, num_steps)
+    rng = np.random.default_rng(0)
+    gradients = rng.normal(size=(num_steps, 4)).astype(np.float32)
+    gradients[np.arange(num_steps) % interval != 2] *= 1e3  # estimates are long
+    params = jnp.zeros(4)
+    state = of_estimate.init(params)
+    # Each kind alone, by a plain Adam at the rates of the steps at which it comes.
+    alone = {kind: optax.scale_by_adam() for kind in (False, True)}
+    states = {kind: tx.init(params) for kind, tx in alone.items()}
+    for step, gradient in enumerate(gradients):
+        kind = step % interval == interval - 1
+        tx = of_gradient if kind else of_estimate
+        updates, state = tx.update(jnp.asarray(gradient), state, params)
+        direction, states[kind] = alone[kind].update(jnp.asarray(gradient), states[kind])
+        # Estimates are spread evenly over the run, to less than a step.
+        at = step if kind else (step - step // interval) * interval / (interval - 1)
+        expected = -(rate if kind else 1.0) * whole(jnp.float32(at)) * direction
+        np.testing.assert_allclose(updates, expected, rtol=1e-5)

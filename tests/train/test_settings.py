@@ -123,6 +123,7 @@ IN_PROGRAMS = {
     "zo.relative_rate": Case(0.3, {"zo.exact": "^ln_f/"}),
     "zo.groups": Case("layers"),
     "fo.gradient_accumulation_steps": Case(2, BACKPROP),
+    "fo.relative_rate": Case(3.0, INSTRUCT, {"fo.relative_rate": 1.0}),
     "instruct.method": Case("gram_schmidt", INSTRUCT),
     "instruct.cosine_target": Case(0.5, INSTRUCT),
     "instruct.noise_scale": Case(0.7, INSTRUCT),

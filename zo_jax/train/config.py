@@ -425,6 +425,13 @@ class FOConfig:
     bp_interval: int = setting(
         0, "steps from one backprop gradient to the next", allowed=_COUNT_OR_NONE, only_if=_HYBRID
     )
+    relative_rate: float = setting(
+        0.0,
+        "steps of backprop have moments of their own and so many times the learning rate (0: one "
+        "optimiser for both kinds of steps, whose second moments are those of the estimates)",
+        allowed=_NOT_NEGATIVE,
+        only_if=_HYBRID,
+    )
     batch_size: int = setting(
         0,
         "blocks of a backprop batch (0: as train.batch_size)",

@@ -238,6 +238,8 @@ def describe(
             f"{config.objective.shaping}; {train.batch_size} prompts for all members"
         )
     every = f"every {config.fo.bp_interval} steps"
+    if config.fo.relative_rate:
+        every += f", with moments of its own and {config.fo.relative_rate:g} times the rate,"
     guided = config.instruct.num_guided or zo.num_queries
     how = {
         "feedback": _describe_feedback(config, batch),

@@ -1,7 +1,7 @@
 """Optimisers and learning rates by name: optax's, and MuDaMW."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,18 @@ from zo_jax.anchor import anchor
 from zo_jax.mudamw import matrices, mudamw
 from zo_jax.train.config import OptimizerConfig
 from zo_jax.trees import Subset
+
+
+class Turns(NamedTuple):
+    """States of the optimisers of two kinds of steps.
+
+    Attributes:
+      estimates: of steps along directions.
+      gradients: of steps along backprop gradients.
+    """
+
+    estimates: Any
+    gradients: Any
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> Callable[[Any], Any]:
@@ -47,12 +59,53 @@ def make_optimizer(
       num_steps: of the run.
       scaled: what is made of its updates, as `scale_part`.
     """
-    optimizer = _make_optimizer(config, num_steps)
+    schedule = make_schedule(config, num_steps)
+    optimizer = _make_optimizer(config, schedule)
     if scaled:
         optimizer = optax.chain(optimizer, scaled)
+    return _anchored(optimizer, config, schedule)
+
+
+def make_optimizer_in_turns(
+    config: OptimizerConfig, num_steps: int, interval: int, rate: float, is_gradient: bool
+) -> optax.GradientTransformation:
+    """Of a run in which every `interval`-th step is along a gradient, the others along estimates:
+    the optimiser of one kind of steps.
+
+    Both kinds have moments of their own. Estimates are √(d / q) times as long as the gradient, so
+    that in moments of both kinds a gradient would hardly count.
+
+    Args:
+      config: a validated configuration.
+      num_steps: of the run, of both kinds.
+      interval: from one gradient to the next.
+      rate: learning rate of steps along gradients, over that of estimates.
+      is_gradient: which kind; a step of one leaves the other's state as it is.
+    """
+    whole = make_schedule(config, num_steps)
+    # Each optimiser counts its own steps.
+    of_estimates = _make_optimizer(config, lambda n: whole(n * interval / max(1, interval - 1)))
+    of_gradients = _make_optimizer(config, lambda n: rate * whole((n + 1) * interval - 1))
+
+    def init(params: Any) -> Turns:
+        return Turns(of_estimates.init(params), of_gradients.init(params))
+
+    def update(gradient: Any, state: Turns, params: Any = None) -> tuple[Any, Turns]:
+        if is_gradient:
+            updates, own = of_gradients.update(gradient, state.gradients, params)
+            return updates, state._replace(gradients=own)
+        updates, own = of_estimates.update(gradient, state.estimates, params)
+        return updates, state._replace(estimates=own)
+
+    return _anchored(optax.GradientTransformation(init, update), config, whole)
+
+
+def _anchored(
+    optimizer: optax.GradientTransformation, config: OptimizerConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
     if not config.anchor:
         return optimizer
-    return optax.chain(optimizer, anchor(config.anchor, make_schedule(config, num_steps)))
+    return optax.chain(optimizer, anchor(config.anchor, schedule))
 
 
 def scale_part(part: Subset, factor: float) -> optax.GradientTransformation:
@@ -68,8 +121,9 @@ def scale_part(part: Subset, factor: float) -> optax.GradientTransformation:
     return optax.stateless(scale)
 
 
-def _make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    schedule = make_schedule(config, num_steps)
+def _make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
     moments: dict[str, Any] = dict(b1=config.b1, b2=config.b2, eps=config.eps)
     decay: dict[str, Any] = dict(weight_decay=config.weight_decay, mask=matrices)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from zo_jax import families, methods
 from zo_jax.anchor import distance
@@ -23,7 +24,12 @@ from zo_jax.methods import weights_of
 from zo_jax.train import feedback, hybrid
 from zo_jax.train.config import KEPT, QUERY_MODES, Config, method_of
 from zo_jax.train.losses import next_token_loss
-from zo_jax.train.optimizers import make_optimizer, make_schedule, scale_part
+from zo_jax.train.optimizers import (
+    make_optimizer,
+    make_optimizer_in_turns,
+    make_schedule,
+    scale_part,
+)
 from zo_jax.train.scopes import make_exact, make_scope
 from zo_jax.trees import ALL, WHOLE, Subset
 from zo_jax.update import TrainState, Update, UpdateMetrics
@@ -150,20 +156,36 @@ def count_trained(config: Config, model: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(trained))
 
 
-def make_rules(config: Config, model: Any, layout: Layout | None = None) -> Update:
-    """The optimisation that the configuration names."""
-    scaled = None
-    if config.zo.relative_rate != 1 and (exact := exact_of(config, model)):
-        trained = jax.eval_shape(scope_of(config, model).select, model.shapes())
-        scaled = scale_part(exact.rest(trained), config.zo.relative_rate)
+def make_rules(
+    config: Config, model: Any, layout: Layout | None = None, is_gradient: bool = False
+) -> Update:
+    """The optimisation that the configuration names, of steps along estimates or along backprop
+    gradients.
+    """
     return Update(
-        make_optimizer(config.optimizer, config.train.num_steps, scaled),
+        _make_optimizer(config, model, is_gradient),
         subset=scope_of(config, model),
         clip_norm=config.instruct.grad_clip_norm,
         rounding=config.optimizer.rounding,
         layout=layout,
         weights=weights_of(method_of(config)),
     )
+
+
+def _make_optimizer(config: Config, model: Any, is_gradient: bool) -> optax.GradientTransformation:
+    num_steps, scaled = config.train.num_steps, None
+    if config.fo.relative_rate:
+        return make_optimizer_in_turns(
+            config.optimizer,
+            num_steps,
+            config.fo.bp_interval,
+            config.fo.relative_rate,
+            is_gradient,
+        )
+    if config.zo.relative_rate != 1 and (exact := exact_of(config, model)):
+        trained = jax.eval_shape(scope_of(config, model).select, model.shapes())
+        scaled = scale_part(exact.rest(trained), config.zo.relative_rate)
+    return make_optimizer(config.optimizer, num_steps, scaled)
 
 
 def init_state(config: Config, model: Any, layout: Layout | None = None) -> RunState:
@@ -316,7 +338,7 @@ def make_fo_step(
     config: Config, model: Any, layout: Layout | None = None, loss_fn: Loss | None = None
 ) -> Callable[..., tuple[RunState, StepMetrics]]:
     """The jitted backprop step: (state, batch) -> (state, metrics), the state donated."""
-    rules = make_rules(config, model, layout)
+    rules = make_rules(config, model, layout, is_gradient=True)
     tell = _make_tell(config, rules.subset)
     loss_and_grad = _make_loss_and_grad(config, make_loss(model, rules.subset, loss_fn), rules)
 
@@ -353,7 +375,7 @@ def make_guided_step(
     """The jitted step of mode instruct with a backprop gradient: (state, key, batch, fo_batch) ->
     (state, metrics).
     """
-    rules = make_rules(config, model, layout)
+    rules = make_rules(config, model, layout, is_gradient=True)
     tell = _make_tell(config, rules.subset)
     loss = make_loss(model, rules.subset, loss_fn)
     loss_and_grad = _make_loss_and_grad(config, loss, rules)

@@ -1,0 +1,148 @@
+"""What backprop gradients between estimates bring: modes calibrate and instruct beside zeroth order
+alone and beside their backprop steps alone.
+
+  python benchmarks/hybrids.py                    the table of docs/modes.md, ten minutes on a core
+  python benchmarks/hybrids.py --intervals=10 --methods=zo,calibrate --seeds=0
+
+The character GPT of configs/calibrate.py, Adam with cosine decay. Every method has the same steps,
+of which every interval-th has a backprop gradient; "nothing between" has these steps and no others.
+Rates of every row are the best of its grid by the first seed's validation loss. Seconds are those
+of the steps, without compilation and evaluation.
+"""
+
+import argparse
+from collections.abc import Callable
+import itertools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from zo_jax.train import experiment, steps
+from zo_jax.train.config import Config, FOConfig, InstructConfig, ZOConfig
+from zo_jax.train.data.batches import read_batches
+from zo_jax.train.data.corpus import load_corpus
+from zo_jax.train.evaluate import choose_blocks, make_evaluate
+from zo_jax.train.model import make_model
+from zo_jax.train.validation import resolve, validate
+
+HEADER = "| method | interval | rate | of backprop steps | seconds | validation loss | seeds |"
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RELATIVE_RATES = (1.0, 3.0, 10.0, 30.0)
+
+
+class Method(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+      label: what it is.
+      mode: of the program.
+      relative_rates: of steps of backprop, that are tried; 0 is one optimiser for both.
+      rates: learning rates that are tried.
+    """
+
+    label: str
+    mode: str
+    relative_rates: tuple[float, ...] = (0.0,)
+    rates: tuple[float, ...] = RATES
+
+
+METHODS = {
+    "zo": Method("zeroth order alone", "zo"),
+    "between": Method("the backprop steps alone, nothing between", "fo", rates=(*RATES, 0.1)),
+    "calibrate_one": Method("calibrate, one optimiser", "calibrate"),
+    "instruct_one": Method("instruct, one optimiser", "instruct"),
+    "calibrate": Method("calibrate, moments and rates of their own", "calibrate", RELATIVE_RATES),
+    "instruct": Method("instruct, moments and rates of their own", "instruct", RELATIVE_RATES),
+}
+
+
+def make_config(method: Method, interval: int, rate: float, relative: float, num_steps: int):
+    config = experiment.load("calibrate" if method.mode != "instruct" else "instruct")
+    config.mode = method.mode
+    config.zo.num_queries = 16
+    config.optimizer.learning_rate, config.optimizer.min_learning_rate = rate, 0.02 * rate
+    config.train.num_steps = num_steps
+    config.fo = FOConfig(bp_interval=interval, relative_rate=relative)
+    if method.mode in ("zo", "fo"):
+        config.fo = FOConfig()
+    if method.mode == "fo":
+        config.zo, config.train.num_steps = ZOConfig(), num_steps // interval
+    if method.mode != "instruct":
+        config.instruct = InstructConfig()
+    validate(config)
+    return config
+
+
+class Runner:
+    """Runs on one corpus and model."""
+
+    def __init__(self):
+        config = experiment.load("calibrate")
+        self.corpus = load_corpus(config.data)
+        self.model = make_model(config.model, self.corpus.tokenizer.vocab_size)
+        self.evaluate = make_evaluate(self.model)
+        self.held_out = choose_blocks(self.corpus.validation_NT, 256)
+
+    def programs(self, config: Config) -> Callable[[int], tuple[float, float]]:
+        """(seed) -> (validation loss, seconds); seeds share the programs."""
+        config = resolve(config, len(self.corpus.train_NT))
+        take = steps.make_train_step(config, self.model)
+
+        def run(seed: int, num_steps: int = config.train.num_steps) -> tuple[float, float]:
+            config.seed = seed
+            state: Any = steps.init_state(config, self.model)
+            start = time.perf_counter()
+            for step in range(num_steps):
+                state, *_ = take(state, step, *read_batches(config, self.corpus.train_NT, step))
+            jax.block_until_ready(state)
+            seconds = time.perf_counter() - start
+            return float(self.evaluate(state.params, self.held_out)), seconds
+
+        # Compiles both kinds of steps.
+        run(0, min(config.train.num_steps, max(1, config.fo.bp_interval)))
+        return run
+
+
+def tell(name: str, interval: int, num_steps: int, seeds: list[int], runner: Runner) -> str:
+    method = METHODS[name]
+    settings = list(itertools.product(method.rates, method.relative_rates))
+    tried: dict[tuple[float, float], tuple[float, float]] = {}
+    for rate, relative in settings:
+        run = runner.programs(make_config(method, interval, rate, relative, num_steps))
+        tried[rate, relative] = run(seeds[0])
+    best = min(settings, key=lambda x: np.nan_to_num(tried[x][0], nan=np.inf))
+    run = runner.programs(make_config(method, interval, *best, num_steps))
+    found = [tried[best], *(run(seed) for seed in seeds[1:])]
+    losses = [loss for loss, _ in found]
+    spread = f" ± {np.std(losses, ddof=1):.3f}" if len(losses) > 1 else ""
+    rate, relative = best
+    edge = " (edge)" if rate in (method.rates[0], method.rates[-1]) else ""
+    return (
+        f"| {method.label} | {interval if method.mode != 'zo' else ''} | {rate:g}{edge} | "
+        f"{f'{relative:g} x' if relative else ''} | {np.mean([s for _, s in found]):.1f} | "
+        f"{np.mean(losses):.3f}{spread} | {len(losses)} |"
+    )
+
+
+def main() -> None:
+    split = lambda kind: lambda text: [kind(part) for part in text.split(",")]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--methods", type=split(str), default=list(METHODS))
+    parser.add_argument("--intervals", type=split(int), default=[10, 50])
+    parser.add_argument("--seeds", type=split(int), default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=500)
+    args = parser.parse_args()
+    if unknown := set(args.methods) - set(METHODS):
+        parser.error(f"--methods must be of {', '.join(METHODS)}; got {', '.join(unknown)}")
+    runner = Runner()
+    print(f"{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}", flush=True)
+    for i, interval in enumerate(args.intervals):
+        for name in args.methods:
+            if name != "zo" or i == 0:
+                print(tell(name, interval, args.steps, args.seeds, runner), flush=True)
+
+
+if __name__ == "__main__":
+    main()
