@@ -30,7 +30,7 @@ import optax
 
 import zo_jax
 from zo_jax.models.model import open_files
-from zo_jax.train import experiment, steps
+from zo_jax.train import choices, experiment, steps
 from zo_jax.train.config import Config
 from zo_jax.train.evaluate import choose_blocks
 from zo_jax.train.optimizers import make_optimizer, make_schedule
@@ -138,7 +138,7 @@ def from_config(config: Config, held_out: Callable[[Any], Sequence[Any]]) -> Cas
     validate(config)
     sources = load_sources(config)
     subject = make_subject(resolve(config, sources.num_examples), sources)
-    task, scope = subject.task, steps.scope_of(config, subject.model)
+    task, scope = subject.task, choices.scope_of(config, subject.model)
     params = steps.init_state(config, subject.model).params
     return Case(
         loss_fn=steps.make_loss(subject.model, scope, task.loss)(params),
@@ -159,7 +159,7 @@ def _settings(config: Config) -> dict[str, Any]:
     else:
         schedule = make_schedule(unit, config.train.num_steps)
     return dict(
-        estimator=steps.make_estimator(config),
+        estimator=choices.make_estimator(config),
         optimizer=lambda rate: make_optimizer(
             dataclasses.replace(constant, learning_rate=rate), config.train.num_steps
         ),

@@ -29,7 +29,7 @@ import optax
 
 import zo_jax
 from zo_jax import models
-from zo_jax.train import steps
+from zo_jax.train import choices, steps
 from zo_jax.train.config import Config
 from zo_jax.train.experiment import load
 from zo_jax.train.export import load_run
@@ -103,7 +103,7 @@ def by_search(config: Config, path: Path) -> dict[str, Any]:
     config = resolve(config, sources.num_examples)
     model, task, *_ = make_subject(config, sources)
     assert isinstance(task, RewardTask) and task.test
-    scope, step_key = steps.scope_of(config, model), steps.make_step_key(config, None)
+    scope, step_key = choices.scope_of(config, model), steps.make_step_key(config, None)
     params, score = steps.init_state(config, model).params, task.make_score(None)
     take = jax.jit(
         lambda params, key, i: scope.merge(

@@ -14,7 +14,7 @@ import tiny
 import zo_jax
 from zo_jax import families, rounding
 from zo_jax.layout import Layout
-from zo_jax.train import steps
+from zo_jax.train import choices, steps
 from zo_jax.train.config import ConfigError, ObjectiveConfig
 from zo_jax.train.data import batches
 from zo_jax.train.evolve import make_population_step
@@ -184,7 +184,7 @@ def test_directions_do_not_depend_on_the_mesh(config, name, shape):
     layout = layout_of(*shape)
     config.scope = FEW
     model, _ = setup(config)
-    params = steps.scope_of(config, model).select(fresh(model))
+    params = choices.scope_of(config, model).select(fresh(model))
     keys, weights = jax.random.split(jax.random.key(5), 3), jnp.array([1.0, -2.0, 0.5])
     family = families.by_name(name)
     alone = jax.jit(lambda p: family.combine(p, keys, weights))(params)

@@ -15,7 +15,7 @@ import pytest
 import zo_jax
 from zo_jax import ledger
 from zo_jax.replay import arguments, check_replayable, replay
-from zo_jax.train import steps
+from zo_jax.train import choices, steps
 from zo_jax.train.config import Config, ConfigError, from_dict
 from zo_jax.train.data import batches
 from zo_jax.train.data.corpus import load_corpus
@@ -258,7 +258,7 @@ def test_replay_equals_training_to_the_bit(tiny_config, tmp_path, optimizer, per
     start, end, there = train_steps(tiny_config, tmp_path)
     model = make_model(tiny_config.model, there.header["vocab_size"])
     optimizer = make_optimizer(tiny_config.optimizer, 6)
-    subset = steps.scope_of(tiny_config, model)
+    subset = choices.scope_of(tiny_config, model)
     half = replay(start, there, optimizer, subset=subset, to_step=2)
     assert jax.tree.structure(half) == jax.tree.structure(end.train)
     for from_there in (start, half):
@@ -274,7 +274,7 @@ def test_replay_equals_numpy(tiny_config, tmp_path):
     params = jax.tree.map(lambda x: x.astype(np.float64), start)
     direction = jax.jit(zo_jax.rademacher().direction)
     for i, record in enumerate(there.records):
-        key = jax.random.fold_in(steps.base_key(tiny_config), i)
+        key = jax.random.fold_in(choices.base_key(tiny_config), i)
         assert record["key"].tolist() == jax.random.key_data(key).tolist()
         for k, c in zip(jax.random.split(key, 3), record["projections"], strict=True):
             z = direction(start, k)

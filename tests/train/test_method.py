@@ -7,7 +7,7 @@ import pytest
 
 from zo_jax import ledger, methods
 from zo_jax.replay import replay
-from zo_jax.train import steps
+from zo_jax.train import choices, steps
 from zo_jax.train.config import KEPT, ConfigError
 from zo_jax.train.data import batches
 from zo_jax.train.data.corpus import load_corpus
@@ -41,8 +41,8 @@ def test_fzoo_steps_are_those_of_the_library_and_replay(tiny_config, tmp_path):
     end = jax.tree.map(np.array, state.params)
     writer.close()
 
-    method = methods.Fzoo(steps.make_estimator(config))
-    transformation = method.transformation(steps.base_key(config))
+    method = methods.Fzoo(choices.make_estimator(config))
+    transformation = method.transformation(choices.base_key(config))
     loss = lambda params, tokens: next_token_loss(model, params, tokens)
     updates, _ = jax.jit(
         lambda p: transformation.update(
@@ -75,8 +75,8 @@ def test_steps_along_kept_directions_are_those_of_the_library(tiny_config):
         tokens, _ = batches.read_batches(config, corpus.train_NT, step)
         state, _, record = train_step(state, step, tokens, None)
 
-    method = methods.Lozo(steps.make_estimator(config), rank=2, period=1)
-    transformation = method.transformation(steps.base_key(config))
+    method = methods.Lozo(choices.make_estimator(config), rank=2, period=1)
+    transformation = method.transformation(choices.base_key(config))
     loss = lambda params, tokens: next_token_loss(model, params, tokens)
 
     @jax.jit
@@ -94,11 +94,11 @@ def test_steps_along_kept_directions_are_those_of_the_library(tiny_config):
 def test_factors_are_kept_for_a_period(tiny_config, name):
     tiny_config.zo.perturbation, tiny_config.zo.rank, tiny_config.zo.period = name, 2, 3
     params = {"w": jnp.ones((4, 3))}
-    kept = lambda step: jax.tree.leaves(steps.kept_directions(tiny_config, params, step))
+    kept = lambda step: jax.tree.leaves(choices.kept_directions(tiny_config, params, step))
     same = lambda a, b: all(map(np.array_equal, kept(a), kept(b)))
     assert same(0, 2) and same(3, 5) and same(2, 3) == (name == "tezo")
     kinds = {"lozo": methods.Lozo, "subzero": methods.SubZero, "tezo": methods.Tezo}
-    assert type(steps.kept_directions(tiny_config, params, 0)) is type(
+    assert type(choices.kept_directions(tiny_config, params, 0)) is type(
         kinds[name](rank=2).family(params, (), methods.Step(jnp.zeros(2, jnp.uint32), 0))
     )
 

@@ -7,7 +7,7 @@ import pytest
 
 from zo_jax.guided import instruct_directions
 from zo_jax.interpreter import record_formed
-from zo_jax.train import hybrid, steps
+from zo_jax.train import choices, hybrid, steps
 from zo_jax.train.config import ConfigError, InstructConfig, blocks_per_step
 from zo_jax.train.data import batches
 from zo_jax.train.data.corpus import load_corpus
@@ -80,19 +80,19 @@ def test_guided_step_equals_numpy(tiny_config, method, num_guided):
     tokens, fo_tokens = batches.read_batches(config, corpus.train_NT, 0)
     whole = jax.tree.map(np.array, state.params)
     new, info = steps.make_guided_step(config, model)(
-        state, jax.random.fold_in(steps.base_key(config), 0), tokens, fo_tokens
+        state, jax.random.fold_in(choices.base_key(config), 0), tokens, fo_tokens
     )
 
-    scope = steps.scope_of(config, model)
+    scope = choices.scope_of(config, model)
     start = scope.select(whole)
     loss = jax.jit(lambda part: next_token_loss(model, scope.merge(whole, part), tokens))
     g_tree = scope.select(gradient(model, whole, fo_tokens))
     g = flat(g_tree)
-    key, k = jax.random.fold_in(steps.base_key(config), 0), num_guided or q
+    key, k = jax.random.fold_in(choices.base_key(config), 0), num_guided or q
     make = lambda g, key: instruct_directions(g, key, k, 0.6, 0.5, method)
     made = jax.jit(make)(g_tree, jax.random.fold_in(key, 0))
     z = [flat(jax.tree.map(lambda x: x[i], made)) for i in range(k)]
-    family = steps.make_estimator(config).family
+    family = choices.make_estimator(config).family
     z += (
         [
             flat(jax.jit(family.direction)(start, r))
@@ -158,8 +158,10 @@ def test_cosine_target_one_without_noise_is_backprop(tiny_config, method):
     config, model, corpus, state = setup(tiny_config)
     tokens, fo_tokens = batches.read_batches(config, corpus.train_NT, 0)
     start = jax.tree.map(np.array, state.params)
-    new, _ = steps.make_guided_step(config, model)(state, steps.base_key(config), tokens, fo_tokens)
-    select = steps.scope_of(config, model).select
+    new, _ = steps.make_guided_step(config, model)(
+        state, choices.base_key(config), tokens, fo_tokens
+    )
+    select = choices.scope_of(config, model).select
     g = flat(select(gradient(model, start, fo_tokens)))
     moved = flat(select(start)) - flat(select(new.params))
     assert moved @ g / np.linalg.norm(moved) / np.linalg.norm(g) >= 0.999
@@ -176,7 +178,7 @@ def test_a_zero_gradient_guides_nothing(tiny_config):
     tokens, fo_tokens = batches.read_batches(config, corpus.train_NT, 0)
     before = flat(state.params)
     new, info = steps.make_guided_step(config, model)(
-        state, steps.base_key(config), tokens, fo_tokens
+        state, choices.base_key(config), tokens, fo_tokens
     )
     assert info.grad_norm == 0 and new.train.num_skipped == 0
     np.testing.assert_array_equal(flat(new.params), before)
@@ -212,7 +214,7 @@ def test_scopes_train_nothing_else(tiny_config, mode, scope):
     tiny_config.fo.bp_interval = 2 if mode == "instruct" else 0
     config, model, _, state = setup(tiny_config)
     start = jax.tree.map(np.array, state.params)
-    trained_shapes = jax.tree.map(jnp.shape, steps.scope_of(config, model).select(start))
+    trained_shapes = jax.tree.map(jnp.shape, choices.scope_of(config, model).select(start))
     after, _ = run(tiny_config, 2)
     for path, old in jax.tree.leaves_with_path(start):
         names = [p.key for p in path]
@@ -299,7 +301,7 @@ def test_a_stack_in_part_is_perturbed_layer_by_layer(tiny_config, perturbation, 
     tiny_config.zo.epsilon = 1e-2
     config, model, corpus, state = setup(tiny_config)
     tokens, _ = batches.read_batches(config, corpus.train_NT, 0)
-    scope, key = steps.scope_of(config, model), jax.random.key(0)
+    scope, key = choices.scope_of(config, model), jax.random.key(0)
     with record_formed() as formed:
         _, c = steps.make_project(config, model)(state.params, key, tokens)
     # No operation but those on one layer forms anything: the stacks are neither formed nor copied
@@ -307,7 +309,7 @@ def test_a_stack_in_part_is_perturbed_layer_by_layer(tiny_config, perturbation, 
     assert not [f for f in formed if f.primitive in ("scatter", "scan")]
     trained = scope.select(state.params)
     loss = jax.jit(lambda t: next_token_loss(model, scope.merge(state.params, t), tokens))
-    family = steps.make_estimator(config).family
+    family = choices.make_estimator(config).family
     z = [flat(jax.jit(family.direction)(trained, k)) for k in jax.random.split(key, 3)]
     if difference == "central":
         expected = central(loss, trained, z, 1e-2)
@@ -331,7 +333,7 @@ def test_exact_step_equals_backprop_of_the_head_and_directions_for_the_rest(tiny
 
     rest = {k: v for k, v in start.items() if k not in ("head", "ln_f")}
     loss = jax.jit(lambda rest: next_token_loss(model, {**start, **rest}, tokens))
-    direction = jax.jit(steps.make_estimator(config).family.direction)
+    direction = jax.jit(choices.make_estimator(config).family.direction)
     z = [flat(direction(rest, k)) for k in jax.random.split(key, 3)]
     c = central(loss, rest, z, 1e-2)
     estimate = sum(ci * zi for ci, zi in zip(c, z, strict=True)) / 3

@@ -16,7 +16,7 @@ import pytest
 import zo_jax
 from zo_jax import ledger, models
 from zo_jax.models import population
-from zo_jax.train import steps
+from zo_jax.train import choices, steps
 from zo_jax.train.config import Config, ConfigError, LoraConfig, ObjectiveConfig
 from zo_jax.train.data.sources import DataError
 from zo_jax.train.evolve import make_population_step
@@ -108,7 +108,7 @@ def test_a_step_is_that_of_members_that_write_alone(folder, scope):
         config.lora, config.zo.epsilon = LoraConfig(), 0.02
     config, (model, task, *_) = subject_of(config)
     state = steps.init_state(config, model)
-    subset = steps.scope_of(config, model)
+    subset = choices.scope_of(config, model)
     key = steps.make_step_key(config, None)(0)
     batch = task.batches(0)[0]
     es, trained = task.strategy, subset.select(state.params)
@@ -309,12 +309,12 @@ def test_accuracy_is_climbed(folder, tmp_path, answers):
     assert np.all((scores >= 0) & (scores <= 1)) and len(scores) == 6
     if not answers:
         assert scores.shape == (6,) and np.std(scores) > 0
-        es, subset = task.strategy, steps.scope_of(config, model)
+        es, subset = task.strategy, choices.scope_of(config, model)
         trained = subset.select(state.params)
         for i in (0, 3):
             params = subset.merge(state.params, es.member(trained, es.ask(key), i))
-            _, choices = task._losses_and_choices(params, batch)
-            assert np.isclose(scores[i], np.mean(choices == batch.right))
+            _, chosen = task._losses_and_choices(params, batch)
+            assert np.isclose(scores[i], np.mean(chosen == batch.right))
 
 
 def test_brackets():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from zo_jax.train import steps
+from zo_jax.train import choices, steps
 from zo_jax.train.config import ConfigError
 from zo_jax.train.data import batches
 from zo_jax.train.data.corpus import load_corpus
@@ -57,10 +57,10 @@ def test_zo_step_equals_numpy(tiny_config, perturbation, difference):
     tiny_config.optimizer.name = "sgd"
     model, state, batch = setup(tiny_config)
     tokens, start = batch(0), copy(state.params)
-    key = jax.random.fold_in(steps.base_key(tiny_config), 0)
+    key = jax.random.fold_in(choices.base_key(tiny_config), 0)
     new, info, _ = steps.make_train_step(tiny_config, model)(state, 0, tokens, None)
 
-    direction = jax.jit(steps.make_estimator(tiny_config).family.direction)
+    direction = jax.jit(choices.make_estimator(tiny_config).family.direction)
     loss = jax.jit(lambda params: next_token_loss(model, params, tokens))
     gradient = jax.tree.map(np.zeros_like, start)
     for query_key in jax.random.split(key, 3):
@@ -97,7 +97,7 @@ def test_compiled_once(tiny_config, per_query):
     model, state, batch = setup(tiny_config)
     project, update = steps.make_project(tiny_config, model), steps.make_update(tiny_config, model)
     for step in range(3):
-        key = jax.random.fold_in(steps.base_key(tiny_config), step)
+        key = jax.random.fold_in(choices.base_key(tiny_config), step)
         donated = state.params
         state, _ = update(state, key, *project(state.params, key, batch(step)))
     assert project._cache_size() == update._cache_size() == 1
@@ -116,7 +116,7 @@ def test_fo_compiled_once(tiny_config):
 def test_step_without_a_finite_loss_changes_nothing_but_is_counted(tiny_config):
     model, state, _ = setup(tiny_config)
     update = steps.make_update(tiny_config, model)
-    key = steps.base_key(tiny_config)
+    key = choices.base_key(tiny_config)
     state, _ = update(state, key, jnp.float32(1), jnp.ones(3))  # so that Adam has momentum
     before = copy((state.params, state.train.opt_state))
     state, info = update(state, key, jnp.float32(jnp.nan), jnp.full(3, jnp.nan))

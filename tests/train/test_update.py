@@ -5,7 +5,7 @@ import pytest
 
 from zo_jax import families, rounding
 from zo_jax.fingerprint import fingerprint
-from zo_jax.train import steps
+from zo_jax.train import choices, steps
 from zo_jax.train.config import ConfigError
 from zo_jax.train.data import batches
 from zo_jax.train.model import make_model
@@ -141,7 +141,7 @@ def test_chunks_of_a_batch_change_no_projection_and_save_memory(tiny_config):
         model = make_model(tiny_config.model, corpus.tokenizer.vocab_size)
         state = steps.init_state(tiny_config, model)
         tokens, _ = batches.read_batches(tiny_config, corpus.train_NT, 0)
-        args = state.params, steps.base_key(tiny_config), tokens
+        args = state.params, choices.base_key(tiny_config), tokens
         project = steps.make_project(tiny_config, model)
         results.append(project(*args))
         needs.append(project.lower(*args).compile().memory_analysis().temp_size_in_bytes)

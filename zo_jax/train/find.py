@@ -11,11 +11,12 @@ from zo_jax import lines
 from zo_jax.layout import Layout
 from zo_jax.probe import probe
 from zo_jax.train import processes
+from zo_jax.train.choices import base_key, make_estimator, scope_of
 from zo_jax.train.config import Config
 from zo_jax.train.optimizers import make_optimizer, make_schedule
 from zo_jax.train.run_folder.folder import Workdir
 from zo_jax.train.settings import replace_value, walk
-from zo_jax.train.steps import base_key, make_estimator, make_loss, scope_of
+from zo_jax.train.steps import make_loss
 from zo_jax.train.subject import Subject
 from zo_jax.update import Update
 

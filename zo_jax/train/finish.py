@@ -9,10 +9,11 @@ from zo_jax.atomic import write_atomic
 from zo_jax.layout import Layout
 from zo_jax.models import lora
 from zo_jax.train import describe, evaluate, processes, summary
+from zo_jax.train.choices import base_key
 from zo_jax.train.config import Config
 from zo_jax.train.run_folder import checkpoint, metrics
 from zo_jax.train.run_folder.folder import Workdir
-from zo_jax.train.steps import RunState, base_key, init_state, kept_part
+from zo_jax.train.steps import RunState, init_state, kept_part
 from zo_jax.train.subject import Subject
 from zo_jax.train.tasks.prompted import PromptedTask
 from zo_jax.train.tasks.reward import RewardTask

@@ -10,6 +10,7 @@ import jax
 import zo_jax
 from zo_jax.layout import Layout
 from zo_jax.train import describe, limits, processes
+from zo_jax.train.choices import count_trained
 from zo_jax.train.config import GRADIENT_MODES, Config, ConfigError, MeshConfig
 from zo_jax.train.data.sources import DataError
 from zo_jax.train.export import as_tokenizer
@@ -24,7 +25,6 @@ from zo_jax.train.run_folder.rescue import rescue
 from zo_jax.train.run_folder.resume import open_run
 from zo_jax.train.settings import walk
 from zo_jax.train.signals import CannotWrite, RunStopped
-from zo_jax.train.steps import count_trained
 from zo_jax.train.subject import Sources, Subject, load_sources, make_subject
 from zo_jax.train.tasks import spread
 from zo_jax.train.validation import check_mesh, resolve, validate

@@ -12,25 +12,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from zo_jax import families, methods
 from zo_jax.anchor import distance
 from zo_jax.estimators import Estimator
-from zo_jax.family import Family
-from zo_jax.grouped import grouped
 from zo_jax.layout import Layout
-from zo_jax.methods import weights_of
 from zo_jax.train import feedback, hybrid
-from zo_jax.train.config import KEPT, QUERY_MODES, Config, method_of
+from zo_jax.train.choices import (
+    base_key,
+    kept_directions,
+    make_estimator,
+    make_rules,
+    scope_of,
+)
+from zo_jax.train.config import KEPT, QUERY_MODES, Config
 from zo_jax.train.losses import next_token_loss
 from zo_jax.train.optimizers import (
-    make_optimizer,
-    make_optimizer_in_turns,
     make_schedule,
-    scale_part,
 )
-from zo_jax.train.scopes import make_exact, make_scope
 from zo_jax.trees import ALL, WHOLE, Subset
 from zo_jax.update import TrainState, Update, UpdateMetrics
 
@@ -96,96 +94,6 @@ class StepRecord(NamedTuple):
     key: jax.Array
     loss: jax.Array
     projections: jax.Array
-
-
-def make_estimator(config: Config, layout: Layout | None = None, model: Any = None) -> Estimator:
-    """The estimator that the configuration names; without the model, which is asked for it, what
-    is exact is left out.
-    """
-    zo = config.zo
-    # In the place of kept directions, which differ from step to step: see `kept_directions`.
-    name = "gaussian" if zo.perturbation in KEPT else zo.perturbation
-    family = families.by_name(name, zo.rank)
-    if zo.groups != "none":
-        family = grouped(zo.groups, family)
-    return Estimator(
-        num_queries=zo.num_queries,
-        epsilon=zo.epsilon,
-        perturbation=family.on(layout),
-        difference=zo.difference,
-        parallel_batch_size=zo.parallel_batch_size,
-        batch_per_query=zo.batch_per_query,
-        batch_chunks=zo.batch_chunks,
-        mesh=None if layout is None else layout.mesh,
-        exact=exact_of(config, model) if model else None,
-    )
-
-
-def kept_directions(config: Config, trained: Any, step: Any) -> Family:
-    """The directions of a step of LOZO, SubZero or TeZO, whose factors last several steps.
-
-    Args:
-      trained: the parameters that are trained, or their shapes.
-      step: int32, from 0.
-    """
-    zo = config.zo
-    period = {} if zo.perturbation == "tezo" else dict(period=zo.period)
-    kinds = {"lozo": methods.Lozo, "subzero": methods.SubZero, "tezo": methods.Tezo}
-    method = kinds[zo.perturbation](rank=zo.rank, **period)
-    return method.family(trained, (), methods.Step(jax.random.key_data(base_key(config)), step))
-
-
-def exact_of(config: Config, model: Any) -> Subset | None:
-    """The part of what a run trains whose gradient is exact beside its directions."""
-    return make_exact(config.zo.exact, model, scope_of(config, model))
-
-
-def base_key(config: Config) -> jax.Array:
-    """The run's key: threefry whatever JAX's default is, since its noise is the same under vmap."""
-    return jax.random.key(config.seed, impl="threefry2x32")
-
-
-def scope_of(config: Config, model: Any) -> Subset:
-    """The parameters that a run trains."""
-    return make_scope(config.scope, model)
-
-
-def count_trained(config: Config, model: Any) -> int:
-    """The number of parameters that a run trains."""
-    trained = jax.eval_shape(scope_of(config, model).select, model.shapes())
-    return sum(leaf.size for leaf in jax.tree.leaves(trained))
-
-
-def make_rules(
-    config: Config, model: Any, layout: Layout | None = None, is_gradient: bool = False
-) -> Update:
-    """The optimisation that the configuration names, of steps along estimates or along backprop
-    gradients.
-    """
-    return Update(
-        _make_optimizer(config, model, is_gradient),
-        subset=scope_of(config, model),
-        clip_norm=config.instruct.grad_clip_norm,
-        rounding=config.optimizer.rounding,
-        layout=layout,
-        weights=weights_of(method_of(config)),
-    )
-
-
-def _make_optimizer(config: Config, model: Any, is_gradient: bool) -> optax.GradientTransformation:
-    num_steps, scaled = config.train.num_steps, None
-    if config.fo.relative_rate:
-        return make_optimizer_in_turns(
-            config.optimizer,
-            num_steps,
-            config.fo.bp_interval,
-            config.fo.relative_rate,
-            is_gradient,
-        )
-    if config.zo.relative_rate != 1 and (exact := exact_of(config, model)):
-        trained = jax.eval_shape(scope_of(config, model).select, model.shapes())
-        scaled = scale_part(exact.rest(trained), config.zo.relative_rate)
-    return make_optimizer(config.optimizer, num_steps, scaled)
 
 
 def init_state(config: Config, model: Any, layout: Layout | None = None) -> RunState:
