@@ -70,7 +70,7 @@ class Method(NamedTuple):
 
     Attributes:
       label: what it is.
-      passes: of a step, in the mean, forward.
+      passes: of a step, in the mean, forward; or (task) -> them.
       make: (task, key) -> what stands in the place of the gradient.
       rates: with which tuning begins, for each of TASKS.
       optimizer: between it and the learning rate.
@@ -82,7 +82,7 @@ class Method(NamedTuple):
     """
 
     label: str
-    passes: float
+    passes: float | Callable[[Task], float]
     make: Callable[[Task, jax.Array], Any]
     rates: tuple[float, float, float]
     optimizer: Callable[[], Any] = optax.identity
@@ -181,8 +181,14 @@ METHODS = {
     "tezo_m": Method(
         "TeZO-m, r ≤ 24", 2, _of(methods.Tezo, rank=24, decay=0.9), (1e-3, 1e-2, 2e-5)
     ),
-    # Three power iterations, of the products alone but of nearly all of them, forward and back.
-    "agzo": Method("AGZO, r = 1", 3 + 2 * 3, _agzo, (1e-3, 1e-2, 2e-5), loss="token_losses"),
+    "agzo": Method(
+        "AGZO, r = 1",
+        # Three power iterations, forward and back.
+        lambda task: 3 + 2 * 3 * task.share,
+        _agzo,
+        (1e-3, 1e-2, 2e-5),
+        loss="token_losses",
+    ),
     "zo_muon": Method(
         "ZO-Muon, q = 4, r ≤ 64",
         5,
@@ -260,12 +266,15 @@ class Trainer:
     def __init__(self, name: str, task: Task, limit: int = 0):
         """With no more memory than `limit`, if the method is to keep to it."""
         self.method, self.task, self.batch_size = METHODS[name], task, task.batch_size
-        self.transformation = self._make(0)
-        self._compile()
+        self.transformation, self.programs = self._make(0), {}
+        self.memory = self._compile_widest()
         while self.method.at_equal_memory and self.memory > limit and self.batch_size > 1:
             self.batch_size //= 2
-            self._compile()
-        self.passes = self.method.passes * self.batch_size / task.batch_size
+            self.memory = self._compile_widest()
+        for batch in task.shapes(self.batch_size)[:-1]:
+            self._compile(batch)
+        passes = self.method.passes(task) if callable(self.method.passes) else self.method.passes
+        self.passes = passes * self.batch_size / task.batch_size
 
     def init(self, seed: int) -> tuple[Any, Any]:
         """Parameters and state before the first step."""
@@ -306,15 +315,18 @@ class Trainer:
         )
         return optax.apply_updates(params, updates), state
 
-    def _compile(self) -> None:
-        carry = jax.eval_shape(self.init, 0)
-        step, large, self.programs = jax.jit(self._step, donate_argnums=0), None, {}
+    def _compile_widest(self) -> int:
+        return bytes_of(self._compile(self.task.shapes(self.batch_size)[-1]))
+
+    def _compile(self, batch: Any) -> Any:
+        """The step on batches of a shape, one of the programs from now on."""
+        carry, large = jax.eval_shape(self.init, 0), None
         if self.method.reads_large:
             large = self.task.shapes(LARGE * self.batch_size)[-1]
-        for batch in self.task.shapes(self.batch_size):
-            lowered = step.lower(carry, self.task.frozen, np.float32(0), batch, large)
-            self.programs[batch[0].shape] = lowered.compile()
-        self.memory = bytes_of(self.programs[batch[0].shape])
+        step = jax.jit(self._step, donate_argnums=0)
+        lowered = step.lower(carry, self.task.frozen, np.float32(0), batch, large)
+        self.programs[batch[0].shape] = program = lowered.compile()
+        return program
 
 
 def _as_wide(batch: Any, shapes: Any) -> Any:
@@ -452,7 +464,7 @@ class Comparison:
         spent = [row["points"][-1]["seconds"] / row["points"][-1]["passes"] for row in rows]
         cells = [
             label,
-            f"{first['passes_of_a_step']:g}",
+            f"{first['passes_of_a_step']:.3g}",
             f"{first['rate']:.2g}{' (edge)' if first['edge'] else ''}",
             f"{first['relative_memory']:.2f}",
             f"{1000 * np.mean(spent):.1f}",

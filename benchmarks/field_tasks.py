@@ -34,8 +34,8 @@ from zo_jax.train.tasks.prompted import PromptedTask
 from zo_jax.train.validation import resolve
 
 EVAL_BLOCKS = 256
-# Of batches of reviews, so that a method is compiled twice. The second holds every example.
-WIDTHS = (32, 64)
+# Of batches of reviews, each a program of its own; the last holds every example.
+WIDTHS = (24, 32, 40, 48, 64)
 # Reviews evaluated at once.
 EVAL_EXAMPLES = 50
 # All that writes into the residual stream.
@@ -51,6 +51,7 @@ class Task:
       epsilon: of all methods.
       width: the least axis of the matrices that are trained, which bounds ranks.
       input_axis: of matrices, as AGZO has it.
+      share: of the products of a pass, those with matrices that are trained.
     """
 
     frozen: Any = ()
@@ -58,6 +59,7 @@ class Task:
     epsilon: float
     width: int
     input_axis: int
+    share: float = 1.0
 
     def fresh(self, seed: int) -> Any:
         """The parameters that a run trains, as they are in the beginning."""
@@ -171,9 +173,11 @@ class Reviews(Task):
         self.config, self.parts, self.has_factors = base.config, base.parts, has_factors
         self.frozen = {"norm": base.params["norm"], "labels": base.labels}
         self.start = {"layers": base.params["layers"]}
+        self.model = Model(base.config, self.start)
         if has_factors:
             self.frozen |= self.start
-        self.model = Model(base.config, self.start)
+            size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+            self.share = size(self.fresh(0)) / size(self.start)
         self.epsilon = 1e-2 if has_factors else 1e-3
         self.width = LORA_RANK if has_factors else base.config.num_kv_heads * base.config.head_dim
         self._score = jax.jit(self._scores)
@@ -215,12 +219,7 @@ class Reviews(Task):
     def _label_scores(self, frozen, params, x_BTC, checkpoint=False):
         """The logits of the labels after each token, [B, T, K]."""
         layers = (lora.attach(frozen, params) if self.has_factors else params)["layers"]
-        if checkpoint:
-            for i in range(self.config.num_layers):
-                config, layer = cut(self.config, layers, i, i + 1)
-                x_BTC = jax.checkpoint(functools.partial(through, config))(layer, x_BTC)
-        else:
-            x_BTC = through(self.config, layers, x_BTC)
+        x_BTC, _ = decoder.stream(self.config, layers, x_BTC, checkpoint=checkpoint)
         hidden_BTC = rms_norm(x_BTC, frozen["norm"], self.config.norm_epsilon)
         return product(hidden_BTC, frozen["labels"])
 
@@ -271,7 +270,9 @@ def pretrained(num_layers: int, folder: Path) -> Pretrained:
     of = {"train": task.train, "validation": task.validation, "test": task.test}
     if not path.exists():
         below = evaluate_below(whole, params, first)
-        np.savez(path, **{name: below(part.encoded) for name, part in of.items()})
+        unfinished = folder / f"unfinished_{path.name}"
+        np.savez(unfinished, **{name: below(part.encoded) for name, part in of.items()})
+        unfinished.rename(path)
     with np.load(path) as streams:
         for name, part in of.items():
             parts[name] = Part(streams[name], part.encoded.length, part.encoded.right)
@@ -287,11 +288,6 @@ def cut(config: Config, layers: Any, first: int, end: int) -> tuple[Config, Any]
     return config, jax.tree.map(lambda x: x[first:end], layers)
 
 
-def through(config: Config, layers: Any, x_BTC: jax.Array) -> jax.Array:
-    """The residual stream above layers."""
-    return decoder.stream(config, layers, x_BTC)[0]
-
-
 def evaluate_below(config: Config, params: Any, num_layers: int) -> Any:
     """A function of encoded examples: the residual stream [N, T, C] above the first layers, zero
     behind a prompt's batch.
@@ -300,7 +296,7 @@ def evaluate_below(config: Config, params: Any, num_layers: int) -> Any:
 
     @jax.jit
     def stream(table, layers, tokens_BT):
-        return through(config, layers, rows(table, tokens_BT, jnp.float32))
+        return decoder.stream(config, layers, rows(table, tokens_BT, jnp.float32))[0]
 
     def below(encoded: encode.Labelled) -> np.ndarray:
         order = np.argsort(encoded.length, kind="stable")

@@ -98,6 +98,7 @@ def stream(
     x_BTC: jax.Array,
     start_B: jax.Array | None = None,
     cache: Cache | None = None,
+    checkpoint: bool = False,
 ) -> tuple[jax.Array, Cache | None]:
     """The residual stream above the layers, and the cache; the other arguments are those of
     `hidden`.
@@ -107,6 +108,7 @@ def stream(
         many.
       layers: their parameters, stacked.
       x_BTC: the residual stream below them.
+      checkpoint: whether backprop keeps the inputs of a layer alone.
     """
     positions_BT = jnp.arange(x_BTC.shape[1])[None]
     if start_B is not None:
@@ -124,7 +126,8 @@ def stream(
         return (x_BTC + _swiglu(p["mlp"], h_BTC), cache), None
 
     slices = layers, np.asarray(config.windows, np.int32), np.arange(config.num_layers)
-    return lax.scan(layer, (x_BTC, cache), slices)[0]
+    body = jax.checkpoint(layer, prevent_cse=False) if checkpoint else layer
+    return lax.scan(body, (x_BTC, cache), slices)[0]
 
 
 def _queries_keys_values(config, p, h_BTC, cos_sin):
