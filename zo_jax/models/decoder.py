@@ -87,7 +87,30 @@ def hidden(
       start_B: int32, the position of each row's first token; None for 0.
       cache: keys and values of the positions before.
     """
-    positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+    x_BTC = rows(params["embed_tokens"]["weight"], tokens_BT, dtype)
+    x_BTC, cache = stream(config, params["layers"], x_BTC, start_B, cache)
+    return rms_norm(x_BTC, params["norm"], config.norm_epsilon), cache
+
+
+def stream(
+    config: Config,
+    layers: Any,
+    x_BTC: jax.Array,
+    start_B: jax.Array | None = None,
+    cache: Cache | None = None,
+    checkpoint: bool = False,
+) -> tuple[jax.Array, Cache | None]:
+    """The residual stream above the layers, and the cache; the other arguments are those of
+    `hidden`.
+
+    Args:
+      config: of the layers, which may be some of a model's: `num_layers` and `windows` say how
+        many.
+      layers: their parameters, stacked.
+      x_BTC: the residual stream below them.
+      checkpoint: whether backprop keeps the inputs of a layer alone.
+    """
+    positions_BT = jnp.arange(x_BTC.shape[1])[None]
     if start_B is not None:
         positions_BT = positions_BT + start_B[:, None]
     cos_sin = rope.turns(config.rope, config.head_dim, positions_BT)
@@ -102,11 +125,9 @@ def hidden(
         h_BTC = rms_norm(x_BTC, p["post_attention_layernorm"], config.norm_epsilon)
         return (x_BTC + _swiglu(p["mlp"], h_BTC), cache), None
 
-    x_BTC = rows(params["embed_tokens"]["weight"], tokens_BT, dtype)
-    windows = np.asarray(config.windows, np.int32)
-    slices = params["layers"], windows, np.arange(config.num_layers)
-    (x_BTC, cache), _ = lax.scan(layer, (x_BTC, cache), slices)
-    return rms_norm(x_BTC, params["norm"], config.norm_epsilon), cache
+    slices = layers, np.asarray(config.windows, np.int32), np.arange(config.num_layers)
+    body = jax.checkpoint(layer, prevent_cse=False) if checkpoint else layer
+    return lax.scan(body, (x_BTC, cache), slices)[0]
 
 
 def _queries_keys_values(config, p, h_BTC, cos_sin):
