@@ -11,10 +11,10 @@ weights, and need the packages of benchmarks/finetune.py.
 
 A budget is of forward passes of a batch; --passes is that of a run. The learning rate of a method
 is found by --tuning-runs runs of a quarter of it, and falls in a run to a tenth of itself at the
-end of the budget. A run goes on until it has taken the seconds of the plain estimate's too, but to
-twice the passes at most; the tables have both, "at equal passes" and "at equal seconds", by the
-last point of a run within the budget. Seconds are those of the steps, without compilation and
-evaluation.
+end of the budget; for a run that ends above its start it is halved. A run goes on until it has
+taken the seconds of the plain estimate's too, but to twice the passes at most; the tables have
+both, "at equal passes" and "at equal seconds", by the last point of a run within the budget.
+Seconds are CPU seconds of the steps, without compilation and evaluation.
 
 A row is printed as soon as it is known, and its runs are kept in the file --out, where a later call
 finds them.
@@ -46,6 +46,8 @@ from zo_jax.trees import matrices
 # A backprop gradient costs as much as two more passes; with checkpoints one pass is made again.
 PASSES_OF_A_GRADIENT, PASSES_OF_A_CHECKPOINTED = 3, 4
 NUM_POINTS, TUNING_SEED, LAST_RATE = 8, 100, 0.1
+# How often the rate of a run that diverges is halved.
+MOST_HALVINGS = 2
 # A point that is late by so much of a budget of seconds is within it.
 SLACK = 0.02
 # MeZO-SVRG's large batch, in batches, and how often it is read.
@@ -283,7 +285,7 @@ class Trainer:
 
     def take(self, carry: Any, seed: int, first: int, end: int, rate: Any) -> tuple[Any, float]:
         """The carry after the steps from `first` to before `end`, and their seconds."""
-        start, large = time.perf_counter(), None
+        start, large = time.process_time(), None
         for step in range(first, end):
             batch = self.task.batch(seed, step, self.batch_size)
             if self.method.reads_large and (large is None or step % PERIOD == 0):
@@ -292,7 +294,7 @@ class Trainer:
             program = self.programs[batch[0].shape]
             carry = program(carry, self.task.frozen, np.float32(rate(step)), batch, large)
         jax.block_until_ready(carry)
-        return carry, time.perf_counter() - start
+        return carry, time.process_time() - start
 
     def _make(self, seed: int) -> Transformation:
         method, (first, last) = self.method, jax.random.split(jax.random.key(seed))
@@ -440,14 +442,21 @@ class Comparison:
                 trainer = trainer or self._trainer(method)
                 tuned = self._tuned(method, trainer)
                 seconds = 0.0 if method == CONTROL else self.seconds
+                rate, points = tuned["rate"], []
+                # What a quarter of the budget bears, all of it may not.
+                for _ in range(1 + MOST_HALVINGS):
+                    points = run(trainer, seed, rate, self.args.passes, seconds, NUM_POINTS)
+                    if not is_diverged(points):
+                        break
+                    rate /= 2
                 row = self.book.add(
                     *key,
-                    points=run(trainer, seed, tuned["rate"], self.args.passes, seconds, NUM_POINTS),
+                    points=points,
                     memory=trainer.memory,
                     relative_memory=trainer.memory / self.bytes_of_loss,
                     batch=trainer.batch_size,
                     passes_of_a_step=trainer.passes,
-                    rate=tuned["rate"],
+                    rate=rate,
                     edge=len(tuned["tried"]) > 1
                     and tuned["rate"] in (tuned["tried"][0][0], tuned["tried"][-1][0]),
                 )
@@ -465,7 +474,7 @@ class Comparison:
         cells = [
             label,
             f"{first['passes_of_a_step']:.3g}",
-            f"{first['rate']:.2g}{' (edge)' if first['edge'] else ''}",
+            f"{min(row['rate'] for row in rows):.2g}{' (edge)' if first['edge'] else ''}",
             f"{first['relative_memory']:.2f}",
             f"{1000 * np.mean(spent):.1f}",
             *self._values(rows, "passes", budget),
@@ -489,7 +498,7 @@ class Comparison:
         if self.name != "character":
             # Points with a test are those of the best validation accuracy so far.
             values.insert(0, [next(x["test"] for x in one[::-1] if "test" in x) for one in runs])
-        failed = sum(not math.isfinite(x) for x in values[-1])
+        failed = sum(is_diverged(one) for one in runs)
         if failed:
             return [f"diverged, {failed} of {len(rows)}"] * len(values)
         digits = [1, 3][-len(values) :]
@@ -538,6 +547,11 @@ class Comparison:
             best = min(known, key=known.__getitem__)
             row = self.book.add(*key, rate=best, tried=sorted(known.items()))
         return row
+
+
+def is_diverged(points: list[dict[str, float]]) -> bool:
+    """Whether a run ends above its start."""
+    return not points[-1]["loss"] <= points[0]["loss"]
 
 
 def spread(values: list[float], digits: int) -> str:

@@ -24,7 +24,7 @@ import optax
 
 from zo_jax import exact as exactly
 from zo_jax.estimators import typed_key
-from zo_jax.noise import key_words
+from zo_jax.noise import key_words, own_words
 from zo_jax.sites import trace_tokens
 from zo_jax.trees import Rule, Subset, as_arrays, is_floating, loss_of, path_name
 
@@ -165,7 +165,8 @@ def activation_zeroth_order(
 
     def init_fn(params: Any) -> ActivationState:
         del params
-        return ActivationState(words, jnp.zeros((), jnp.int32), jnp.full((), jnp.inf, jnp.float32))
+        loss = jnp.full((), jnp.inf, jnp.float32)
+        return ActivationState(own_words(words), jnp.zeros((), jnp.int32), loss)
 
     def update_fn(updates, state, params=None, *, value_fn=None, batch=(), **extra_args):
         del updates, extra_args

@@ -23,7 +23,7 @@ import optax
 from zo_jax.estimators import Estimator, typed_key
 from zo_jax.families import by_name
 from zo_jax.family import Family
-from zo_jax.noise import key_words
+from zo_jax.noise import key_words, own_words
 from zo_jax.trees import as_arrays
 
 SHAPINGS = ("raw", "zscore", "prompt", "ranks")
@@ -249,9 +249,9 @@ def evolution(
 
     def init_fn(params: Any) -> EvolutionState:
         del params
-        zero = jnp.zeros((), jnp.int32)
+        zero = lambda: jnp.zeros((), jnp.int32)
         scores = jnp.zeros(es.population, jnp.float32)
-        return EvolutionState(words, zero, scores, jnp.zeros(es.num_queries), zero)
+        return EvolutionState(own_words(words), zero(), scores, jnp.zeros(es.num_queries), zero())
 
     def update_fn(
         updates: Any,

@@ -60,6 +60,13 @@ def key_words(key: jax.Array) -> jax.Array:
     return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
 
 
+def own_words(words: jax.Array) -> jax.Array:
+    """A copy of a key's words for a state that may be donated: the key is the caller's, and perhaps
+    in another state too.
+    """
+    return jnp.array(words, copy=True)
+
+
 def stream(key: jax.Array, size: int, first: int = 0, block: Any = None) -> jax.Array:
     """Consecutive words of a key's stream, uint32 [size].
 

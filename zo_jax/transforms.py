@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from zo_jax.estimators import Estimator, make_estimator, takes_options, typed_key
-from zo_jax.noise import key_words
+from zo_jax.noise import key_words, own_words
 
 
 class ZerothOrderState(NamedTuple):
@@ -86,7 +86,7 @@ def zeroth_order(
         dtype = jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32
         started = configured.start(params)
         return ZerothOrderState(
-            key=words,
+            key=own_words(words),
             count=jnp.zeros((), jnp.int32),
             loss=jnp.full((), jnp.inf, dtype),
             projections=jnp.zeros(configured.num_queries, dtype),

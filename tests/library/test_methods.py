@@ -640,3 +640,34 @@ def test_addax_mixes_the_estimate_and_the_gradient():
         wanted = 0.3 * estimate[i] + 0.7 * np.float64(exact[k])
         np.testing.assert_allclose(updates[k], wanted, rtol=1e-3, atol=1e-4)
     assert int(state.count) == 1
+
+
+def test_states_share_no_buffers_and_leave_the_key_alone():
+    """So that they can be donated, together and with the parameters."""
+    params = jax.tree.map(jnp.asarray, START)
+    made = [
+        zo_jax.zeroth_order(KEY),
+        zo_jax.evolution(KEY, population=4),
+        zo_jax.activation_zeroth_order(KEY),
+        methods.dizo(KEY),
+        *(method.transformation(KEY) for method, _ in METHODS.values()),
+        AGZO.transformation(KEY),
+    ]
+    states = [tx.init(params) for tx in made]
+    leaves = [x for x in jax.tree.leaves((KEY, params, states)) if x.size]
+    words = jax.random.key_data
+    leaves = [words(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in leaves]
+    places = [x.unsafe_buffer_pointer() for x in leaves]
+    assert len(set(places)) == len(places)
+
+
+def test_sparse_mezo_trains_what_begins_alike():
+    params = {"up": jnp.zeros((4, 3)), "w": jnp.asarray(START["w"])}
+    tx = methods.SparseMezo(share=0.5).transformation(KEY)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(
+            None, state, params, value_fn=lambda p: jnp.sum((p["up"] - 1) ** 2) + jnp.sum(p["w"])
+        )
+        assert jnp.all(updates["up"] != 0) and 0 < jnp.sum(updates["w"] != 0) < START["w"].size
+        params = optax.apply_updates(params, jax.tree.map(lambda u: -1e-2 * u, updates))

@@ -27,7 +27,7 @@ import optax
 from zo_jax.estimators import typed_key
 from zo_jax.methods.method import Step, require_positive, require_share
 from zo_jax.methods.shaped import add_rounded
-from zo_jax.noise import key_words
+from zo_jax.noise import key_words, own_words
 from zo_jax.trees import as_arrays, is_floating, matrices
 
 
@@ -96,7 +96,8 @@ def dizo(
     def init_fn(params: Any) -> DizoState:
         params = as_arrays(params)
         zero, numbers = jnp.zeros((), jnp.int32), jnp.zeros(num_iterations, jnp.float32)
-        return DizoState(words, zero, jax.tree.map(jnp.copy, params), numbers, _ones(params))
+        start = jax.tree.map(jnp.copy, params)
+        return DizoState(own_words(words), zero, start, numbers, _ones(params))
 
     def update_fn(
         updates: Any,

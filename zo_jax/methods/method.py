@@ -17,7 +17,7 @@ import optax
 
 from zo_jax.estimators import Estimator, mean_weights, typed_key
 from zo_jax.family import Family
-from zo_jax.noise import key_words
+from zo_jax.noise import key_words, own_words
 from zo_jax.trees import as_arrays
 
 # Folded into a run's key for what lasts several steps; counts of steps are smaller.
@@ -192,10 +192,11 @@ class Method:
         words = key_words(typed_key(key))
 
         def init_fn(params: Any) -> MethodState:
-            zero = jnp.zeros((), jnp.int32)
+            zero = lambda: jnp.zeros((), jnp.int32)
             numbers = jnp.zeros(self.num_numbers, jnp.float32)
             memory = self.init(as_arrays(params))
-            return MethodState(words, zero, jnp.float32(jnp.inf), numbers, zero, memory)
+            loss = jnp.full((), jnp.inf, jnp.float32)
+            return MethodState(own_words(words), zero(), loss, numbers, zero(), memory)
 
         def update_fn(
             updates: Any,

@@ -6,8 +6,9 @@ arXiv 2402.15751. With a threshold h of each layer, found once, and z of normal 
     ẑ = [|θ| ≤ h] ∘ z,     g = c ẑ,
 
 the mask being that of the parameters as they are in the step. h is the quantile of |θ| below which
-a given share of the entries is; of a stack of matrices each has its own. Passes a step: 2 q. Memory
-beside the parameters: h, a number a layer; the mask is made where it is used.
+a given share of the entries is; of a stack of matrices each has its own. A leaf whose entries begin
+alike, as zeros, has all of them in the mask (not in the paper). Passes a step: 2 q. Memory beside
+the parameters: h, a number a layer; the mask is made where it is used.
 """
 
 import dataclasses
@@ -120,7 +121,10 @@ class SparseMezo(Method):
                 return None
             size = jnp.abs(x.astype(jnp.float32))
             layer = tuple(range(-min(x.ndim, 2), 0))
-            return jnp.quantile(size, self.share, axis=layer, keepdims=True) if layer else size
+            below = jnp.quantile(size, self.share, axis=layer, keepdims=True) if layer else size
+            # None of a fresh bias or adapter is small: what moved first would be outside for good.
+            is_alike = jnp.min(size) == jnp.max(size)
+            return jnp.where(is_alike, jnp.inf, below)
 
         return [threshold(x) for x in jax.tree.leaves(params)]
 
