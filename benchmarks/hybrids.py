@@ -50,7 +50,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "zo": Method("zeroth order alone", "zo"),
-    "between": Method("the backprop steps alone, nothing between", "fo", rates=(*RATES, 0.1)),
+    "between": Method("the backprop steps alone, nothing between", "fo", rates=(*RATES, 0.1, 0.3)),
     "calibrate_one": Method("calibrate, one optimiser", "calibrate"),
     "instruct_one": Method("instruct, one optimiser", "instruct"),
     "calibrate": Method("calibrate, moments and rates of their own", "calibrate", RELATIVE_RATES),

@@ -38,7 +38,7 @@ def get_config(model: str = "") -> Config:
         objective=ObjectiveConfig(
             name="reward", path=f"{REWARD}:valid", max_new_tokens=10, stop="\n"
         ),
-        zo=ZOConfig(num_queries=16, epsilon=0.03, perturbation="low_rank"),
+        zo=ZOConfig(num_queries=16, epsilon=0.012, perturbation="low_rank"),
         optimizer=OptimizerConfig(
             name="adam",
             learning_rate=3e-3,
@@ -46,5 +46,5 @@ def get_config(model: str = "") -> Config:
             warmup_steps=0,
             min_learning_rate=1e-5,
         ),
-        train=TrainConfig(num_steps=300, batch_size=16, eval_interval=50),
+        train=TrainConfig(num_steps=400, batch_size=32, eval_interval=50),
     )
