@@ -28,8 +28,8 @@ from zo_jax.train.model import make_model
 from zo_jax.train.validation import resolve, validate
 
 HEADER = "| method | interval | rate | of backprop steps | seconds | validation loss | seeds |"
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-RELATIVE_RATES = (1.0, 3.0, 10.0)
+RATES = (3e-3, 1e-2, 3e-2)
+RELATIVE_RATES = (0.1, 0.3, 1.0, 3.0)
 
 
 class Method(NamedTuple):
