@@ -1,7 +1,7 @@
 """What backprop gradients between estimates bring: modes calibrate and instruct beside zeroth order
 alone and beside their backprop steps alone.
 
-  python benchmarks/hybrids.py                    the table of docs/modes.md, ten minutes on a core
+  python benchmarks/hybrids.py                    the table of docs/modes.md, an hour on a core
   python benchmarks/hybrids.py --intervals=10 --methods=zo,calibrate --seeds=0
 
 The character GPT of configs/calibrate.py, Adam with cosine decay. Every method has the same steps,
