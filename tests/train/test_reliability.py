@@ -359,6 +359,8 @@ def test_hybrid_runs_go_on_from_between(tiny_config, tmp_path, text, mode, capsy
     """From the seed, and from a checkpoint with a backprop gradient before it and one after it."""
     tiny_config.mode, tiny_config.fo.bp_interval, tiny_config.fo.corpus_fraction = mode, 6, 0.5
     tiny_config.instruct.adaptive, tiny_config.train.num_steps = mode == "instruct", 12
+    # One kind with an optimiser for both kinds of steps, one with a state for each.
+    tiny_config.fo.relative_rate = 0.5 if mode == "calibrate" else 0.0
     whole, folder = tmp_path / "whole", tmp_path / "run"
     result = train_and_evaluate(tiny_config, whole)
     shutil.copytree(whole, folder)

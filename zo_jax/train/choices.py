@@ -95,14 +95,10 @@ def make_rules(
 
 
 def _make_optimizer(config: Config, model: Any, is_gradient: bool) -> optax.GradientTransformation:
-    num_steps, scaled = config.train.num_steps, None
-    if config.fo.relative_rate:
+    num_steps, fo, scaled = config.train.num_steps, config.fo, None
+    if fo.relative_rate:
         return make_optimizer_in_turns(
-            config.optimizer,
-            num_steps,
-            config.fo.bp_interval,
-            config.fo.relative_rate,
-            is_gradient,
+            config.optimizer, num_steps, fo.bp_interval, fo.relative_rate, is_gradient
         )
     if config.zo.relative_rate != 1 and (exact := exact_of(config, model)):
         trained = jax.eval_shape(scope_of(config, model).select, model.shapes())

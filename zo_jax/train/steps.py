@@ -17,18 +17,10 @@ from zo_jax.anchor import distance
 from zo_jax.estimators import Estimator
 from zo_jax.layout import Layout
 from zo_jax.train import feedback, hybrid
-from zo_jax.train.choices import (
-    base_key,
-    kept_directions,
-    make_estimator,
-    make_rules,
-    scope_of,
-)
+from zo_jax.train.choices import base_key, kept_directions, make_estimator, make_rules, scope_of
 from zo_jax.train.config import KEPT, QUERY_MODES, Config
 from zo_jax.train.losses import next_token_loss
-from zo_jax.train.optimizers import (
-    make_schedule,
-)
+from zo_jax.train.optimizers import make_schedule
 from zo_jax.trees import ALL, WHOLE, Subset
 from zo_jax.update import TrainState, Update, UpdateMetrics
 

@@ -38,10 +38,8 @@ class AccuracyTask(PromptedTask):
             )
         self.measure = "eval_exact_match" if examples.is_written else "eval_accuracy"
         self.strategy = make_strategy(config)
-        self._scope, self._text_loss = (
-            make_scope(config.scope, model),
-            make_text_loss(config, model),
-        )
+        self._scope = make_scope(config.scope, model)
+        self._text_loss = make_text_loss(config, model)
 
     def batches(self, step: int, layout: Layout | None = None) -> tuple[Any, Any]:
         if not self.examples.is_written:
