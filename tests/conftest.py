@@ -1,5 +1,6 @@
 """Settings that hold for every test; they must be made before jax and datasets are imported."""
 
+import ctypes
 import gc
 from importlib import metadata
 import os
@@ -30,6 +31,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # goes with the tests of a file.
 gc.set_threshold(100_000, 50, 100)
 
+# Of a worker, between two tests; two workers and a large test of each are to keep to 4 GB.
+MOST_BYTES = 1_300_000_000
 
 # What takes longest begins first, so that the workers end together.
 LONGEST = (
@@ -61,9 +64,18 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.fixture(autouse=True, scope="module")
+def resident_bytes():
+    """Memory of this process; 0 where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+@pytest.fixture(autouse=True)
 def forget_programs():
-    """Compiled programs go with the tests of a file: all of them together take gigabytes."""
+    """Compiled programs go where they have become many: all of them together take gigabytes."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    if resident_bytes() > MOST_BYTES:
+        jax.clear_caches()
+        gc.collect()
+        # What is free, the allocator keeps; here the system has it back.
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)

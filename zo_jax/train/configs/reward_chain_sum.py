@@ -33,15 +33,16 @@ def get_config(model: str = "") -> Config:
         task=TaskConfig(
             name="file",
             path="sums/chain_sum.jsonl",
-            template="{question} Answer with the number alone.",
-            chat=True,
-            max_tokens=80,
+            template="{question}\nAnswer:",
+            max_tokens=48,
             num_train=1000,
             num_validation=64,
             num_test=200,
         ),
-        objective=ObjectiveConfig(name="reward", path=f"{REWARD}:score", max_new_tokens=8),
-        zo=ZOConfig(num_queries=8, epsilon=0.02, perturbation="low_rank"),
+        objective=ObjectiveConfig(
+            name="reward", path=f"{REWARD}:score", max_new_tokens=4, stop="\n"
+        ),
+        zo=ZOConfig(num_queries=8, epsilon=0.05, perturbation="low_rank"),
         optimizer=OptimizerConfig(name="adam", learning_rate=2e-3),
         train=TrainConfig(num_steps=100, batch_size=8, eval_interval=25),
     )
