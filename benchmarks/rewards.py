@@ -114,23 +114,25 @@ def by_supervision(config: Config, demo: str, folder: Path) -> dict[str, Any]:
     own.objective, own.task.target, own.task.answer_tokens = ObjectiveConfig(), column, 0
     own.zo.epsilon, own.optimizer.learning_rate = epsilon, rate
     seconds = train(own, folder)
-    model, task = subject_of(config)
+    _, model, task = subject_of(config)
     params = load_state(saved_config(folder), model, folder).params
     return dict(reward=task.evaluate_part(params, task.test)["eval_reward"], seconds=seconds)
 
 
-def subject_of(config: Config) -> tuple[Any, RewardTask]:
+def subject_of(config: Config) -> tuple[Config, Any, RewardTask]:
+    """The resolved configuration, its model and its task."""
     sources = load_sources(config)
-    model, task, *_ = make_subject(resolve(config, sources.num_examples), sources)
+    config = resolve(config, sources.num_examples)
+    model, task, *_ = make_subject(config, sources)
     assert isinstance(task, RewardTask) and task.test
-    return model, task
+    return config, model, task
 
 
 def by_search(config: Config, path: Path) -> dict[str, Any]:
     """Random search with the same generations."""
     if path.exists():
         return json.loads(path.read_text())
-    model, task = subject_of(config)
+    config, model, task = subject_of(config)
     scope, step_key = choices.scope_of(config, model), steps.make_step_key(config, None)
     params, score = steps.init_state(config, model).params, task.make_score(None)
     take = jax.jit(

@@ -282,17 +282,25 @@ def fails(prompts, completions, rows):
 """
 
 
-@pytest.mark.slow
-def test_each_process_scores_what_its_members_write(tmp_path):
+@pytest.fixture
+def rewarded(tmp_path):
+    """`start` of a run whose completions are scored, of so many processes."""
     file = tmp_path / "reward.py"
     file.write_text(REWARDED.format(tests=str(Path(__file__).parent)))
     fine_tune.write_base(tmp_path / "base")
     fine_tune.write_examples(tmp_path / "examples.jsonl")
-    begin = lambda folder, n, *fields: start(
-        tmp_path / folder, n, "train.num_steps=4", "train.eval_interval=2", *fields,
-        own={i: [f"--config={file}"] for i in range(n)}, small=(),
-    )  # fmt: skip
-    one, two = begin("one", 1), begin("two", 2)
+
+    def begin(folder, n, *fields):
+        own = {i: [f"--config={file}"] for i in range(n)}
+        return start(tmp_path / folder, n, *fields, own=own, small=())
+
+    return begin
+
+
+@pytest.mark.slow
+def test_each_process_scores_what_its_members_write(rewarded, tmp_path):
+    short = "train.num_steps=4", "train.eval_interval=2"
+    one, two = rewarded("one", 1, *short), rewarded("two", 2, *short)
     for processes in (one, two):
         codes, outputs = end(processes)
         assert codes == [0] * len(processes), outputs
@@ -300,9 +308,29 @@ def test_each_process_scores_what_its_members_write(tmp_path):
         float(x or "nan") for row in losses_of(tmp_path / folder) for x in row
     ]
     assert numbers("two") == pytest.approx(numbers("one"), nan_ok=True, rel=1e-4)
-    codes, outputs = end(begin("failed", 2, f"objective.path={file}:fails"))
+    fails = f"objective.path={tmp_path / 'reward.py'}:fails"
+    codes, outputs = end(rewarded("failed", 2, *short, fails))
     assert codes == [70, 70], outputs
     assert all("failed for each of" in output for output in outputs)
+
+
+@pytest.mark.slow
+def test_a_population_of_killed_processes_goes_on_to_the_same_bits(rewarded, tmp_path):
+    length = "train.num_steps=60", "train.eval_interval=30"
+    assert end(rewarded("whole", 2, *length))[0] == [0, 0]
+    for killed in (0, 1):
+        processes = rewarded("run", 2, *length)
+        wait_for_rows(tmp_path / "run", 5, processes)
+        processes[killed].kill()
+        codes, outputs = end(processes)
+        expected = [76, 76]
+        expected[killed] = -signal.SIGKILL
+        assert codes == expected, (codes, outputs)
+    codes, outputs = end(rewarded("run", 2, *length))
+    assert codes == [0, 0], outputs
+    whole, run = (tmp_path / name / "ledger.bin" for name in ("whole", "run"))
+    assert run.read_bytes() == whole.read_bytes()
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole")
 
 
 def test_a_lifeline_tells_of_a_death_and_not_of_a_goodbye():
