@@ -16,6 +16,8 @@ from zo_jax.noise import key_words
 from zo_jax.trees import matrices, path_name
 from zo_jax.word_family import WordFamily
 
+# Signs of a leaf that may exist beside its words.
+_MOST_SIGNS = 2**17
 # Normal numbers that stay in cache while their norm is taken.
 _IN_CACHE = 2**18
 
@@ -71,9 +73,9 @@ class _LowRank(WordFamily):
     _directions_at_once: ClassVar[int] = 16
 
     def entries(self, params):
-        factors, signs = Factors(self.rank, self.layout), Signs()
+        factors = Factors(self.rank, self.layout)
         return [
-            factors if is_matrix and self._is_worth_it(leaf) else signs
+            factors if is_matrix and self._is_worth_it(leaf) else Signs(leaf.size <= _MOST_SIGNS)
             for leaf, is_matrix in zip(jax.tree.leaves(params), self._matrices(params), strict=True)
         ]
 

@@ -17,13 +17,22 @@ from zo_jax.spans import Entries, cut
 from zo_jax.word_family import UNROLLED
 
 
+@dataclasses.dataclass(frozen=True)
 class Signs(Entries):
-    """Independent fair signs, a bit an entry."""
+    """Independent fair signs, a bit an entry.
+
+    Attributes:
+      has_signs: as of `Entries`.
+    """
+
+    has_signs: bool = False
 
     def words_shape(self, leaf):
         return (*leaf.shape[:-1], noise.sign_words_per_row(width_of(leaf)))
 
     def move(self, leaf, words, scale):
+        if self.has_signs:
+            return _dense(leaf, words[..., : width_of(leaf)], scale, "drawn")
         return _dense(leaf, words, scale, "rademacher")
 
     def total(self, leaf, words_n, weights_n):
@@ -32,7 +41,8 @@ class Signs(Entries):
     def prepare(self, leaves, starts, words_n, weights_n):
         # One sum for all: a program that sums the signs of one leaf is long, and finds its words by
         # arithmetic that takes longer than the sum.
-        total = _sum_of_signs(words_n, 32 * words_n.shape[-1], weights_n)
+        make = lambda: _sum_of_signs(words_n, 32 * words_n.shape[-1], weights_n)
+        total = noise.made_once(make, jnp.any(weights_n != 0)) if self.has_signs else make()
         placed = zip(leaves, starts, strict=True)
         return [cut(total, start, self.words_shape(leaf), 32) for leaf, start in placed]
 
@@ -74,36 +84,35 @@ class Factors(Entries):
     # Of the factors there are too few to split.
     follows_leaf: ClassVar[bool] = False
     by_rows: ClassVar[bool] = False
+    has_signs: ClassVar[bool] = True  # pyright: ignore
 
     def words_shape(self, leaf):
         *stack, a, b = leaf.shape
         return (*stack, noise.sign_words_per_row((a + b) * self.rank))
 
     def move(self, leaf, words, scale):
-        u, v = self._factors(leaf, words)
+        u, v = self._split(leaf, words)
         return LowRank(leaf, u, v, scale / math.sqrt(self.rank), leaf.dtype)
 
     def total(self, leaf, words_n, weights_n):
-        u, v = self._factors(leaf, words_n)
-        return self._sum(leaf, u, v, weights_n)
+        return self._sum(leaf, *self._factors(leaf, words_n), weights_n / math.sqrt(self.rank))
 
     def prepare(self, leaves, starts, words_n, weights_n):
         # A product would draw the signs of both factors for each of its entries.
-        placed = list(zip(leaves, starts, strict=True))
-
-        def make():
-            signs_n = noise.signs(words_n, 32 * words_n.shape[-1])
-            of_leaf = lambda leaf, start: cut(signs_n, start, self.words_shape(leaf), 32)
-            return [of_leaf(leaf, start) for leaf, start in placed]
-
-        return noise.made_once(make, jnp.any(weights_n != 0))
+        make = lambda: (noise.signs(words_n, 32 * words_n.shape[-1]), weights_n)
+        signs_n, weights_n = noise.made_once(make, jnp.any(weights_n != 0))
+        of_leaf = lambda leaf, start: cut(signs_n, start, self.words_shape(leaf), 32)
+        return [
+            (of_leaf(*placed), weights_n / math.sqrt(self.rank))
+            for placed in zip(leaves, starts, strict=True)
+        ]
 
     def total_of(self, leaf, prepared, weights_n):
-        u, v = self._split(leaf, prepared)
-        return self._sum(leaf, u, v, weights_n)
+        signs_n, scales_n = prepared
+        return self._sum(leaf, *self._split(leaf, signs_n), scales_n)
 
-    def _sum(self, leaf, u, v, weights_n):
-        u = u * (weights_n / math.sqrt(self.rank)).reshape(-1, *(1,) * leaf.ndim)
+    def _sum(self, leaf, u, v, scales_n):
+        u = u * scales_n.reshape(-1, *(1,) * leaf.ndim)
         # All directions side by side: one matrix product [..., A, n r] @ [..., n r, B].
         side_by_side = lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1)
         return outer(self._everywhere(side_by_side(u)), self._everywhere(side_by_side(v)))

@@ -94,6 +94,16 @@ def made_once(make: Callable[[], Any], is_wanted: jax.Array) -> Any:
     return lax.platform_dependent(cpu=lambda: lax.cond(is_wanted, make, zeros), default=make)
 
 
+# Compiled once a shape when called eagerly too.
+@jax.jit
+def signs_once(words: jax.Array) -> jax.Array:
+    """`signs` of words [S], float32 [32 S], made before they are used: what uses each of them many
+    times, such as a bias for every token, then reads a number, and is a shorter program.
+    """
+    # True, which XLA cannot know.
+    return made_once(lambda: signs(words, 32 * words.shape[-1]), opaque([1])[0] == 1)
+
+
 def opaque(numbers: Sequence[int]) -> list[jax.Array]:
     """The numbers modulo 2³², uint32 scalars, as XLA does not know them.
 

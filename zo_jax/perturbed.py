@@ -102,9 +102,10 @@ class Dense(Perturbed):
 
     Attributes:
       base: floating [..., B].
-      words: uint32 [..., W], the words of the noise stream that each row of B entries owns.
+      words: uint32 [..., W], the words of the noise stream that each row of B entries owns; of
+        kind "drawn" float32 [..., B], z itself.
       scale: float32 scalar.
-      kind: "rademacher" or "gaussian".
+      kind: "rademacher", "gaussian" or "drawn".
       dtype: of the formed array.
     """
 
@@ -124,6 +125,8 @@ class Dense(Perturbed):
         """scale · z, float32, of the shape of self."""
         if self.kind == "rademacher":
             return noise.with_signs(self.scale, noise.sign_bits(self.words, self.shape[-1]))
+        if self.kind == "drawn":
+            return self.scale * self.words
         return self.scale * noise.normals(self.words, self.shape[-1])
 
     def cast(self, dtype: Any) -> Perturbed:

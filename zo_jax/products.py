@@ -24,6 +24,8 @@ MIN_BLOCKED = 4 * _BLOCK_ENTRIES
 
 # The label of the rank.
 _R = -1
+# And of two columns where there is one.
+_PAIR = -2
 
 
 class _Labels(NamedTuple):
@@ -119,6 +121,9 @@ def _contract(
             return jnp.expand_dims(_contract(a, a_labels, b, b_labels, out), out_labels.index(_R))
     if set(out_labels) == {*a_labels, *b_labels}:  # broadcast: XLA fuses it with what comes after
         return _spread(a, a_labels, out_labels) * _spread(b, b_labels, out_labels)
+    if len(b_labels) == 1:
+        pair = jnp.stack([b, jnp.zeros_like(b)], axis=-1)
+        return _contract(a, a_labels, pair, [*b_labels, _PAIR], [*out_labels, _PAIR])[..., 0]
     # Numbers from 0 as einsum wants them.
     names = {x: i for i, x in enumerate(_union(a_labels, b_labels))}
     name = lambda labels: [names[x] for x in labels]

@@ -29,13 +29,18 @@ class Entries:
     follows_leaf: ClassVar[bool] = True
     # Whether each row of entries comes from a row of words.
     by_rows: ClassVar[bool] = True
+    # Whether a leaf moves along signs that exist, rather than along words; the leaf is small, or
+    # has fewer signs than entries.
+    has_signs: bool = False
 
     def words_shape(self, leaf: Any) -> tuple[int, ...]:
         """Of the words of a leaf."""
         raise NotImplementedError
 
     def move(self, leaf: jax.Array, words: jax.Array, scale: jax.Array) -> Any:
-        """The leaf moved by scale · z, `Perturbed`."""
+        """The leaf moved by scale · z, `Perturbed`; `words` are float32 signs [..., 32 W] where
+        `has_signs`.
+        """
         raise NotImplementedError
 
     def total(self, leaf: Any, words_n: jax.Array, weights_n: jax.Array) -> jax.Array:

@@ -33,7 +33,7 @@ class Direction(NamedTuple):
 
     Attributes:
       words: for each leaf of the parameters uint32 [..., W], or None where the leaf is not
-        floating.
+        floating; float32 signs [..., 32 W] of leaves whose entries have them.
       factor: float32 scalar, of the whole direction.
     """
 
@@ -71,8 +71,14 @@ class WordFamily(Family):
         key = key_words(key)
         for span in make_spans(self._leaves(params)):
             own = self._draw(key, span)
+            has_signs = any(leaf.entries.has_signs for leaf in span.leaves)
+            signs = noise.signs_once(own) if has_signs else None
             for leaf, start in zip(span.leaves, span.starts, strict=True):
-                words[leaf.index] = self._words_of(leaf, key, own, start)
+                words[leaf.index] = (
+                    cut(signs, start, leaf.words_shape, 32)
+                    if signs is not None and leaf.entries.has_signs
+                    else self._words_of(leaf, key, own, start)
+                )
         return Direction(words, self._factor(params, words))
 
     def move(self, params: Any, direction: Direction, scale: Any) -> Any:
