@@ -42,7 +42,8 @@ def get_config(model: str = "") -> Config:
         objective=ObjectiveConfig(
             name="reward", path=f"{REWARD}:score", max_new_tokens=4, stop="\n"
         ),
-        zo=ZOConfig(num_queries=8, epsilon=0.05, perturbation="low_rank"),
-        optimizer=OptimizerConfig(name="adam", learning_rate=2e-3),
-        train=TrainConfig(num_steps=100, batch_size=8, eval_interval=25),
+        # Many members of few prompts say more than fewer of many.
+        zo=ZOConfig(num_queries=16, epsilon=0.04, perturbation="low_rank"),
+        optimizer=OptimizerConfig(name="adam", learning_rate=4e-3),
+        train=TrainConfig(num_steps=60, batch_size=4, eval_interval=15),
     )
