@@ -33,17 +33,18 @@ def get_config(model: str = "") -> Config:
         task=TaskConfig(
             name="file",
             path="sums/chain_sum.jsonl",
-            template="{question}\nAnswer:",
+            # The conversation without the model's system prompt.
+            template="<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
             max_tokens=48,
             num_train=1000,
             num_validation=64,
             num_test=200,
         ),
         objective=ObjectiveConfig(
-            name="reward", path=f"{REWARD}:score", max_new_tokens=4, stop="\n"
+            name="reward", path=f"{REWARD}:score", max_new_tokens=8, shaping="ranks"
         ),
         # Many members of few prompts say more than fewer of many.
-        zo=ZOConfig(num_queries=16, epsilon=0.04, perturbation="low_rank"),
-        optimizer=OptimizerConfig(name="adam", learning_rate=4e-3),
+        zo=ZOConfig(num_queries=12, epsilon=0.05, perturbation="low_rank"),
+        optimizer=OptimizerConfig(name="adam", learning_rate=5e-3),
         train=TrainConfig(num_steps=60, batch_size=4, eval_interval=15),
     )

@@ -13,14 +13,12 @@ import sys
 
 # Of the sums: two or three numbers of one digit.
 _OPTIONS = dict(min_terms=2, max_terms=3, min_digits=1, max_digits=1)
-# What is given for a number in the right form, whatever it is.
-_FORM = 0.1
 _NUMBER = re.compile(r"-?\d+")
 
 
 def score(prompts: list[str], completions: list[str], rows: list[dict]) -> list[float]:
-    """reasoning-gym's score of the last number that is written, 1 if it is right; a tenth of the
-    reward is for a text that is a number and nothing else.
+    """The mean of two: reasoning-gym's score of the last number that is written, 1 if it is right;
+    and the form, the part of the text that is this number, so 1 for a number and nothing else.
     """
     import reasoning_gym
 
@@ -28,10 +26,9 @@ def score(prompts: list[str], completions: list[str], rows: list[dict]) -> list[
     right = reasoning_gym.get_score_answer_fn("chain_sum")
     scores = []
     for text, row in zip(completions, rows, strict=True):
-        numbers = _NUMBER.findall(text)
-        is_right = float(right(numbers[-1], row) == 1.0) if numbers else 0.0
-        has_form = bool(_NUMBER.fullmatch(text.strip().rstrip(".")))
-        scores.append((1 - _FORM) * is_right + _FORM * has_form)
+        number = next(iter(_NUMBER.findall(text)[::-1]), "")
+        form = len(number) / max(1, len(text.strip().rstrip(".")))
+        scores.append((form + (number != "" and right(number, row) == 1.0)) / 2)
     return scores
 
 
