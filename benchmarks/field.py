@@ -374,7 +374,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=20_000)
     parser.add_argument("--tuning-runs", type=int, default=5)
     parser.add_argument("--seeds", type=split(int), default=[0, 1, 2])
-    parser.add_argument("--layers", type=int, default=2, help="of the pretrained model")
+    parser.add_argument("--layers", type=int, default=1, help="of the pretrained model")
     parser.add_argument("--out", type=Path, default=Path("runs/field.jsonl"))
     parser.add_argument(
         "--figure", type=Path, default=Path("runs/field.png"), help="_TASK is added"

@@ -35,7 +35,7 @@ from zo_jax.train.validation import resolve
 
 EVAL_BLOCKS = 256
 # Of batches of reviews, each a program of its own; the last holds every example.
-WIDTHS = (24, 32, 40, 48, 64)
+WIDTHS = (32, 48, 64)
 # Reviews evaluated at once.
 EVAL_EXAMPLES = 50
 # All that writes into the residual stream.
@@ -76,7 +76,7 @@ class Task:
     def token_losses(
         self, frozen: Any, params: Any, *batch: jax.Array, checkpoint: bool = False
     ) -> jax.Array:
-        """The losses of tokens [B, T], whose mean is the loss.
+        """The losses of tokens [B, T], or of examples [B, 1], whose mean is the loss.
 
         Args:
           frozen, params, *batch: as of `frozen`, `fresh` and `batch`.
@@ -200,12 +200,9 @@ class Reviews(Task):
         return [(stream(width), numbers, numbers) for width in WIDTHS]
 
     def token_losses(self, frozen, params, stream_BTC, length_B, right_B, checkpoint=False):
-        """That of the label after the prompt, T times, and 0 at the other tokens."""
-        scores_BTK = self._label_scores(frozen, params, stream_BTC, checkpoint)
-        log_BTK = jax.nn.log_softmax(scores_BTK)
-        losses_BT = -jnp.take_along_axis(log_BTK, right_B[:, None, None], axis=-1)[..., 0]
-        T = losses_BT.shape[1]
-        return jnp.where(jnp.arange(T)[None] == length_B[:, None] - 1, T * losses_BT, 0)
+        """That of the label after the prompt alone, [B, 1]."""
+        scores_BK = self._scores(frozen, params, stream_BTC, length_B, checkpoint)
+        return -jnp.take_along_axis(jax.nn.log_softmax(scores_BK), right_B[:, None], axis=-1)
 
     def is_matrix(self, path, leaf):
         return self.has_factors or path.endswith("weight")
@@ -216,16 +213,12 @@ class Reviews(Task):
     def test(self, params):
         return self._measure(params, self.parts["test"])["accuracy"]
 
-    def _label_scores(self, frozen, params, x_BTC, checkpoint=False):
-        """The logits of the labels after each token, [B, T, K]."""
+    def _scores(self, frozen, params, x_BTC, length_B, checkpoint=False):
+        """The logits of the labels after each prompt, [B, K]."""
         layers = (lora.attach(frozen, params) if self.has_factors else params)["layers"]
-        x_BTC, _ = decoder.stream(self.config, layers, x_BTC, checkpoint=checkpoint)
-        hidden_BTC = rms_norm(x_BTC, frozen["norm"], self.config.norm_epsilon)
-        return product(hidden_BTC, frozen["labels"])
-
-    def _scores(self, frozen, params, stream_BTC, length_B):
-        scores_BTK = self._label_scores(frozen, params, stream_BTC)
-        return scores_BTK[jnp.arange(len(length_B)), length_B - 1]
+        x_BC = decoder.stream_at(self.config, layers, x_BTC, length_B - 1, checkpoint)
+        hidden_BC = rms_norm(x_BC, frozen["norm"], self.config.norm_epsilon)
+        return product(hidden_BC, frozen["labels"])
 
     def _measure(self, params, part: Part) -> dict[str, float]:
         order, scores_NK = np.argsort(part.length, kind="stable"), np.zeros((len(part.length), 2))

@@ -5,6 +5,8 @@ Axes: B batch, T positions, C width, V vocabulary, L layers, H heads, K heads of
 width of a head.
 """
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ import numpy as np
 
 from zo_jax.models import rope
 from zo_jax.models.config import Config
-from zo_jax.models.layers import Cache, attention, linear, rms_norm
+from zo_jax.models.layers import Cache, attend, attention, linear, rms_norm
 from zo_jax.models.spec import Leaf, matrix, norm
 from zo_jax.models.weights import rows
 
@@ -119,25 +121,72 @@ def stream(
         x_BTC, cache = carry
         p, window, i = slices
         h_BTC = rms_norm(x_BTC, p["input_layernorm"], config.norm_epsilon)
-        q, k, v = _queries_keys_values(config, p["self_attn"], h_BTC, cos_sin)
+        attn = p["self_attn"]
+        q, k = _queries(config, attn, h_BTC, cos_sin), _keys(config, attn, h_BTC, cos_sin)
+        v = _heads(config, attn, h_BTC, "v")
         y_BTC, cache = attention(q, k, v, positions_BT, window, cache, i)
-        x_BTC = x_BTC + linear(y_BTC, p["self_attn"]["o_proj"])
-        h_BTC = rms_norm(x_BTC, p["post_attention_layernorm"], config.norm_epsilon)
-        return (x_BTC + _swiglu(p["mlp"], h_BTC), cache), None
+        return (_after_attention(config, p, x_BTC, y_BTC), cache), None
 
     slices = layers, np.asarray(config.windows, np.int32), np.arange(config.num_layers)
     body = jax.checkpoint(layer, prevent_cse=False) if checkpoint else layer
     return lax.scan(body, (x_BTC, cache), slices)[0]
 
 
-def _queries_keys_values(config, p, h_BTC, cos_sin):
-    B, T, _ = h_BTC.shape
-    heads = lambda name: linear(h_BTC, p[name]).reshape(B, T, -1, config.head_dim)
-    q_BTHD, k_BTKD, v_BTKD = heads("q_proj"), heads("k_proj"), heads("v_proj")
+def stream_at(
+    config: Config, layers: Any, x_BTC: jax.Array, places_B: jax.Array, checkpoint: bool = False
+) -> jax.Array:
+    """`stream` at one place of each row, [B, C]: of the last layer, whose output is read there
+    alone, only keys and values are evaluated everywhere.
+
+    Args:
+      config, layers, x_BTC, checkpoint: as of `stream`.
+      places_B: int32, the place that is read.
+    """
+    below = config.num_layers - 1
+    if below:
+        lower = dataclasses.replace(config, num_layers=below, windows=config.windows[:below])
+        of_lower = jax.tree.map(lambda x: x[:below], layers)
+        x_BTC, _ = stream(lower, of_lower, x_BTC, checkpoint=checkpoint)
+    positions_BT = jnp.arange(x_BTC.shape[1])[None]
+    places_B1 = places_B[:, None]
+    turns = functools.partial(rope.turns, config.rope, config.head_dim)
+
+    def last(p, x_BTC):
+        at_places = lambda x: jnp.take_along_axis(x, places_B1[..., None], axis=1)
+        h_BTC, attn = rms_norm(x_BTC, p["input_layernorm"], config.norm_epsilon), p["self_attn"]
+        k, v = _keys(config, attn, h_BTC, turns(positions_BT)), _heads(config, attn, h_BTC, "v")
+        q = _queries(config, attn, at_places(h_BTC), turns(places_B1))
+        y_B1C = attend(q, k, v, places_B1, positions_BT, config.windows[-1])
+        return _after_attention(config, p, at_places(x_BTC), y_B1C)
+
+    body = jax.checkpoint(last, prevent_cse=False) if checkpoint else last
+    return body(jax.tree.map(lambda x: x[-1], layers), x_BTC)[:, 0]
+
+
+def _heads(config, p, h_BTC, name):
+    """[B, T, heads, D] of the projection q, k or v."""
+    return linear(h_BTC, p[f"{name}_proj"]).reshape(*h_BTC.shape[:2], -1, config.head_dim)
+
+
+def _queries(config, p, h_BTC, cos_sin):
+    q_BTHD = _heads(config, p, h_BTC, "q")
     if config.query_key_norm:
         q_BTHD = rms_norm(q_BTHD, p["q_norm"], config.norm_epsilon)
+    return rope.turn(q_BTHD, *cos_sin)
+
+
+def _keys(config, p, h_BTC, cos_sin):
+    k_BTKD = _heads(config, p, h_BTC, "k")
+    if config.query_key_norm:
         k_BTKD = rms_norm(k_BTKD, p["k_norm"], config.norm_epsilon)
-    return rope.turn(q_BTHD, *cos_sin), rope.turn(k_BTKD, *cos_sin), v_BTKD
+    return rope.turn(k_BTKD, *cos_sin)
+
+
+def _after_attention(config, p, x_BTC, y_BTC):
+    """The residual stream above a layer, from that below it and what the heads read."""
+    x_BTC = x_BTC + linear(y_BTC, p["self_attn"]["o_proj"])
+    h_BTC = rms_norm(x_BTC, p["post_attention_layernorm"], config.norm_epsilon)
+    return x_BTC + _swiglu(p["mlp"], h_BTC)
 
 
 def _swiglu(p, h_BTC):

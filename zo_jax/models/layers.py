@@ -87,12 +87,20 @@ def attention(
         cache = Cache(cache.keys.at[index].set(k_BTKD), cache.values.at[index].set(v_BTKD))
         k_BTKD, v_BTKD = cache.keys[layer], cache.values[layer]
         key_positions_BS = jnp.arange(k_BTKD.shape[1])[None]
+    return attend(q_BTHD, k_BTKD, v_BTKD, positions_BT, key_positions_BS, window), cache
+
+
+def attend(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    positions_BT: jax.Array,
+    key_positions_BS: jax.Array,
+    window: Any,
+) -> jax.Array:
+    """`attention` of queries to keys at positions of their own, [B, T, H D]."""
     back_BTS = positions_BT[:, :, None] - key_positions_BS[:, None]
     visible_BTS = (back_BTS >= 0) & (back_BTS < window)
-    return _attend(q_BTHD, k_BTKD, v_BTKD, visible_BTS), cache
-
-
-def _attend(q_BTHD, k_BSKD, v_BSKD, visible_BTS):
     B, T, H, D = q_BTHD.shape
     K = k_BSKD.shape[2]
     q = q_BTHD.reshape(B, T, K, H // K, D)
