@@ -71,6 +71,7 @@ def probe(
     schedule: Callable[[Any], Any] | None = None,
     batch_fn: Callable[[int], tuple[Any, ...]] | None = None,
     budget: float = 0.1,
+    report: Callable[[str], Any] = lambda text: None,
     estimator: Estimator | None = None,
     **options: Any,
 ) -> Probe:
@@ -108,6 +109,8 @@ def probe(
       batch_fn: in the place of `batch`: `batch_fn(step)` -> the batch of a step, a tuple.
       budget: the part of the run's evaluations that a probe takes, roughly; short runs, for a trial
         has at least 8 steps and 32 queries, take more.
+      report: called with a line of text when something has been measured, such as `print`; a large
+        model takes minutes.
       estimator: an `Estimator`; default `Estimator()`.
       **options: fields of `Estimator`, which replace those of `estimator`. An `epsilon` among them
         is kept; that of `estimator` is looked at for "jvp" alone, which has no use for it.
@@ -137,6 +140,7 @@ def probe(
     if options.get("epsilon") is None and estimator.difference != "jvp":
         epsilon = lines.best_epsilon(line, estimator.difference)
         estimator = dataclasses.replace(estimator, epsilon=epsilon)
+        report(f"epsilon {epsilon:.2g}, by {line.num_evaluations} evaluations along a line")
     bench = trials.Bench(loss_fn, estimator, _make_update_at(optimizer), lines.best_epsilon(line))
 
     a_step = estimator.num_evaluations
@@ -156,7 +160,14 @@ def probe(
     size = math.sqrt(start.square / estimator.num_queries)  # of an entry of an estimate
     guess, in_long_run = (bench.response(size, n).best_rate(start) for n in (steps, _LONG))
     before = bench.mean_loss(params, held_out)
-    run = lambda rate: bench.trial(params, trial_key, rate, steps, batches, held_out, before)
+    report(f"slope and curvature along {num_groups * estimator.num_queries} directions")
+
+    def run(rate: float) -> trials.Trial:
+        trial = bench.trial(params, trial_key, rate, steps, batches, held_out, before)
+        found = f"{trial.decrease:.3g} less loss" if trial.decrease > 0 else "no less loss"
+        report(f"learning rate {rate:.2g}: {found} in {steps} steps")
+        return trial
+
     done = trials.search(run, guess)
     rate, best = trials.peak(done)
 

@@ -198,9 +198,12 @@ def test_evaluations_are_counted():
 
     batches = lambda step: (jnp.full((2, 8), 1 + 0.1 * np.sin(step)),)
     options = dict(num_steps=40, num_queries=2, batch_per_query=True, batch_fn=batches)
-    found = zo_jax.probe(loss, jnp.zeros(8), KEY, **options)
+    told = []
+    found = zo_jax.probe(loss, jnp.zeros(8), KEY, report=told.append, **options)
     jax.effects_barrier()
     assert found.num_evaluations == len(calls)
+    # One line for epsilon, one for the curvature, and one for each rate that is tried.
+    assert len(told) == 2 + len(found.trials)
 
 
 @pytest.mark.parametrize("difference", ["forward", "jvp"])

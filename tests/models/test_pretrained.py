@@ -10,7 +10,7 @@ import safetensors.numpy
 
 import zo_jax
 from zo_jax import models
-from zo_jax.models import checkpoint, config
+from zo_jax.models import checkpoint, config, decoder
 
 
 @pytest.mark.parametrize("name", reference.CASES)
@@ -20,6 +20,17 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     logits = np.asarray(m.logits(m.params, reference.TOKENS))[:, reference.POSITIONS]
     assert logits.dtype == np.float32
     assert np.max(np.abs(logits - FROZEN[name])) < 2e-5 * np.std(FROZEN[name])
+
+
+@pytest.mark.parametrize("name", [name for name in reference.CASES if "gpt2" not in name])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_the_stream_at_one_place_of_each_row(name, checkpoint):
+    m = models.create(reference.CASES[name], jax.random.key(0))
+    layers, places = m.params["layers"], jnp.array([0, 9, 4])
+    x = jax.random.normal(jax.random.key(1), (3, 10, m.config.width))
+    whole, _ = decoder.stream(m.config, layers, x)
+    found = decoder.stream_at(m.config, layers, x, places, checkpoint)
+    np.testing.assert_allclose(found, whole[jnp.arange(3), places], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama 3", "qwen 3, biases"])

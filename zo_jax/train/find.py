@@ -70,6 +70,7 @@ def _measure(
         batch_fn=batches,
         estimator=estimator,
         epsilon=None if EPSILON in names else config.zo.epsilon,
+        report=lambda text: processes.say(f"  {text}"),
     )
     processes.say(found.reasons)
     values = {EPSILON: found.epsilon, RATE: found.learning_rate}
