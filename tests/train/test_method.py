@@ -1,21 +1,27 @@
 """zo.method in the program: the step is that of the method in the library, and replays."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from zo_jax import ledger, methods
 from zo_jax.replay import replay
 from zo_jax.train import choices, steps
-from zo_jax.train.config import KEPT, ConfigError
+from zo_jax.train.config import KEPT, METHODS, ConfigError
 from zo_jax.train.data import batches
 from zo_jax.train.data.corpus import load_corpus
 from zo_jax.train.losses import next_token_loss
 from zo_jax.train.model import make_model
 from zo_jax.train.optimizers import make_optimizer
+from zo_jax.train.run import train_and_evaluate
+from zo_jax.train.run_folder import checkpoint
 from zo_jax.train.run_folder.resume import run_header
 from zo_jax.train.settings import replace_value
+from zo_jax.train.tools import ledger as ledger_tool
 from zo_jax.train.validation import resolve, validate
 
 
@@ -90,6 +96,84 @@ def test_steps_along_kept_directions_are_those_of_the_library(tiny_config):
     jax.tree.map(lambda a, u, b: near(a - 1e-2 * u, b), before, updates, state.params)
 
 
+# What the tiny model and few steps need in the place of the papers' settings.
+OPTIONS = {
+    "lozo": '{"rank": 2, "period": 1, "decay": 0.9}',
+    "subzero": '{"rank": 2, "period": 1}',
+    "tezo": '{"rank": 2, "decay": 0.9}',
+    "mopi": '{"num_directions": 2}',
+    "zo_muon": '{"rank": 2, "period": 1}',
+    "hizoo": '{"smoothing": 0.1}',
+}
+MADE_FOR = {"zo_muon": dict(difference="forward"), "conmezo": dict(perturbation="sphere")}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_makes_the_steps_of_the_library_and_takes_them_again(tiny_config, name):
+    config = tiny_config
+    config.zo.method, config.zo.epsilon = name, 1e-2
+    config.zo.method_options = OPTIONS.get(name, "")
+    for field, value in MADE_FOR.get(name, {}).items():
+        setattr(config.zo, field, value)
+    config.zo.num_queries = config.train.batch_size = 4
+    config.optimizer.name, config.optimizer.learning_rate = "sgd", 1e-3
+    validate(config)
+    corpus = load_corpus(config.data)
+    config = resolve(config, len(corpus.train_NT))
+    model = make_model(config.model, corpus.tokenizer.vocab_size)
+    state = steps.init_state(config, model)
+    start = jax.tree.map(jnp.copy, state)
+    train_step, records, read = steps.make_train_step(config, model), [], []
+    for step in range(2):
+        tokens, _ = batches.read_batches(config, corpus.train_NT, step)
+        state, _, record = train_step(state, step, tokens, None)
+        records.append(jax.tree.map(np.array, record))
+        read.append(tokens)
+    assert records[0].projections.shape == (steps.num_numbers(config),)
+
+    method = steps.method_for(config)
+    tx = optax.chain(method.transformation(choices.base_key(config)), optax.sgd(1e-3))
+    loss = lambda params, tokens: next_token_loss(model, params, tokens)
+    params, own = start.params, tx.init(start.params)
+    update = jax.jit(lambda own, p, x: tx.update(None, own, p, value_fn=loss, batch=(x,)))
+    for record, tokens in zip(records, read, strict=True):
+        updates, own = update(own, params, tokens)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(record.projections, own[0].numbers, rtol=2e-2, atol=1e-3)
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    jax.tree.map(near, params, state.params)
+    moved = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), start.params, state.params)
+    assert max(jax.tree.leaves(moved)) > 1e-5
+
+    again, take = start, steps.make_update(config, model)
+    for record in records:
+        key = jax.random.wrap_key_data(record.key)
+        again, _ = take(again, key, record.loss, record.projections)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def test_a_run_with_a_memory_goes_on_and_is_rebuilt_from_its_ledger(tiny_config, tmp_path, capsys):
+    """HiZOO has twice as many numbers as queries, and a number a parameter that it keeps."""
+    config = tiny_config
+    config.zo.method, config.zo.method_options = "hizoo", '{"smoothing": 0.1}'
+    config.train.num_steps, config.train.checkpoint_interval = 6, 2
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train_and_evaluate(config, whole)
+    out = capsys.readouterr().out
+    assert "by hizoo" in out and f"{2 * config.zo.num_queries + 1} loss evaluations" in out
+
+    shutil.copytree(whole, cut)
+    # The later checkpoints are lost: the steps are taken again from the ledger.
+    for step in checkpoint.complete_steps(cut / "checkpoints")[1:]:
+        shutil.rmtree(cut / "checkpoints" / str(step))
+    train_and_evaluate(config, cut)
+    assert "replaying steps" in capsys.readouterr().out
+    assert ledger_tool.main([str(cut), "--to-step=6"]) == 0
+    out = capsys.readouterr().out
+    assert "6 steps of 6 numbers of hizoo" in out
+    assert "are equal to the bit to its checkpoint" in out
+
+
 @pytest.mark.parametrize("name", KEPT)
 def test_factors_are_kept_for_a_period(tiny_config, name):
     tiny_config.zo.perturbation, tiny_config.zo.rank, tiny_config.zo.period = name, 2, 3
@@ -106,11 +190,34 @@ def test_factors_are_kept_for_a_period(tiny_config, name):
 @pytest.mark.parametrize(
     "change, message",
     [
+        ({"zo.method_options": "[1]"}, "must be an object"),
+        ({"zo.method_options": '{"smooth": 1}'}, "unexpected keyword argument 'smooth'"),
+        ({"zo.method_options": '{"smoothing": 2}'}, "smoothing must be in"),
+        ({"zo.difference": "forward"}, "needs an estimator with difference 'central'"),
+        ({"zo.perturbation": "lozo"}, "are two methods"),
+        ({"zo.epsilon": "auto"}, "needs a number as zo.epsilon"),
+        ({"zo.exact": "head"}, "steps of another length"),
+        ({"mesh.model": 2}, "set mesh.model=1"),
+        ({"zo.method": "grzo", "zo.num_queries": 3}, "a direction for each example"),
+        ({"mode": "calibrate", "fo.bp_interval": 2}, "it is read only if mode is zo"),
+    ],
+)
+def test_methods_that_cannot_be_made_are_refused(tiny_config, change, message):
+    tiny_config.zo.method = "hizoo"
+    for name, value in change.items():
+        replace_value(tiny_config, name, value)
+    with pytest.raises(ConfigError, match=message):
+        validate(tiny_config)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
         (dict(difference="central"), "zo.method=fzoo needs zo.difference=forward"),
         (dict(num_queries=1), "at least two losses"),
         (dict(batch_per_query=True), "losses of one batch"),
         (dict(exact="head"), "steps of another length"),
-        (dict(groups="leaves"), "by the groups' own"),
+        (dict(groups="leaves"), "the groups' own projections"),
     ],
 )
 def test_impossible_methods_are_refused(tiny_config, change, message):

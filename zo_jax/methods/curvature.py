@@ -38,6 +38,12 @@ def slopes_and_curvatures(
     return loss, numbers.reshape(-1)
 
 
+def num_evaluations(estimator: Estimator) -> int:
+    """Of `slopes_and_curvatures`."""
+    q = estimator.num_queries
+    return 3 * q if estimator.batch_per_query else 2 * q + 1
+
+
 def loss_at(
     estimator: Estimator, loss_fn: Callable[..., Any], params: Any, key: jax.Array, *batch: Any
 ) -> jax.Array:

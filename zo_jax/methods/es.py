@@ -55,6 +55,10 @@ class EvolutionStrategy(Method):
         )
         object.__setattr__(self, "estimator", estimator)
 
+    @property
+    def num_evaluations(self) -> int:
+        return self.strategy.population
+
     def project(self, loss_fn, params, memory, step, *batch, **extra):
         del extra
         es, estimator = self.strategy, self.at(params, memory, step)

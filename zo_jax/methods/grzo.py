@@ -61,6 +61,10 @@ class Grzo(Method):
         options = dict(batch_per_query=True, parallel_batch_size=q)
         object.__setattr__(self, "estimator", dataclasses.replace(self.estimator, **options))
 
+    @property
+    def num_evaluations(self) -> int:
+        return 2
+
     def family(self, params, memory, step):
         if not self.use_flipout:
             return self.estimator.family

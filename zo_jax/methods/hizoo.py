@@ -20,7 +20,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from zo_jax.estimators import Estimator
-from zo_jax.methods.curvature import slopes_and_curvatures
+from zo_jax.methods.curvature import num_evaluations, slopes_and_curvatures
 from zo_jax.methods.method import Method, require_difference, require_share
 from zo_jax.methods.shaped import Shaped, as_float32_shapes, float32_leaves
 
@@ -60,6 +60,10 @@ class Hizoo(Method):
     @property
     def num_numbers(self) -> int:
         return 2 * self.estimator.num_queries
+
+    @property
+    def num_evaluations(self) -> int:
+        return num_evaluations(self.estimator)
 
     def init(self, params: Any) -> Any:
         """S⁻¹, for each leaf; None where it is not floating."""

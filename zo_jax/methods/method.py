@@ -123,6 +123,11 @@ class Method:
         """n, the numbers of a step."""
         return self.estimator.num_queries
 
+    @property
+    def num_evaluations(self) -> int:
+        """Forward passes of a batch in a step."""
+        return self.estimator.num_evaluations
+
     def init(self, params: Any) -> Any:
         """The memory before the first step."""
         del params

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from zo_jax.estimators import Estimator, mean_weights
-from zo_jax.methods.curvature import slopes_and_curvatures
+from zo_jax.methods.curvature import num_evaluations, slopes_and_curvatures
 from zo_jax.methods.method import Method, require_difference, require_share
 
 
@@ -54,6 +54,10 @@ class CurvatureSpsa(Method):
     @property
     def num_numbers(self) -> int:
         return 2 * self.estimator.num_queries
+
+    @property
+    def num_evaluations(self) -> int:
+        return num_evaluations(self.estimator)
 
     def project(self, loss_fn, params, memory, step, *batch, **extra):
         del extra

@@ -90,7 +90,7 @@ def make_rules(
         clip_norm=config.instruct.grad_clip_norm,
         rounding=config.optimizer.rounding,
         layout=layout,
-        weights=weights_of(method_of(config)),
+        weights=weights_of(method_of(config) if config.zo.method == "fzoo" else None),
     )
 
 

@@ -321,6 +321,11 @@ class DataConfig:
 
 # Families of directions with factors that last several steps (`zo_jax.methods`).
 KEPT = ("lozo", "subzero", "tezo")
+# Methods with numbers, weights or a memory of their own (`zo_jax.methods`).
+METHODS = (
+    *("spsa15", "evolution", "eggroll", "lozo", "subzero", "tezo"),
+    *("mopi", "zo_muon", "hizoo", "conmezo", "sparse_mezo", "grzo"),
+)
 
 
 @dataclasses.dataclass
@@ -385,10 +390,15 @@ class ZOConfig:
     )
     method: str = setting(
         "plain",
-        "what is made of the differences: plain (their mean) or fzoo (that over the standard "
-        "deviation of the losses)",
-        choices=("plain", "fzoo"),
+        "what is made of the losses: plain (the mean of differences), fzoo (that over the standard "
+        "deviation of the losses), or another method of docs/methods.md",
+        choices=("plain", "fzoo", *METHODS),
         only_if=f"mode is zo and {_LOSS}",
+    )
+    method_options: str = setting(
+        "",
+        """fields of the method, as JSON, like '{"decay": 0.9}' (empty: its paper's)""",
+        only_if=f"zo.method is {' or '.join(METHODS)}",
     )
     groups: str = setting(
         "none",
@@ -857,9 +867,14 @@ def fixed_fields(config: Config) -> dict[str, Any]:
 
 
 def method_of(config: Config) -> dict[str, Any] | None:
-    """What makes weights of a run's projections, as `zo_jax.methods.weights_of` takes it."""
+    """What makes updates of a run's numbers where it is not their mean, for the header of its
+    ledger; `zo_jax.methods.weights_of` knows FZOO.
+    """
     zo = config.zo
-    return None if zo.method == "plain" else {"name": zo.method, "epsilon": zo.epsilon}
+    if zo.method == "plain":
+        return None
+    options = {"options": zo.method_options} if zo.method in METHODS else {}
+    return {"name": zo.method, "epsilon": zo.epsilon, **options}
 
 
 def keeps_ledger(config: Config) -> bool:

@@ -21,6 +21,7 @@ from zo_jax.train.config import (
     blocks_per_step,
     fixed_fields,
 )
+from zo_jax.train.named_methods import make_method
 from zo_jax.train.settings import as_word
 from zo_jax.train.tasks.task import MEASURES, Task
 from zo_jax.train.validation import fill_in
@@ -107,7 +108,8 @@ def _evaluations_per_step(config: Config) -> int:
         batch_per_query=zo.batch_per_query,
         exact=None if zo.exact == "none" else zo.exact,
     )
-    return estimator.num_evaluations
+    method = make_method(config, estimator)
+    return method.num_evaluations if method else estimator.num_evaluations
 
 
 def blocks_until(config: Config, step: int) -> int:
@@ -220,7 +222,9 @@ def describe(
     fo_batch = f"batches of {config.fo.batch_size or train.batch_size} {what}"
     backprop = f"backprop; {fo_batch} in {config.fo.gradient_accumulation_steps} part(s)"
     evaluations = _evaluations_per_step(config)
-    method = "" if zo.method == "plain" else f" over the deviation of the losses ({zo.method})"
+    method = {"plain": "", "fzoo": " over the deviation of the losses (fzoo)"}.get(
+        zo.method, f", made of by {zo.method} {zo.method_options}".rstrip()
+    )
     of_groups = {
         "none": "",
         "layers": ", each of one layer or other entry, shared out by what their projections tell",

@@ -16,10 +16,12 @@ import numpy as np
 from zo_jax.anchor import distance
 from zo_jax.estimators import Estimator
 from zo_jax.layout import Layout
+from zo_jax.methods import Method, Step
 from zo_jax.train import feedback, hybrid
 from zo_jax.train.choices import base_key, kept_directions, make_estimator, make_rules, scope_of
 from zo_jax.train.config import KEPT, QUERY_MODES, Config
 from zo_jax.train.losses import next_token_loss
+from zo_jax.train.named_methods import make_method
 from zo_jax.train.optimizers import make_schedule
 from zo_jax.trees import ALL, WHOLE, Subset
 from zo_jax.update import TrainState, Update, UpdateMetrics
@@ -80,7 +82,7 @@ class StepRecord(NamedTuple):
     Attributes:
       key: uint32 [2], the words of the step's key.
       loss: float32.
-      projections: float32 [q].
+      projections: float32 [q], or the numbers of a method.
     """
 
     key: jax.Array
@@ -117,11 +119,29 @@ def _begin(
 
 
 def _start(config: Config, model: Any, layout: Layout | None, params: Any) -> Any:
-    """The family of directions at the first step, if it learns; otherwise None."""
-    if config.zo.groups == "none":
+    """What directions depend on at the first step: the family if it learns, the memory of a method;
+    otherwise None.
+    """
+    method = method_for(config)
+    if method is None and config.zo.groups == "none":
         return None
     trained = scope_of(config, model).select(params)
-    return make_estimator(config, layout, model).start(trained)
+    return method.init(trained) if method else make_estimator(config, layout, model).start(trained)
+
+
+def method_for(config: Config, layout: Layout | None = None) -> Method | None:
+    """The method of a run, if it has one of its own."""
+    return make_method(config, make_estimator(config, layout)) if config.mode == "zo" else None
+
+
+def num_numbers(config: Config) -> int:
+    """The numbers of a step's record: q, unless a method has others."""
+    method = method_for(config)
+    return method.num_numbers if method else config.zo.num_queries
+
+
+def _step_of(config: Config, count: Any) -> Step:
+    return Step(jax.random.key_data(base_key(config)), count)
 
 
 def kept_part(config: Config, model: Any) -> Subset:
@@ -156,22 +176,24 @@ def make_loss(
 def make_project(
     config: Config, model: Any, layout: Layout | None = None, loss_fn: Loss | None = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The jitted forward passes of a step: (params, key, batch) -> (loss, projections [q]); the
-    family of directions, if it learns, is a fourth argument, and the step from 0, which is read
-    where directions have factors that are kept, a fifth.
+    """The jitted forward passes of a step: (params, key, batch) -> (loss, projections [q]), or the
+    numbers of a method. What the state has as `family` is a fourth argument, and the step from 0,
+    which methods and directions with kept factors read, a fifth.
 
     The leaves of a batch are [B, ...], or [q, B, ...] with `zo.batch_per_query`. A query whose
     loss is not finite has the projection nan. `loss_fn` is as in `make_loss`.
     """
     scope = scope_of(config, model)
     loss = make_loss(model, scope, loss_fn)
-    estimator = make_estimator(config, layout, model)
+    estimator, method = make_estimator(config, layout, model), method_for(config, layout)
 
     @jax.jit
     def project(
         params: Any, key: jax.Array, batch: Any, family: Any = None, step: Any = 0
     ) -> tuple[jax.Array, ...]:
         trained = scope.select(params)
+        if method is not None:
+            return method.project(loss(params), trained, family, _step_of(config, step), batch)
         if config.zo.perturbation in KEPT:
             family = kept_directions(config, trained, step)
         return _along(estimator, family).project(loss(params), trained, key, batch)
@@ -182,19 +204,25 @@ def make_project(
 def make_update(
     config: Config, model: Any, layout: Layout | None = None
 ) -> Callable[..., tuple[RunState, StepMetrics]]:
-    """The jitted optimisation of a step without backprop: (state, key, loss, projections [q]) ->
-    (state, metrics).
+    """The jitted optimisation of a step without backprop: (state, key, loss, projections [q], or
+    the numbers of a method) -> (state, metrics).
 
     The state is donated. Replay calls the same function.
     """
     rules = make_rules(config, model, layout)
     tell = _make_tell(config, rules.subset)
-    always = make_estimator(config).family
+    always, method = make_estimator(config).family, method_for(config, layout)
 
     def update(
         state: RunState, key: jax.Array, loss: jax.Array, projections: jax.Array
     ) -> tuple[RunState, StepMetrics]:
         family = always
+        if method is not None:
+            trained = rules.subset.select(state.params)
+            parts = trained, state.train.family, _step_of(config, state.step)
+            gradient, memory = method.combine(*parts, projections)
+            new, metrics = rules.from_gradient(state.train, key, loss, gradient)
+            return tell(state, new._replace(family=memory), metrics)
         if config.zo.perturbation in KEPT:
             trained = rules.subset.floating(state.params).select(state.params)
             family = kept_directions(config, trained, state.step)

@@ -7,8 +7,10 @@ import copy
 import difflib
 from typing import Any
 
+from zo_jax.train.choices import make_estimator
 from zo_jax.train.config import KEPT, SETTINGS, Config, blocks_per_step
 from zo_jax.train.model import SIZES
+from zo_jax.train.named_methods import make_method
 from zo_jax.train.settings import (
     ConfigError,
     Setting,
@@ -333,6 +335,29 @@ def _check_method(config: Config) -> None:
         )
     if zo.method == "plain":
         return
+    if zo.exact != "none":
+        raise ConfigError(
+            f"zo.method={zo.method} makes steps of another length than zo.exact={zo.exact}: set "
+            "zo.exact=none, or zo.method=plain"
+        )
+    if zo.groups != "none":
+        raise ConfigError(
+            f"zo.method={zo.method} weighs directions by itself, and zo.groups={zo.groups} by what "
+            "the groups' own projections tell: set one of them to its default"
+        )
+    if config.optimizer.learning_rate == "auto":
+        raise ConfigError(
+            "optimizer.learning_rate=auto is found by trials of plain estimates: set a number with "
+            f"zo.method={zo.method}"
+        )
+    if zo.method == "fzoo":
+        _check_fzoo(config)
+    else:
+        _check_own_method(config)
+
+
+def _check_fzoo(config: Config) -> None:
+    zo = config.zo
     if zo.difference != "forward" or zo.num_queries < 2:
         raise ConfigError(
             f"zo.method={zo.method} needs zo.difference=forward, and the deviation of at least two "
@@ -342,21 +367,31 @@ def _check_method(config: Config) -> None:
         raise ConfigError(
             f"zo.method={zo.method} compares the losses of one batch: set zo.batch_per_query=false"
         )
-    if zo.exact != "none":
+
+
+def _check_own_method(config: Config) -> None:
+    """A method with numbers or a memory of its own: that it can be made of the other settings."""
+    zo = config.zo
+    if zo.perturbation in KEPT:
         raise ConfigError(
-            f"zo.method={zo.method} makes steps of another length than zo.exact={zo.exact}: set "
-            "zo.exact=none, or zo.method=plain"
+            f"zo.method={zo.method} and zo.perturbation={zo.perturbation} are two methods: choose "
+            f"zo.perturbation=gaussian, or zo.method={zo.perturbation} alone"
         )
-    if zo.groups != "none":
+    if zo.epsilon == "auto":
+        raise ConfigError(f"zo.method={zo.method} needs a number as zo.epsilon, got auto")
+    if config.mesh.model > 1:
         raise ConfigError(
-            f"zo.method={zo.method} weighs directions by the deviation of all losses, and "
-            f"zo.groups={zo.groups} by the groups' own: set one of them to its default"
+            f"zo.method={zo.method} keeps what lasts from step to step whole on each device: set "
+            f"mesh.model=1, got {config.mesh.model}"
         )
-    if config.optimizer.learning_rate == "auto":
+    if zo.method == "grzo" and zo.num_queries != config.train.batch_size:
         raise ConfigError(
-            "optimizer.learning_rate=auto is found by trials of plain estimates: set a number with "
-            f"zo.method={zo.method}"
+            "zo.method=grzo has a direction for each example: zo.num_queries must be "
+            f"train.batch_size={config.train.batch_size}, got {zo.num_queries}"
         )
+    if zo.method == "grzo" and zo.batch_per_query:
+        raise ConfigError("zo.method=grzo reads one batch: set zo.batch_per_query=false")
+    make_method(config, make_estimator(config))
 
 
 def _check_optimizer(config: Config) -> None:

@@ -26,7 +26,14 @@ from zo_jax.train.run_folder.folder import LEDGER, Workdir
 from zo_jax.train.run_folder.rebuild import Past
 from zo_jax.train.run_folder.reports import Reports, make_row
 from zo_jax.train.run_folder.tracking import Tracker
-from zo_jax.train.steps import RunState, StepMetrics, init_state, kept_part, make_update
+from zo_jax.train.steps import (
+    RunState,
+    StepMetrics,
+    init_state,
+    kept_part,
+    make_update,
+    num_numbers,
+)
 from zo_jax.train.tasks.task import Task
 from zo_jax.trees import Subset
 
@@ -60,7 +67,7 @@ def run_header(config: Config, model: Any, start: RunState, identity: str = "") 
     base = model.base_fingerprint(start.params) if isinstance(model, Pretrained) else None
     return make_header(
         start,
-        num_queries=config.zo.num_queries,
+        num_queries=num_numbers(config),
         perturbation=config.zo.perturbation,
         groups=config.zo.groups,
         rank=config.zo.rank,

@@ -24,7 +24,7 @@ from zo_jax.ledger import BACKPROP, Ledger, LedgerError, read
 from zo_jax.replay import arguments, check_replayable, check_start, versions
 from zo_jax.train import steps
 from zo_jax.train.arguments import Parser, fail, parse
-from zo_jax.train.config import Config, ConfigError, from_dict
+from zo_jax.train.config import METHODS, Config, ConfigError, from_dict
 from zo_jax.train.export import export
 from zo_jax.train.model import make_model
 from zo_jax.train.pretrained import Pretrained, open_pretrained
@@ -113,9 +113,11 @@ def _identity(ledger: Ledger, folder: Path | None) -> str:
 def _tell(path: Path, ledger: Ledger, config: Config) -> None:
     """What the ledger holds, and how far replay goes."""
     header, size = ledger.header, ledger.records.itemsize
+    what = f"{header.get('perturbation')} queries"
+    if config.zo.method in METHODS:
+        what = f"numbers of {config.zo.method}"
     print(
-        f"{path}: {len(ledger.records)} steps of {header['num_queries']} "
-        f"{header.get('perturbation')} queries, {size} bytes each"
+        f"{path}: {len(ledger.records)} steps of {header['num_queries']} {what}, {size} bytes each"
     )
     if ledger.corrupt:
         print(f"damaged records: {', '.join(map(str, ledger.corrupt[:20]))}")

@@ -77,10 +77,11 @@ def zeroth_order(config: Config, vocab_size: int) -> Need:
     key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
     tokens = _tokens(config, config.train.batch_size, per_query=config.zo.batch_per_query)
     loss = jax.ShapeDtypeStruct((), jnp.float32)
-    c = jax.ShapeDtypeStruct((config.zo.num_queries,), jnp.float32)
+    c = jax.ShapeDtypeStruct((steps.num_numbers(config),), jnp.float32)
     # While `project` runs, the optimiser's state waits.
     waiting = _bytes(state) - _bytes(state.params)
-    forward = measure(steps.make_project(config, model), state.params, key, tokens) + waiting
+    step = state.train.family, state.step
+    forward = measure(steps.make_project(config, model), state.params, key, tokens, *step) + waiting
     update = measure(steps.make_update(config, model), state, key, loss, c)
     return Need(max(forward, update), _bytes(state.params))
 
