@@ -119,6 +119,7 @@ IN_PROGRAMS = {
     "zo.batch_chunks": Case(2),
     "zo.batch_per_query": Case(True),
     "zo.method": Case("fzoo", {"zo.difference": "forward"}),
+    "zo.method_options": Case('{"smoothing": 0.5}', {"zo.method": "hizoo"}),
     "zo.exact": Case("^ln_f/"),
     "zo.relative_rate": Case(0.3, {"zo.exact": "^ln_f/"}),
     "zo.groups": Case("layers"),
@@ -283,6 +284,7 @@ BROKEN = {
     "mode is feedback or block_local": {"mode": "zo"},
     "mode is feedback": {"mode": "block_local", "scope": "full"},
     "zo.exact is not none": {"zo.exact": "none"},
+    "zo.method is not plain or fzoo": {"zo.method": "plain"},
     "feedback.errors is all": {"feedback.errors": "last"},
     "feedback.attention is weights or qkv": {"feedback.attention": "closed_form"},
     "feedback.attention is qkv": {"feedback.attention": "weights"},
@@ -397,6 +399,9 @@ def write_vocabularies(folder):
         (folder / name / "merges.txt").write_text("#version: 0.2\n")
 
 
+# Settings of `zo` that the second half of a step reads.
+UPDATED = ("zo.method", "zo.method_options", "zo.relative_rate")
+
 # By configuration and function: most cases begin with the same program.
 PROGRAMS = {}
 
@@ -405,7 +410,7 @@ def program(config, name):
     """The text of the compiled function that reads a field, for a vocabulary of 20 words."""
     config = resolve(config, 100)
     is_init = name == "model.embedding_std"
-    is_update = name.startswith("optimizer.") or name in ("zo.method", "zo.relative_rate")
+    is_update = name.startswith("optimizer.") or name in UPDATED
     is_update = is_update and config.mode == "zo"
     key = is_init, is_update, repr(config)
     if key not in PROGRAMS:
@@ -429,9 +434,12 @@ def lower(config, is_init, is_update):
     if config.mode == "instruct":
         return steps.make_guided_step(config, gpt).lower(state, key, tokens, tokens_BT)
     if is_update:
-        loss, c = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((), (q,)))
+        numbers = (steps.num_numbers(config),)
+        loss, c = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((), numbers))
         return steps.make_update(config, gpt).lower(state, key, loss, c)
-    return steps.make_project(config, gpt).lower(state.params, key, tokens, None, state.step)
+    return steps.make_project(config, gpt).lower(
+        state.params, key, tokens, state.train.family, state.step
+    )
 
 
 @pytest.mark.parametrize("name", IN_PROGRAMS)

@@ -398,7 +398,7 @@ class ZOConfig:
     method_options: str = setting(
         "",
         """fields of the method, as JSON, like '{"decay": 0.9}' (empty: its paper's)""",
-        only_if=f"zo.method is {' or '.join(METHODS)}",
+        only_if="zo.method is not plain or fzoo",
     )
     groups: str = setting(
         "none",
