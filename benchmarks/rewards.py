@@ -76,7 +76,7 @@ def chain_sum_config(out: Path) -> Config:
 
 CONFIGS = {"brackets": brackets_config, "chain_sum": chain_sum_config}
 # Column of the answers, distance and learning rate of the control by cross-entropy.
-SUPERVISED = {"chain_sum": ("answer", 1e-2, 4e-3)}
+SUPERVISED = {"chain_sum": ("reply", 1e-2, 5e-3)}
 
 
 def train(config: Config, folder: Path) -> float:

@@ -33,7 +33,9 @@ def score(prompts: list[str], completions: list[str], rows: list[dict]) -> list[
 
 
 def write(folder: Path, num_rows: int = 2_000, seed: int = 0) -> None:
-    """Questions and answers, each question once."""
+    """Questions and answers, each question once; a reply is an answer that ends its turn, as
+    SmolLM2 and Qwen mark it.
+    """
     import reasoning_gym
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +43,10 @@ def write(folder: Path, num_rows: int = 2_000, seed: int = 0) -> None:
     for row in reasoning_gym.create_dataset("chain_sum", size=4 * num_rows, seed=seed, **_OPTIONS):
         found.setdefault(row["question"], row["answer"])
     pairs = list(found.items())[:num_rows]
-    lines = [json.dumps({"question": q, "answer": a, "metadata": {}}) for q, a in pairs]
+    lines = [
+        json.dumps({"question": q, "answer": a, "reply": f"{a}<|im_end|>", "metadata": {}})
+        for q, a in pairs
+    ]
     (folder / "chain_sum.jsonl").write_text("\n".join(lines) + "\n")
 
 
