@@ -45,6 +45,6 @@ def get_config(model: str = "") -> Config:
         ),
         # Many members of few prompts say more than fewer of many.
         zo=ZOConfig(num_queries=12, epsilon=0.05, perturbation="low_rank"),
-        optimizer=OptimizerConfig(name="adam", learning_rate=5e-3),
-        train=TrainConfig(num_steps=60, batch_size=4, eval_interval=15),
+        optimizer=OptimizerConfig(name="adam", learning_rate=2e-2),
+        train=TrainConfig(num_steps=40, batch_size=4, eval_interval=10),
     )
