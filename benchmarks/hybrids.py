@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from zo_jax.train import experiment, steps
+from zo_jax.train import experiment, run_state, steps
 from zo_jax.train.config import Config, FOConfig, InstructConfig, ZOConfig
 from zo_jax.train.data.batches import read_batches
 from zo_jax.train.data.corpus import load_corpus
@@ -92,7 +92,7 @@ class Runner:
 
         def run(seed: int, num_steps: int = config.train.num_steps) -> tuple[float, float]:
             config.seed = seed
-            state: Any = steps.init_state(config, self.model)
+            state: Any = run_state.init_state(config, self.model)
             start = time.perf_counter()
             for step in range(num_steps):
                 state, *_ = take(state, step, *read_batches(config, self.corpus.train_NT, step))

@@ -36,7 +36,7 @@ from zo_jax.train.config import Config, from_dict
 from zo_jax.train.data.batches import load_corpora
 from zo_jax.train.model import make_model
 from zo_jax.train.run_folder import checkpoint, metrics
-from zo_jax.train.steps import init_state
+from zo_jax.train.run_state import init_state
 
 ROOT = Path(__file__).parent.parent
 OPTIMIZERS = {

@@ -28,7 +28,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from zo_jax.train import experiment, steps
+from zo_jax.train import experiment, run_state, steps
 from zo_jax.train.config import Config, FeedbackConfig, ZOConfig
 from zo_jax.train.data.batches import read_batches
 from zo_jax.train.data.corpus import load_corpus
@@ -184,7 +184,7 @@ class Trainer:
         self.evaluate, self.train_NT = make_evaluate(self.model), corpus.train_NT
         self.held_out = choose_blocks(corpus.validation_NT, EVAL_BLOCKS)
         self.train_step = steps.make_train_step(self.config, self.model)
-        self.take(steps.init_state(self.config, self.model), 0, 1)  # compiles
+        self.take(run_state.init_state(self.config, self.model), 0, 1)  # compiles
 
     def take(self, state: Any, first: int, end: int) -> tuple[Any, float]:
         """The state after the steps from `first` to before `end`, and their seconds."""
@@ -197,7 +197,7 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Steps, forward passes, seconds and validation losses along a run."""
-        state = steps.init_state(self.config, self.model)
+        state = run_state.init_state(self.config, self.model)
         ends = np.linspace(0, self.config.train.num_steps, NUM_POINTS + 1).astype(int)
         seconds, losses = [0.0], [float(self.evaluate(state.params, self.held_out))]
         for first, end in itertools.pairwise(ends.tolist()):
@@ -213,7 +213,7 @@ def run(method: str, depth: int, seed: int, num_steps: int, rows: list[dict]) ->
     if method == "zo_seconds":  # those of the first method, whose row must be there
         (given,) = (r for r in rows if r["key"] == ["feedback", depth, seed, num_steps])
         trainer = Trainer(config)
-        _, spent = trainer.take(steps.init_state(trainer.config, trainer.model), 0, 20)
+        _, spent = trainer.take(run_state.init_state(trainer.config, trainer.model), 0, 20)
         config.train.num_steps = max(1, int(given["seconds"][-1] / (spent / 20)))
     return dict(key=[method, depth, seed, num_steps]) | Trainer(config).run()
 

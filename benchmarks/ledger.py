@@ -15,7 +15,7 @@ import numpy as np
 
 from configs import zo_plain
 from zo_jax import ledger
-from zo_jax.train import steps
+from zo_jax.train import run_state, steps
 from zo_jax.train.config import Config, ModelConfig, OptimizerConfig, ZOConfig
 from zo_jax.train.data import batches
 from zo_jax.train.model import make_model
@@ -35,7 +35,7 @@ def sizes() -> None:
                 zo=ZOConfig(num_queries=q),
             )
             model = make_model(config.model, 50257)
-            state = jax.eval_shape(lambda c=config, m=model: steps.init_state(c, m))
+            state = jax.eval_shape(lambda c=config, m=model: run_state.init_state(c, m))
             whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
             record = ledger.record_dtype(q).itemsize
             print(f"| {size}, {optimizer} | {q} | {record} | {whole:,} | {whole // record:,} |")
@@ -44,7 +44,7 @@ def sizes() -> None:
 def on_disk() -> None:
     """The same, as written for the 20M model: files on the disk."""
     config = Config(model=ModelConfig(size="20M"), optimizer=OptimizerConfig(name="adam"))
-    state = steps.init_state(config, make_model(config.model, 50257))
+    state = run_state.init_state(config, make_model(config.model, 50257))
     with tempfile.TemporaryDirectory() as folder:
         with checkpoint.open_checkpoints(Path(folder), keep=1) as checkpoints:
             checkpoints.save(0, state)
@@ -70,7 +70,7 @@ def speed(rounds: int, num_steps: int) -> None:
     config = resolve(config, len(corpus.train_NT))
     model = make_model(config.model, corpus.tokenizer.vocab_size)
     train_step, update = steps.make_train_step(config, model), steps.make_update(config, model)
-    state = steps.init_state(config, model)
+    state = run_state.init_state(config, model)
     step, training, replaying, appending = 0, [], [], []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / ledger.FILE

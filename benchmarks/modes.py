@@ -24,7 +24,7 @@ import numpy as np
 
 from zo_jax import trees
 from zo_jax.guided import guided
-from zo_jax.train import choices, steps
+from zo_jax.train import choices, run_state, steps
 from zo_jax.train.config import (
     Config,
     DataConfig,
@@ -108,7 +108,7 @@ class Trainer:
         gradient.
         """
         config = make_config(self.mode, self.optimizer, seed)
-        state, key = steps.init_state(config, self.model), choices.base_key(config)
+        state, key = run_state.init_state(config, self.model), choices.base_key(config)
         rate = jnp.float32(rate)
         self._step(config, jax.tree.map(jnp.copy, state), rate, key, 0)  # compiles
         for step in range(10 if config.fo.bp_interval else 0):

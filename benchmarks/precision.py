@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from configs import zo_plain
-from zo_jax.train import evaluate, steps
+from zo_jax.train import evaluate, run_state, steps
 from zo_jax.train.config import Config
 from zo_jax.train.data import batches
 from zo_jax.train.model import make_model
@@ -59,7 +59,7 @@ def validation_loss(config: Config, num_steps: int, int8: bool = False) -> float
     corpus = batches.load_corpora(config)
     config = resolve(config, len(corpus.train_NT))
     model = make_model(config.model, corpus.tokenizer.vocab_size)
-    train_step, state = steps.make_train_step(config, model), steps.init_state(config, model)
+    train_step, state = steps.make_train_step(config, model), run_state.init_state(config, model)
     if int8:
         rows = lambda x: jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 100 if x.ndim > 2 else None
         scales = jax.tree.map(rows, state.params)

@@ -30,7 +30,7 @@ import optax
 
 import zo_jax
 from zo_jax.models.model import open_files
-from zo_jax.train import choices, experiment, steps
+from zo_jax.train import choices, experiment, run_state, steps
 from zo_jax.train.config import Config
 from zo_jax.train.evaluate import choose_blocks
 from zo_jax.train.optimizers import make_optimizer, make_schedule
@@ -139,7 +139,7 @@ def from_config(config: Config, held_out: Callable[[Any], Sequence[Any]]) -> Cas
     sources = load_sources(config)
     subject = make_subject(resolve(config, sources.num_examples), sources)
     task, scope = subject.task, choices.scope_of(config, subject.model)
-    params = steps.init_state(config, subject.model).params
+    params = run_state.init_state(config, subject.model).params
     return Case(
         loss_fn=steps.make_loss(subject.model, scope, task.loss)(params),
         params=scope.select(params),

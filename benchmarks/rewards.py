@@ -17,6 +17,7 @@ errors: three noisy spirals, 2-32-32-3 units, as many evaluations for all method
 """
 
 import argparse
+from collections.abc import Callable
 import copy
 import csv
 import datetime
@@ -32,7 +33,7 @@ import optax
 
 import zo_jax
 from zo_jax import models
-from zo_jax.train import choices, steps
+from zo_jax.train import choices, run_state, steps
 from zo_jax.train.config import Config, ObjectiveConfig
 from zo_jax.train.experiment import load
 from zo_jax.train.export import load_run, load_state, saved_config
@@ -134,7 +135,7 @@ def by_search(config: Config, path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     config, model, task = subject_of(config)
     scope, step_key = choices.scope_of(config, model), steps.make_step_key(config, None)
-    params, score = steps.init_state(config, model).params, task.make_score(None)
+    params, score = run_state.init_state(config, model).params, task.make_score(None)
     take = jax.jit(
         lambda params, key, i: scope.merge(
             params, task.strategy.member(scope.select(params), task.strategy.ask(key), i)
@@ -154,9 +155,15 @@ def by_search(config: Config, path: Path) -> dict[str, Any]:
 
 
 def tell_rewards(demo: str, seeds: list[int], num_steps: int, out: Path) -> list[str]:
-    found: dict[str, list[dict[str, Any]]] = {"population": [], "random search": []}
+    ways: dict[str, Callable[[Config, Path], dict[str, Any]]] = {
+        "population": by_population,
+        "random search": lambda config, path: by_search(config, path.with_suffix(".json")),
+    }
     if demo in SUPERVISED:
-        found["answers by cross-entropy"] = []
+        ways["answers by cross-entropy"] = lambda config, path: by_supervision(
+            config, demo, path.with_name(f"{path.name}_answers")
+        )
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     for name, runs in found.items():
         for seed in seeds:
             config = CONFIGS[demo](out)
@@ -164,12 +171,7 @@ def tell_rewards(demo: str, seeds: list[int], num_steps: int, out: Path) -> list
             config.train.num_steps = num_steps or config.train.num_steps
             validate(config)
             path = out / f"{demo}_{config.train.num_steps}_{seed}"
-            if name == "population":
-                runs.append(by_population(config, path))
-            elif name == "answers by cross-entropy":
-                runs.append(by_supervision(config, demo, path.with_name(f"{path.name}_answers")))
-            else:
-                runs.append(by_search(config, path.with_suffix(".json")))
+            runs.append(ways[name](config, path))
             print(f"{name}, seed {seed}: {runs[-1]}", flush=True)
     starts = [one["start"] for one in found["population"]]
     lines = [f"| start | | {_spread(starts)} | {len(seeds)} |"]

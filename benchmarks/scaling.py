@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from zo_jax import families
 from zo_jax.layout import Layout
-from zo_jax.train import steps
+from zo_jax.train import run_state, steps
 from zo_jax.train.config import (
     Config,
     DataConfig,
@@ -98,7 +98,7 @@ def programs(mode: str, q: int, batch_size: int, shape: tuple[int, int, int]) ->
     devices = jax.devices()[: math.prod(shape)]
     layout = Layout(make_mesh(*shape, devices=devices), RULES)
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    state = jax.eval_shape(lambda: steps.init_state(config, model))
+    state = jax.eval_shape(lambda: run_state.init_state(config, model))
     state = jax.tree.map(place, state, layout.shardings(state))
     everywhere = lambda shape, dtype: jax.ShapeDtypeStruct(
         shape, dtype, sharding=layout.split(len(shape), None)
@@ -130,7 +130,7 @@ def recomputation() -> None:
     """
     model = make_model(ModelConfig(size="20M"), 50257)
     config = resolve(Config(model=ModelConfig(size="20M"), train=TrainConfig(num_steps=1)), 1)
-    params = steps.init_state(config, model).params
+    params = run_state.init_state(config, model).params
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     for family in (families.rademacher(), families.low_rank(1), families.gaussian()):
         keys, weights = jax.random.split(jax.random.key(0, impl="threefry2x32"), 8), jnp.ones(8)

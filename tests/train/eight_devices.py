@@ -14,7 +14,7 @@ import tiny
 import zo_jax
 from zo_jax import families, rounding
 from zo_jax.layout import Layout
-from zo_jax.train import choices, steps
+from zo_jax.train import choices, run_state, steps
 from zo_jax.train.config import ConfigError, ObjectiveConfig
 from zo_jax.train.data import batches
 from zo_jax.train.evolve import make_population_step
@@ -160,7 +160,7 @@ def test_update_gathers_nothing(config, optimizer, perturbation):
     config.optimizer.name, config.zo.perturbation = optimizer, perturbation
     config.scope, layout = "full", layout_of(1, 1, 4)
     model, _ = setup(config)
-    state = steps.init_state(config, model, layout)
+    state = run_state.init_state(config, model, layout)
     kernel = state.params["blocks"]["fc_proj"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (1, 64, 64) and kernel.shape == (1, 256, 64)
     key = steps.make_step_key(config, layout)(0)
@@ -237,7 +237,7 @@ def test_every_mode_on_a_mesh(config, mode):
     results = []
     for layout in (None, layout_of(2, 2, 2) if mode != "instruct" else layout_of(2, 2, 1)):
         model, read = setup(config, layout)
-        state = steps.init_state(config, model, layout)
+        state = run_state.init_state(config, model, layout)
         step_on = steps.make_train_step(config, model, layout)
         for step in range(config.fo.bp_interval or 1):
             state, info, _ = step_on(state, step, *read(step))
@@ -346,7 +346,7 @@ def test_a_population_is_spread_over_queries(tmp_path, objective):
     assert layout.mesh.shape["query"] == 8
     found = []
     for place in (None, layout):
-        state = steps.init_state(config, model, place)
+        state = run_state.init_state(config, model, place)
         step = make_population_step(config, model, task, place)
         state, metrics_, record = step(state, 0, task.batches(0, place)[0], None)
         found.append((np.asarray(record.projections), float(metrics_.loss)))
@@ -369,7 +369,7 @@ def test_leaves_that_do_not_divide_are_replicated(config):
     config.model.width, config.model.num_heads = 6, 1
     layout = layout_of(1, 1, 4)
     model, _ = setup(config)
-    state = steps.init_state(config, model, layout)
+    state = run_state.init_state(config, model, layout)
     assert "blocks/qkv/kernel [1, 6, 18]" in list(layout.replicated(state.params))
     assert state.params["blocks"]["qkv"]["kernel"].sharding.is_fully_replicated
     assert not state.params["blocks"]["fc"]["kernel"].sharding.is_fully_replicated

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from zo_jax.train import credit, feedback, steps
+from zo_jax.train import credit, feedback, run_state, steps
 from zo_jax.train.config import FeedbackConfig
 from zo_jax.train.losses import next_token_loss
 from zo_jax.train.model import Block, make_model
@@ -329,13 +329,13 @@ def test_steps_are_compiled_once_donated_and_of_their_key(feedback_config, mode)
     feedback_config.mode = mode
     model, _, tokens = setup(feedback_config)
     step = steps.make_feedback_step(feedback_config, model)
-    state = steps.init_state(feedback_config, model)
+    state = run_state.init_state(feedback_config, model)
     for _ in range(3):
         before = state
         state, metrics = step(state, jnp.asarray(tokens))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
     assert step._cache_size() == 1 and state.step == 3 and np.isfinite(metrics.loss)
-    again = steps.init_state(feedback_config, model)
+    again = run_state.init_state(feedback_config, model)
     for _ in range(3):
         again, _ = step(again, jnp.asarray(tokens))
     assert_close(state.params, again.params, rtol=0, atol=0)
@@ -350,9 +350,9 @@ def test_muon_leaves_the_embeddings_to_adam_at_a_rate_of_its_own(feedback_config
     optimizer.name, optimizer.orthogonalize_embedding = "muon", False
     optimizer.learning_rate, optimizer.adam_learning_rate = 1e-3, 1e-2
     model, _, tokens = setup(feedback_config)
-    before = jax.tree.map(np.asarray, steps.init_state(feedback_config, model).params)
+    before = jax.tree.map(np.asarray, run_state.init_state(feedback_config, model).params)
     step = steps.make_feedback_step(feedback_config, model)
-    after = step(steps.init_state(feedback_config, model), jnp.asarray(tokens))[0].params
+    after = step(run_state.init_state(feedback_config, model), jnp.asarray(tokens))[0].params
     moved = lambda *path: np.abs(_at(after, *path) - _at(before, *path))
     # Adam's first step (with Nesterov's momentum, as Muon has it) is the same in every entry;
     # Muon's is a nearly orthogonal matrix.

@@ -11,7 +11,7 @@ import pytest
 
 from zo_jax import models
 from zo_jax.models import lora
-from zo_jax.train import steps
+from zo_jax.train import run_state
 from zo_jax.train.config import ConfigError, LoraConfig, TaskConfig, ZOConfig
 from zo_jax.train.data.sources import DataError
 from zo_jax.train.run import train_and_evaluate
@@ -78,8 +78,8 @@ def test_base_and_ledger_are_the_model(folder, run, capsys):
     # Of the run's own state: the last one, whose factors are merged into the base.
     config = resolve(fine_tune.get_config(folder), 20)
     model = make_subject(config, load_sources(config)).model
-    state = steps.init_state(config, model)
-    part = steps.kept_part(config, model)
+    state = run_state.init_state(config, model)
+    part = run_state.kept_part(config, model)
     identity = read_config(run / "config.json")["identity"]
     last = checkpoint.restore(run / "checkpoints", 4, state, identity, part)
     expected, rebuilt = model.merged(last.params), models.load(out)
@@ -178,7 +178,7 @@ def test_answers_are_written_and_compared(folder, tmp_path):
 def test_the_loss_of_a_step_is_that_of_its_examples(folder):
     config = resolve(fine_tune.get_config(folder), 20)
     subject = make_subject(config, load_sources(config))
-    params = steps.init_state(config, subject.model).params
+    params = run_state.init_state(config, subject.model).params
     batch, none = subject.task.batches(3)
     assert none is None and len(batch.tokens) == 4 and batch.tokens.shape[1] <= 16
     m = models.load(folder / "base")

@@ -15,7 +15,7 @@ import pytest
 import zo_jax
 from zo_jax import ledger
 from zo_jax.replay import arguments, check_replayable, replay
-from zo_jax.train import choices, steps
+from zo_jax.train import choices, run_state, steps
 from zo_jax.train.config import Config, ConfigError, from_dict
 from zo_jax.train.data import batches
 from zo_jax.train.data.corpus import load_corpus
@@ -226,7 +226,7 @@ def test_any_configuration_is_read_or_refused(fields):
 def train_steps(config, tmp_path, num_steps=5):
     corpus = load_corpus(config.data)
     model = make_model(config.model, corpus.tokenizer.vocab_size)
-    state = steps.init_state(config, model)
+    state = run_state.init_state(config, model)
     start = jax.tree.map(np.array, state.params)
     writer = ledger.Writer(tmp_path / "l", resume.run_header(config, model, state))
     train_step = steps.make_train_step(config, model)

@@ -10,7 +10,7 @@ import pytest
 
 from zo_jax import ledger, methods
 from zo_jax.replay import replay
-from zo_jax.train import choices, steps
+from zo_jax.train import choices, run_state, steps
 from zo_jax.train.config import KEPT, METHODS, ConfigError
 from zo_jax.train.data import batches
 from zo_jax.train.data.corpus import load_corpus
@@ -25,15 +25,20 @@ from zo_jax.train.tools import ledger as ledger_tool
 from zo_jax.train.validation import resolve, validate
 
 
-def test_fzoo_steps_are_those_of_the_library_and_replay(tiny_config, tmp_path):
-    config = tiny_config
-    config.zo.method, config.zo.difference, config.zo.epsilon = "fzoo", "forward", 1e-2
-    config.optimizer.name, config.optimizer.learning_rate = "sgd", 1e-2
+def begin(config):
+    """A valid configuration resolved, its corpus and model, and the state before the first step."""
     validate(config)
     corpus = load_corpus(config.data)
     config = resolve(config, len(corpus.train_NT))
     model = make_model(config.model, corpus.tokenizer.vocab_size)
-    state = steps.init_state(config, model)
+    return config, corpus, model, run_state.init_state(config, model)
+
+
+def test_fzoo_steps_are_those_of_the_library_and_replay(tiny_config, tmp_path):
+    config = tiny_config
+    config.zo.method, config.zo.difference, config.zo.epsilon = "fzoo", "forward", 1e-2
+    config.optimizer.name, config.optimizer.learning_rate = "sgd", 1e-2
+    config, corpus, model, state = begin(config)
     start = jax.tree.map(np.array, state.params)
     writer = ledger.Writer(tmp_path / "ledger.bin", run_header(config, model, state))
     train_step = steps.make_train_step(config, model)
@@ -70,11 +75,7 @@ def test_steps_along_kept_directions_are_those_of_the_library(tiny_config):
     config.zo.perturbation, config.zo.rank, config.zo.epsilon = "lozo", 2, 1e-2
     config.zo.period = 1
     config.optimizer.name, config.optimizer.learning_rate = "sgd", 1e-2
-    validate(config)
-    corpus = load_corpus(config.data)
-    config = resolve(config, len(corpus.train_NT))
-    model = make_model(config.model, corpus.tokenizer.vocab_size)
-    state = steps.init_state(config, model)
+    config, corpus, model, state = begin(config)
     train_step = steps.make_train_step(config, model)
     for step in range(2):
         before = jax.tree.map(np.array, state.params)
@@ -108,20 +109,38 @@ OPTIONS = {
 MADE_FOR = {"zo_muon": dict(difference="forward"), "conmezo": dict(perturbation="sphere")}
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_method_makes_the_steps_of_the_library_and_takes_them_again(tiny_config, name):
-    config = tiny_config
+def with_method(config, name):
     config.zo.method, config.zo.epsilon = name, 1e-2
     config.zo.method_options = OPTIONS.get(name, "")
     for field, value in MADE_FOR.get(name, {}).items():
         setattr(config.zo, field, value)
     config.zo.num_queries = config.train.batch_size = 4
+    return config
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_tells_its_evaluations(tiny_config, name):
+    method, calls = choices.own_method(with_method(tiny_config, name)), []
+    count = lambda x: (calls.append(1), np.float32(x))[1]
+
+    def loss(params, x):
+        value = jnp.sum((x @ params["w"]) ** 2)
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.pure_callback(count, shape, value, vmap_method="sequential")
+
+    params, x = {"w": jnp.ones((6, 5))}, jnp.ones((4, 6))
+    step = methods.Step(np.zeros(2, np.uint32), jnp.int32(0))
+    jax.block_until_ready(method.project(loss, params, method.init(params), step, x))
+    jax.effects_barrier()
+    # GRZO's passes are of the examples, one by one.
+    assert len(calls) == method.num_evaluations * (len(x) if name == "grzo" else 1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_makes_the_steps_of_the_library_and_takes_them_again(tiny_config, name):
+    config = with_method(tiny_config, name)
     config.optimizer.name, config.optimizer.learning_rate = "sgd", 1e-3
-    validate(config)
-    corpus = load_corpus(config.data)
-    config = resolve(config, len(corpus.train_NT))
-    model = make_model(config.model, corpus.tokenizer.vocab_size)
-    state = steps.init_state(config, model)
+    config, corpus, model, state = begin(config)
     start = jax.tree.map(jnp.copy, state)
     train_step, records, read = steps.make_train_step(config, model), [], []
     for step in range(2):
@@ -129,9 +148,9 @@ def test_a_method_makes_the_steps_of_the_library_and_takes_them_again(tiny_confi
         state, _, record = train_step(state, step, tokens, None)
         records.append(jax.tree.map(np.array, record))
         read.append(tokens)
-    assert records[0].projections.shape == (steps.num_numbers(config),)
+    assert records[0].projections.shape == (choices.num_numbers(config),)
 
-    method = steps.method_for(config)
+    method = choices.own_method(config)
     tx = optax.chain(method.transformation(choices.base_key(config)), optax.sgd(1e-3))
     loss = lambda params, tokens: next_token_loss(model, params, tokens)
     params, own = start.params, tx.init(start.params)
@@ -150,6 +169,18 @@ def test_a_method_makes_the_steps_of_the_library_and_takes_them_again(tiny_confi
         key = jax.random.wrap_key_data(record.key)
         again, _ = take(again, key, record.loss, record.projections)
     jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def test_a_step_without_a_finite_loss_leaves_the_memory_as_it_is(tiny_config):
+    config, _, model, state = begin(with_method(tiny_config, "conmezo"))
+    update = steps.make_update(config, model)
+    key = choices.base_key(config)
+    taken, _ = update(state, key, jnp.float32(4), jnp.ones(4))
+    before = jax.tree.map(np.array, taken)
+    after, metrics = update(taken, key, jnp.float32(jnp.nan), jnp.full(4, jnp.nan))
+    assert metrics.num_skipped == 1
+    jax.tree.map(np.testing.assert_array_equal, after.train.family, before.train.family)
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
 
 
 def test_a_run_with_a_memory_goes_on_and_is_rebuilt_from_its_ledger(tiny_config, tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 
 from zo_jax.guided import instruct_directions
 from zo_jax.interpreter import record_formed
-from zo_jax.train import choices, hybrid, steps
+from zo_jax.train import choices, hybrid, run_state, steps
 from zo_jax.train.config import ConfigError, InstructConfig, blocks_per_step
 from zo_jax.train.data import batches
 from zo_jax.train.data.corpus import load_corpus
@@ -25,7 +25,7 @@ def setup(config):
     corpus = load_corpus(config.data)
     config = resolve(config, len(corpus.train_NT))
     model = make_model(config.model, corpus.tokenizer.vocab_size)
-    return config, model, corpus, steps.init_state(config, model)
+    return config, model, corpus, run_state.init_state(config, model)
 
 
 def run(config, num_steps):

@@ -18,7 +18,7 @@ import pytest
 import tiny
 
 from zo_jax import ledger
-from zo_jax.train import steps
+from zo_jax.train import run_state
 from zo_jax.train.config import EXTENDABLE, ConfigError, ZOConfig
 from zo_jax.train.data import batches
 from zo_jax.train.model import make_model
@@ -72,7 +72,7 @@ def losses_of(folder):
 def final_bits(folder, config, step):
     corpus = batches.load_corpora(config)
     model = make_model(config.model, corpus.tokenizer.vocab_size)
-    state = checkpoint.restore(folder / "checkpoints", step, steps.init_state(config, model))
+    state = checkpoint.restore(folder / "checkpoints", step, run_state.init_state(config, model))
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 

@@ -16,7 +16,7 @@ import pytest
 import zo_jax
 from zo_jax import ledger, models
 from zo_jax.models import population
-from zo_jax.train import choices, steps
+from zo_jax.train import choices, run_state, steps
 from zo_jax.train.config import Config, ConfigError, LoraConfig, ObjectiveConfig
 from zo_jax.train.data.sources import DataError
 from zo_jax.train.evolve import make_population_step
@@ -107,7 +107,7 @@ def test_a_step_is_that_of_members_that_write_alone(folder, scope):
     if scope != "lora":
         config.lora, config.zo.epsilon = LoraConfig(), 0.02
     config, (model, task, *_) = subject_of(config)
-    state = steps.init_state(config, model)
+    state = run_state.init_state(config, model)
     subset = choices.scope_of(config, model)
     key = steps.make_step_key(config, None)(0)
     batch = task.batches(0)[0]
@@ -285,7 +285,7 @@ def test_a_step_without_signal_is_counted(folder):
     (folder / "same.py").write_text("def f(p, c, r): return [1.0] * len(p)\n")
     path = f"{folder / 'same.py'}:f"
     config, (model, task, *_) = subject_of(get_config(folder, objective__path=path))
-    state, step = steps.init_state(config, model), make_population_step(config, model, task)
+    state, step = run_state.init_state(config, model), make_population_step(config, model, task)
     for i in range(2):
         state, metrics, record = step(state, i, task.batches(i)[0], None)
         assert metrics.num_flat == i + 1 and not np.any(record.projections)
@@ -303,7 +303,7 @@ def test_accuracy_is_climbed(folder, tmp_path, answers):
         config.task.labels = fine_tune.LABELS
     validate(config)
     config, (model, task, *_) = subject_of(config)
-    state = steps.init_state(config, model)
+    state = run_state.init_state(config, model)
     key, batch = steps.make_step_key(config, None)(0), task.batches(0)[0]
     scores = np.asarray(task.make_score(None)(state.params, key, batch))
     assert np.all((scores >= 0) & (scores <= 1)) and len(scores) == 6

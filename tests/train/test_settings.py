@@ -22,7 +22,7 @@ import tiny
 from zo_jax import estimators, families, ledger
 from zo_jax.evolution import SHAPINGS
 from zo_jax.guided import METHODS
-from zo_jax.train import describe, model, steps
+from zo_jax.train import choices, describe, model, run_state, steps
 from zo_jax.train.config import HUB_SOURCES, KEPT, SETTINGS, SIZES, Config, ConfigError
 from zo_jax.train.data import batches, sources
 from zo_jax.train.rewards.pool import RewardFailed
@@ -420,7 +420,7 @@ def program(config, name):
 
 def lower(config, is_init, is_update):
     gpt = model.make_model(config.model, 20)
-    state = steps.state_shapes(config, gpt)
+    state = run_state.state_shapes(config, gpt)
     key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
     q, B, T = config.zo.num_queries, config.train.batch_size, config.data.block_size
     tokens_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
@@ -434,7 +434,7 @@ def lower(config, is_init, is_update):
     if config.mode == "instruct":
         return steps.make_guided_step(config, gpt).lower(state, key, tokens, tokens_BT)
     if is_update:
-        numbers = (steps.num_numbers(config),)
+        numbers = (choices.num_numbers(config),)
         loss, c = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((), numbers))
         return steps.make_update(config, gpt).lower(state, key, loss, c)
     return steps.make_project(config, gpt).lower(
@@ -487,7 +487,7 @@ def fine_tune_of(config):
 def _fine_tune_of(config):
     config = resolve(config, 10)
     subject = make_subject(config, load_sources(config))
-    task, state = subject.task, steps.init_state(config, subject.model)
+    task, state = subject.task, run_state.init_state(config, subject.model)
     read = [jax.tree.map(np.ndarray.tolist, task.batches(i)) for i in range(3)]
     written = task.write(state.params, task.validation) if getattr(task, "writes", 0) else None
     key, scores = steps.make_step_key(config, None)(0), None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from zo_jax.train import choices, steps
+from zo_jax.train import choices, run_state, steps
 from zo_jax.train.config import ConfigError
 from zo_jax.train.data import batches
 from zo_jax.train.data.corpus import load_corpus
@@ -32,7 +32,7 @@ def losses_of(workdir):
 def setup(config):
     corpus = load_corpus(config.data)
     model = make_model(config.model, corpus.tokenizer.vocab_size)
-    state = steps.init_state(config, model)
+    state = run_state.init_state(config, model)
     batch = lambda step: next(
         b for b in batches.read_batches(config, corpus.train_NT, step) if b is not None
     )

@@ -5,7 +5,7 @@ import pytest
 
 from zo_jax import families, rounding
 from zo_jax.fingerprint import fingerprint
-from zo_jax.train import choices, steps
+from zo_jax.train import choices, run_state, steps
 from zo_jax.train.config import ConfigError
 from zo_jax.train.data import batches
 from zo_jax.train.model import make_model
@@ -95,7 +95,7 @@ def test_half_precision_in_every_mode(tiny_config, mode, dtype):
     check_possible(tiny_config)
     corpus = batches.load_corpora(tiny_config)
     model = make_model(tiny_config.model, corpus.tokenizer.vocab_size)
-    state = steps.init_state(tiny_config, model)
+    state = run_state.init_state(tiny_config, model)
     before = jax.tree.map(np.array, state.params)
     train_step = steps.make_train_step(tiny_config, model)
     for step in range(2):
@@ -123,7 +123,7 @@ def test_checkpointed_activations_change_no_gradient(tiny_config):
         tiny_config.model.checkpoint_activations = checkpointed
         corpus = batches.load_corpora(tiny_config)
         model = make_model(tiny_config.model, corpus.tokenizer.vocab_size)
-        state = steps.init_state(tiny_config, model)
+        state = run_state.init_state(tiny_config, model)
         _, tokens = batches.read_batches(tiny_config, corpus.train_NT, 0)
         state, _ = steps.make_fo_step(tiny_config, model)(state, tokens)
         results.append(jax.tree.map(np.array, state.params))
@@ -139,7 +139,7 @@ def test_chunks_of_a_batch_change_no_projection_and_save_memory(tiny_config):
         tiny_config.zo.batch_chunks = chunks
         corpus = batches.load_corpora(tiny_config)
         model = make_model(tiny_config.model, corpus.tokenizer.vocab_size)
-        state = steps.init_state(tiny_config, model)
+        state = run_state.init_state(tiny_config, model)
         tokens, _ = batches.read_batches(tiny_config, corpus.train_NT, 0)
         args = state.params, choices.base_key(tiny_config), tokens
         project = steps.make_project(tiny_config, model)

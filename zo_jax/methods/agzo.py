@@ -88,6 +88,11 @@ class Agzo(Method):
         if self.input_axis not in (-2, -1):
             raise ValueError(f"input_axis must be -2 or -1, got {self.input_axis!r}")
 
+    @property
+    def num_evaluations(self) -> int:
+        """With the pass that looks at the inputs, not the products of the power iterations."""
+        return self.estimator.num_evaluations + 1
+
     def init(self, params: Any) -> Any:
         of = lambda key, leaf: orthonormal_columns(key, leaf, self.input_axis, self.rank)
         kept = keep_factors(params, jax.random.key(0), self.rank, of)

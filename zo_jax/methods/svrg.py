@@ -74,6 +74,13 @@ class MezoSvrg(Method):
                 "MezoSvrg compares the estimates of whole batches: set batch_per_query=False"
             )
 
+    @property
+    def num_evaluations(self) -> int:
+        """Of a step between two snapshots; one that takes a snapshot has half as many, of the large
+        batch.
+        """
+        return 2 * self.estimator.num_evaluations
+
     def init(self, params: Any) -> Snapshot:
         copy = jax.tree.map(jnp.copy, params)
         return Snapshot(copy, jnp.int32(0), jnp.zeros(self.num_numbers, jnp.float32))

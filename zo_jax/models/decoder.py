@@ -122,7 +122,7 @@ def stream(
         p, window, i = slices
         h_BTC = rms_norm(x_BTC, p["input_layernorm"], config.norm_epsilon)
         attn = p["self_attn"]
-        q, k = _queries(config, attn, h_BTC, cos_sin), _keys(config, attn, h_BTC, cos_sin)
+        q, k = (_turned(config, attn, h_BTC, cos_sin, name) for name in "qk")
         v = _heads(config, attn, h_BTC, "v")
         y_BTC, cache = attention(q, k, v, positions_BT, window, cache, i)
         return (_after_attention(config, p, x_BTC, y_BTC), cache), None
@@ -154,8 +154,9 @@ def stream_at(
     def last(p, x_BTC):
         at_places = lambda x: jnp.take_along_axis(x, places_B1[..., None], axis=1)
         h_BTC, attn = rms_norm(x_BTC, p["input_layernorm"], config.norm_epsilon), p["self_attn"]
-        k, v = _keys(config, attn, h_BTC, turns(positions_BT)), _heads(config, attn, h_BTC, "v")
-        q = _queries(config, attn, at_places(h_BTC), turns(places_B1))
+        q = _turned(config, attn, at_places(h_BTC), turns(places_B1), "q")
+        k = _turned(config, attn, h_BTC, turns(positions_BT), "k")
+        v = _heads(config, attn, h_BTC, "v")
         y_B1C = attend(q, k, v, places_B1, positions_BT, config.windows[-1])
         return _after_attention(config, p, at_places(x_BTC), y_B1C)
 
@@ -168,18 +169,12 @@ def _heads(config, p, h_BTC, name):
     return linear(h_BTC, p[f"{name}_proj"]).reshape(*h_BTC.shape[:2], -1, config.head_dim)
 
 
-def _queries(config, p, h_BTC, cos_sin):
-    q_BTHD = _heads(config, p, h_BTC, "q")
+def _turned(config, p, h_BTC, cos_sin, name):
+    """Queries or keys, turned by the angles of their positions."""
+    heads = _heads(config, p, h_BTC, name)
     if config.query_key_norm:
-        q_BTHD = rms_norm(q_BTHD, p["q_norm"], config.norm_epsilon)
-    return rope.turn(q_BTHD, *cos_sin)
-
-
-def _keys(config, p, h_BTC, cos_sin):
-    k_BTKD = _heads(config, p, h_BTC, "k")
-    if config.query_key_norm:
-        k_BTKD = rms_norm(k_BTKD, p["k_norm"], config.norm_epsilon)
-    return rope.turn(k_BTKD, *cos_sin)
+        heads = rms_norm(heads, p[f"{name}_norm"], config.norm_epsilon)
+    return rope.turn(heads, *cos_sin)
 
 
 def _after_attention(config, p, x_BTC, y_BTC):

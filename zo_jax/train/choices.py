@@ -12,8 +12,9 @@ from zo_jax.estimators import Estimator
 from zo_jax.family import Family
 from zo_jax.grouped import grouped
 from zo_jax.layout import Layout
-from zo_jax.methods import weights_of
+from zo_jax.methods import Method, Step, weights_of
 from zo_jax.train.config import KEPT, Config, method_of
+from zo_jax.train.named_methods import make_method
 from zo_jax.train.optimizers import make_optimizer, make_optimizer_in_turns, scale_part
 from zo_jax.train.scopes import make_exact, make_scope
 from zo_jax.trees import Subset
@@ -54,7 +55,23 @@ def kept_directions(config: Config, trained: Any, step: Any) -> Family:
     period = {} if zo.perturbation == "tezo" else dict(period=zo.period)
     kinds = {"lozo": methods.Lozo, "subzero": methods.SubZero, "tezo": methods.Tezo}
     method = kinds[zo.perturbation](rank=zo.rank, **period)
-    return method.family(trained, (), methods.Step(jax.random.key_data(base_key(config)), step))
+    return method.family(trained, (), step_of(config, step))
+
+
+def own_method(config: Config, layout: Layout | None = None) -> Method | None:
+    """The method of a run, if it has numbers or a memory of its own."""
+    return make_method(config, make_estimator(config, layout)) if config.mode == "zo" else None
+
+
+def num_numbers(config: Config) -> int:
+    """The numbers of a step's record: q, unless a method has others."""
+    method = own_method(config)
+    return method.num_numbers if method else config.zo.num_queries
+
+
+def step_of(config: Config, count: Any) -> Step:
+    """What a method draws a step from; its key is the run's `make_step_key` of the count."""
+    return Step(jax.random.key_data(base_key(config)), count)
 
 
 def exact_of(config: Config, model: Any) -> Subset | None:

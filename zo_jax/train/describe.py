@@ -223,7 +223,7 @@ def describe(
     backprop = f"backprop; {fo_batch} in {config.fo.gradient_accumulation_steps} part(s)"
     evaluations = _evaluations_per_step(config)
     method = {"plain": "", "fzoo": " over the deviation of the losses (fzoo)"}.get(
-        zo.method, f", made of by {zo.method} {zo.method_options}".rstrip()
+        zo.method, f", by {zo.method} {zo.method_options}".rstrip()
     )
     of_groups = {
         "none": "",

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from zo_jax.layout import Layout
 from zo_jax.train.config import Config
-from zo_jax.train.steps import RunState, StepMetrics, StepRecord, make_step_key, make_update
+from zo_jax.train.run_state import RunState, StepMetrics, StepRecord
+from zo_jax.train.steps import make_step_key, make_update
 
 
 def make_population_step(

@@ -18,7 +18,7 @@ from zo_jax.train.model import GPT, make_model
 from zo_jax.train.pretrained import Pretrained, open_pretrained
 from zo_jax.train.run_folder import checkpoint
 from zo_jax.train.run_folder.folder import read_config
-from zo_jax.train.steps import RunState, init_state, kept_part
+from zo_jax.train.run_state import RunState, init_state, kept_part
 
 
 def export(model: Any, params: Any, tokenizer: Tokenizer | None = None) -> Model:

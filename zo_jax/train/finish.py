@@ -13,7 +13,7 @@ from zo_jax.train.choices import base_key
 from zo_jax.train.config import Config
 from zo_jax.train.run_folder import checkpoint, metrics
 from zo_jax.train.run_folder.folder import Workdir
-from zo_jax.train.steps import RunState, init_state, kept_part
+from zo_jax.train.run_state import RunState, init_state, kept_part
 from zo_jax.train.subject import Subject
 from zo_jax.train.tasks.prompted import PromptedTask
 from zo_jax.train.tasks.reward import RewardTask

@@ -16,7 +16,8 @@ from zo_jax.train.evolve import make_population_step
 from zo_jax.train.report import Report, Taken
 from zo_jax.train.rewards.pool import RewardFailed
 from zo_jax.train.run_folder.resume import Run
-from zo_jax.train.steps import RunState, make_train_step, make_update
+from zo_jax.train.run_state import RunState
+from zo_jax.train.steps import make_train_step, make_update
 from zo_jax.train.tasks.task import Task
 
 

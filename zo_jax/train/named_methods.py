@@ -7,7 +7,7 @@ from typing import Any
 from zo_jax import methods
 from zo_jax.estimators import Estimator
 from zo_jax.methods import Method
-from zo_jax.train.config import Config, ConfigError
+from zo_jax.train.config import KEPT, Config, ConfigError
 
 
 def _evolution(estimator: Estimator, **options: Any) -> Method:
@@ -60,3 +60,29 @@ def make_method(config: Config, estimator: Estimator) -> Method | None:
             f"zo.method={name} cannot be made of zo.method_options={config.zo.method_options!r} "
             f"and the other settings of zo: {error}"
         ) from None
+
+
+def check_method(config: Config) -> None:
+    """Raises a ConfigError if other settings leave a method with numbers or a memory of its own no
+    room; whether it can be made of them, `make_method` says.
+    """
+    zo = config.zo
+    if zo.perturbation in KEPT:
+        raise ConfigError(
+            f"zo.method={zo.method} and zo.perturbation={zo.perturbation} are two methods: choose "
+            f"zo.perturbation=gaussian, or zo.method={zo.perturbation} alone"
+        )
+    if zo.epsilon == "auto":
+        raise ConfigError(f"zo.method={zo.method} needs a number as zo.epsilon, got auto")
+    if config.mesh.model > 1:
+        raise ConfigError(
+            f"zo.method={zo.method} keeps what lasts from step to step whole on each device: set "
+            f"mesh.model=1, got {config.mesh.model}"
+        )
+    if zo.method == "grzo" and zo.num_queries != config.train.batch_size:
+        raise ConfigError(
+            "zo.method=grzo has a direction for each example: zo.num_queries must be "
+            f"train.batch_size={config.train.batch_size}, got {zo.num_queries}"
+        )
+    if zo.method == "grzo" and zo.batch_per_query:
+        raise ConfigError("zo.method=grzo reads one batch: set zo.batch_per_query=false")

@@ -16,7 +16,7 @@ from zo_jax.train.progress import Progress
 from zo_jax.train.run_folder.checkpoint import Checkpoints
 from zo_jax.train.run_folder.reports import make_row
 from zo_jax.train.run_folder.resume import Run
-from zo_jax.train.steps import RunState, StepMetrics, StepRecord
+from zo_jax.train.run_state import RunState, StepMetrics, StepRecord
 from zo_jax.train.tasks.task import Task
 
 # Steps after which is told that most have no signal.

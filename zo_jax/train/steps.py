@@ -7,7 +7,7 @@ Axes: B blocks of a batch, T tokens of a block, q queries.
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,145 +16,25 @@ import numpy as np
 from zo_jax.anchor import distance
 from zo_jax.estimators import Estimator
 from zo_jax.layout import Layout
-from zo_jax.methods import Method, Step
 from zo_jax.train import feedback, hybrid
-from zo_jax.train.choices import base_key, kept_directions, make_estimator, make_rules, scope_of
+from zo_jax.train.choices import (
+    base_key,
+    kept_directions,
+    make_estimator,
+    make_rules,
+    own_method,
+    scope_of,
+    step_of,
+)
 from zo_jax.train.config import KEPT, QUERY_MODES, Config
 from zo_jax.train.losses import next_token_loss
-from zo_jax.train.named_methods import make_method
 from zo_jax.train.optimizers import make_schedule
-from zo_jax.trees import ALL, WHOLE, Subset
+from zo_jax.train.run_state import RunState, StepMetrics, StepRecord
+from zo_jax.trees import Subset
 from zo_jax.update import TrainState, Update, UpdateMetrics
 
 # (parameters, batch) -> loss, float32 scalar.
 Loss = Callable[[Any, Any], jax.Array]
-
-
-class RunState(NamedTuple):
-    """All that a run changes.
-
-    Attributes:
-      train: step, parameters, optimiser state and counts.
-      history: of the losses, for the adaptive schedule of mode instruct; elsewhere None.
-      num_flat: int32, steps so far whose scores were all equal; None where a loss is lowered.
-    """
-
-    train: TrainState
-    history: hybrid.LossHistory | None
-    num_flat: jax.Array | None = None
-
-    @property
-    def step(self) -> jax.Array:
-        return self.train.step
-
-    @property
-    def params(self) -> Any:
-        return self.train.params
-
-
-class StepMetrics(NamedTuple):
-    """Scalars of one step, nan where it has no such thing.
-
-    Attributes:
-      loss, grad_norm, learning_rate: float32.
-      num_skipped, skipped_in_row: int32, as in `TrainState`, after this step.
-      cosine_target, noise_scale: float32, of guided directions.
-      drift: float32, how far the trained parameters are from the anchor.
-      num_flat: int32, as in `RunState`, after this step.
-      best_score: float32, the best member's mean score.
-    """
-
-    loss: jax.Array
-    grad_norm: jax.Array
-    learning_rate: jax.Array
-    num_skipped: jax.Array
-    skipped_in_row: jax.Array
-    cosine_target: jax.Array
-    noise_scale: jax.Array
-    drift: jax.Array
-    num_flat: jax.Array | float
-    best_score: jax.Array | float
-
-
-class StepRecord(NamedTuple):
-    """What `update` needs to take a step again.
-
-    Attributes:
-      key: uint32 [2], the words of the step's key.
-      loss: float32.
-      projections: float32 [q], or the numbers of a method.
-    """
-
-    key: jax.Array
-    loss: jax.Array
-    projections: jax.Array
-
-
-def init_state(config: Config, model: Any, layout: Layout | None = None) -> RunState:
-    """The state before the first step, each array where it belongs: fresh parameters from the seed
-    alone, or those of a pretrained model.
-    """
-    rules = make_rules(config, model, layout)
-    params = model.start(jax.random.fold_in(base_key(config), 2**31), layout)
-
-    init = lambda params: _begin(config, model, rules, layout, params)
-    places = layout and layout.shardings(jax.eval_shape(init, params))
-    return jax.jit(init, donate_argnums=0, out_shardings=places)(params)
-
-
-def state_shapes(config: Config, model: Any) -> RunState:
-    """The shapes of `init_state`, without allocating any."""
-    rules = make_rules(config, model)
-    begin = lambda params: _begin(config, model, rules, None, params)
-    return jax.eval_shape(begin, model.shapes())
-
-
-def _begin(
-    config: Config, model: Any, rules: Update, layout: Layout | None, params: Any
-) -> RunState:
-    history = hybrid.new_history() if config.instruct.adaptive else None
-    num_flat = None if config.objective.name == "loss" else jnp.zeros((), jnp.int32)
-    family = _start(config, model, layout, params)
-    return RunState(rules.init(params, family), history, num_flat)
-
-
-def _start(config: Config, model: Any, layout: Layout | None, params: Any) -> Any:
-    """What directions depend on at the first step: the family if it learns, the memory of a method;
-    otherwise None.
-    """
-    method = method_for(config)
-    if method is None and config.zo.groups == "none":
-        return None
-    trained = scope_of(config, model).select(params)
-    return method.init(trained) if method else make_estimator(config, layout, model).start(trained)
-
-
-def method_for(config: Config, layout: Layout | None = None) -> Method | None:
-    """The method of a run, if it has one of its own."""
-    return make_method(config, make_estimator(config, layout)) if config.mode == "zo" else None
-
-
-def num_numbers(config: Config) -> int:
-    """The numbers of a step's record: q, unless a method has others."""
-    method = method_for(config)
-    return method.num_numbers if method else config.zo.num_queries
-
-
-def _step_of(config: Config, count: Any) -> Step:
-    return Step(jax.random.key_data(base_key(config)), count)
-
-
-def kept_part(config: Config, model: Any) -> Subset:
-    """What checkpoints keep of a run's state: all but the parameters that are not trained, which
-    come from the seed or from a pretrained model.
-    """
-    scope = scope_of(config, model)
-    if scope.indices is None:
-        return WHOLE
-    num_leaves = len(jax.tree.leaves(state_shapes(config, model)))
-    # The leaves are the step, the parameters, and the rest.
-    rest = num_leaves - 1 - len(scope.indices)
-    return Subset((ALL, *scope.indices, *(ALL,) * rest))
 
 
 def make_loss(
@@ -185,7 +65,7 @@ def make_project(
     """
     scope = scope_of(config, model)
     loss = make_loss(model, scope, loss_fn)
-    estimator, method = make_estimator(config, layout, model), method_for(config, layout)
+    estimator, method = make_estimator(config, layout, model), own_method(config, layout)
 
     @jax.jit
     def project(
@@ -193,7 +73,7 @@ def make_project(
     ) -> tuple[jax.Array, ...]:
         trained = scope.select(params)
         if method is not None:
-            return method.project(loss(params), trained, family, _step_of(config, step), batch)
+            return method.project(loss(params), trained, family, step_of(config, step), batch)
         if config.zo.perturbation in KEPT:
             family = kept_directions(config, trained, step)
         return _along(estimator, family).project(loss(params), trained, key, batch)
@@ -211,7 +91,7 @@ def make_update(
     """
     rules = make_rules(config, model, layout)
     tell = _make_tell(config, rules.subset)
-    always, method = make_estimator(config).family, method_for(config, layout)
+    always, method = make_estimator(config).family, own_method(config, layout)
 
     def update(
         state: RunState, key: jax.Array, loss: jax.Array, projections: jax.Array
@@ -219,9 +99,13 @@ def make_update(
         family = always
         if method is not None:
             trained = rules.subset.select(state.params)
-            parts = trained, state.train.family, _step_of(config, state.step)
+            parts = trained, state.train.family, step_of(config, state.step)
             gradient, memory = method.combine(*parts, projections)
             new, metrics = rules.from_gradient(state.train, key, loss, gradient)
+            # A step that changes nothing leaves the memory as it is too.
+            taken = new.skipped_in_row == 0
+            keep = lambda new, old: jnp.where(taken, new, old)
+            memory = jax.tree.map(keep, memory, state.train.family)
             return tell(state, new._replace(family=memory), metrics)
         if config.zo.perturbation in KEPT:
             trained = rules.subset.floating(state.params).select(state.params)

@@ -7,10 +7,10 @@ import copy
 import difflib
 from typing import Any
 
-from zo_jax.train.choices import make_estimator
+from zo_jax.train.choices import own_method
 from zo_jax.train.config import KEPT, SETTINGS, Config, blocks_per_step
 from zo_jax.train.model import SIZES
-from zo_jax.train.named_methods import make_method
+from zo_jax.train.named_methods import check_method
 from zo_jax.train.settings import (
     ConfigError,
     Setting,
@@ -353,7 +353,8 @@ def _check_method(config: Config) -> None:
     if zo.method == "fzoo":
         _check_fzoo(config)
     else:
-        _check_own_method(config)
+        check_method(config)
+        own_method(config)
 
 
 def _check_fzoo(config: Config) -> None:
@@ -367,31 +368,6 @@ def _check_fzoo(config: Config) -> None:
         raise ConfigError(
             f"zo.method={zo.method} compares the losses of one batch: set zo.batch_per_query=false"
         )
-
-
-def _check_own_method(config: Config) -> None:
-    """A method with numbers or a memory of its own: that it can be made of the other settings."""
-    zo = config.zo
-    if zo.perturbation in KEPT:
-        raise ConfigError(
-            f"zo.method={zo.method} and zo.perturbation={zo.perturbation} are two methods: choose "
-            f"zo.perturbation=gaussian, or zo.method={zo.perturbation} alone"
-        )
-    if zo.epsilon == "auto":
-        raise ConfigError(f"zo.method={zo.method} needs a number as zo.epsilon, got auto")
-    if config.mesh.model > 1:
-        raise ConfigError(
-            f"zo.method={zo.method} keeps what lasts from step to step whole on each device: set "
-            f"mesh.model=1, got {config.mesh.model}"
-        )
-    if zo.method == "grzo" and zo.num_queries != config.train.batch_size:
-        raise ConfigError(
-            "zo.method=grzo has a direction for each example: zo.num_queries must be "
-            f"train.batch_size={config.train.batch_size}, got {zo.num_queries}"
-        )
-    if zo.method == "grzo" and zo.batch_per_query:
-        raise ConfigError("zo.method=grzo reads one batch: set zo.batch_per_query=false")
-    make_method(config, make_estimator(config))
 
 
 def _check_optimizer(config: Config) -> None:

@@ -1,5 +1,5 @@
-"""An instructed model learns to add small numbers from the score of its answers alone: low-rank
-factors beside its weights, questions and scores of reasoning-gym.
+"""An instructed model answers sums of small numbers, and learns from the score of its answers
+alone: low-rank factors beside its weights, questions and scores of reasoning-gym.
 
 The argument is the model: a Hugging Face folder or a .gguf file. The questions are written by
 `python -m zo_jax.train.rewards.chain_sum sums`, which needs `pip install 'zo_jax[rewards]'`.

@@ -10,7 +10,7 @@ import jax
 from zo_jax.layout import Layout
 from zo_jax.ledger import Ledger
 from zo_jax.replay import arguments
-from zo_jax.train.steps import RunState, StepMetrics
+from zo_jax.train.run_state import RunState, StepMetrics
 
 
 class Past(NamedTuple):

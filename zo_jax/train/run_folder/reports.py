@@ -9,7 +9,7 @@ import numpy as np
 
 from zo_jax.train import describe
 from zo_jax.train.config import Config
-from zo_jax.train.steps import StepMetrics
+from zo_jax.train.run_state import StepMetrics
 from zo_jax.train.tasks.task import MEASURES, Task
 
 # What evaluations have measured, by step.

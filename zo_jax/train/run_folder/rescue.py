@@ -12,7 +12,7 @@ from zo_jax.train.run_folder import checkpoint
 from zo_jax.train.run_folder.checkpoint import open_checkpoints
 from zo_jax.train.run_folder.folder import LEDGER
 from zo_jax.train.run_folder.resume import Run
-from zo_jax.train.steps import RunState
+from zo_jax.train.run_state import RunState
 
 
 def rescue(run: Run, state: RunState, error: OSError) -> str:

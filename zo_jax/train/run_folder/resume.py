@@ -18,6 +18,7 @@ from zo_jax.atomic import set_aside
 from zo_jax.layout import Layout
 from zo_jax.replay import make_header
 from zo_jax.train import processes
+from zo_jax.train.choices import num_numbers
 from zo_jax.train.config import Config, ConfigError, fixed_fields, keeps_ledger, method_of
 from zo_jax.train.pretrained import Pretrained
 from zo_jax.train.run_folder import checkpoint, metrics
@@ -26,14 +27,8 @@ from zo_jax.train.run_folder.folder import LEDGER, Workdir
 from zo_jax.train.run_folder.rebuild import Past
 from zo_jax.train.run_folder.reports import Reports, make_row
 from zo_jax.train.run_folder.tracking import Tracker
-from zo_jax.train.steps import (
-    RunState,
-    StepMetrics,
-    init_state,
-    kept_part,
-    make_update,
-    num_numbers,
-)
+from zo_jax.train.run_state import RunState, StepMetrics, init_state, kept_part
+from zo_jax.train.steps import make_update
 from zo_jax.train.tasks.task import Task
 from zo_jax.trees import Subset
 

@@ -22,7 +22,7 @@ from zo_jax import models
 from zo_jax.fingerprint import fingerprint
 from zo_jax.ledger import BACKPROP, Ledger, LedgerError, read
 from zo_jax.replay import arguments, check_replayable, check_start, versions
-from zo_jax.train import steps
+from zo_jax.train import run_state, steps
 from zo_jax.train.arguments import Parser, fail, parse
 from zo_jax.train.config import METHODS, Config, ConfigError, from_dict
 from zo_jax.train.export import export
@@ -31,7 +31,7 @@ from zo_jax.train.pretrained import Pretrained, open_pretrained
 from zo_jax.train.run_folder import checkpoint
 from zo_jax.train.run_folder.checkpoint import CheckpointError
 from zo_jax.train.run_folder.folder import LEDGER, read_identity
-from zo_jax.train.steps import RunState
+from zo_jax.train.run_state import RunState
 from zo_jax.train.validation import check_possible
 
 
@@ -80,7 +80,7 @@ def _run(run: Path, to_step: int | None, base: str | None, out: Path | None) -> 
     check_possible(config)
     to_step = len(ledger.records) if to_step is None else to_step
     model = _make_model(config, ledger)
-    state = steps.init_state(config, model)
+    state = run_state.init_state(config, model)
     _check_start(model, state, ledger)
     saved = _Saved(folder and folder / "checkpoints", config, model, state, identity)
     state, same = _replay(config, model, state, ledger, to_step, saved)
@@ -166,7 +166,7 @@ class _Saved:
         self, folder: Path | None, config: Config, model: Any, start: RunState, identity: str
     ):
         self.folder, self.start, self.identity = folder, start, identity
-        self.part, self.fingerprints = steps.kept_part(config, model), dict[int, int]()
+        self.part, self.fingerprints = run_state.kept_part(config, model), dict[int, int]()
         for step in checkpoint.complete_steps(folder) if folder else ():
             try:
                 self.fingerprints[step] = self.fingerprint(self.load(step))

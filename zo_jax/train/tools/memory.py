@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import tqdm
 
-from zo_jax.train import steps
+from zo_jax.train import choices, run_state, steps
 from zo_jax.train.arguments import Parser, add_experiment, fail, parse, read_experiment
 from zo_jax.train.config import Config, ConfigError, ObjectiveConfig, OptimizerConfig, TaskConfig
 from zo_jax.train.losses import next_token_loss
@@ -77,7 +77,7 @@ def zeroth_order(config: Config, vocab_size: int) -> Need:
     key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
     tokens = _tokens(config, config.train.batch_size, per_query=config.zo.batch_per_query)
     loss = jax.ShapeDtypeStruct((), jnp.float32)
-    c = jax.ShapeDtypeStruct((steps.num_numbers(config),), jnp.float32)
+    c = jax.ShapeDtypeStruct((choices.num_numbers(config),), jnp.float32)
     # While `project` runs, the optimiser's state waits.
     waiting = _bytes(state) - _bytes(state.params)
     step = state.train.family, state.step
@@ -135,7 +135,7 @@ def _sized(config: Config, size: str) -> Config:
 
 
 def _state(config: Config, vocab_size: int) -> Any:
-    return steps.state_shapes(config, _model(config, vocab_size))
+    return run_state.state_shapes(config, _model(config, vocab_size))
 
 
 def _model(config: Config, vocab_size: int) -> Any:
