@@ -122,6 +122,7 @@ def _contract(
     if set(out_labels) == {*a_labels, *b_labels}:  # broadcast: XLA fuses it with what comes after
         return _spread(a, a_labels, out_labels) * _spread(b, b_labels, out_labels)
     if len(b_labels) == 1:
+        # XLA for CPUs compiles a program for each product with a vector, none for two columns.
         pair = jnp.stack([b, jnp.zeros_like(b)], axis=-1)
         return _contract(a, a_labels, pair, [*b_labels, _PAIR], [*out_labels, _PAIR])[..., 0]
     # Numbers from 0 as einsum wants them.

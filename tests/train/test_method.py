@@ -1,5 +1,6 @@
 """zo.method in the program: the step is that of the method in the library, and replays."""
 
+import copy
 import shutil
 
 import jax
@@ -119,6 +120,38 @@ def with_method(config, name):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_a_method_reads_what_zo_says_or_refuses_it(tiny_config, name):
+    params = {"w": jax.random.normal(jax.random.key(1), (6, 5))}
+    x = jax.random.normal(jax.random.key(2), (4, 6))
+    loss = lambda params, x: jnp.sum(jnp.tanh(x @ params["w"]) ** 2)
+    step = methods.Step(np.zeros(2, np.uint32), jnp.int32(0))
+
+    def numbers(**fields):
+        config = copy.deepcopy(with_method(tiny_config, name))
+        for field, value in fields.items():
+            setattr(config.zo, field, value)
+        validate(config)
+        method = choices.own_method(config)
+        return method.project(loss, params, method.init(params), step, x)[1]
+
+    before = numbers()
+    others = dict(
+        perturbation=("rademacher", "gaussian", "sphere"),
+        difference=("central", "forward"),
+        batch_chunks=(2,),
+    )
+    for field, values in others.items():
+        for value in values:
+            if value == getattr(tiny_config.zo, field):
+                continue
+            try:
+                after = numbers(**{field: value})
+            except ConfigError:
+                continue
+            assert not np.array_equal(before, after), (field, value)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_a_method_tells_its_evaluations(tiny_config, name):
     method, calls = choices.own_method(with_method(tiny_config, name)), []
     count = lambda x: (calls.append(1), np.float32(x))[1]
@@ -230,6 +263,12 @@ def test_factors_are_kept_for_a_period(tiny_config, name):
         ({"zo.exact": "head"}, "steps of another length"),
         ({"mesh.model": 2}, "set mesh.model=1"),
         ({"zo.method": "grzo", "zo.num_queries": 3}, "a direction for each example"),
+        (
+            {"zo.method": "grzo", "zo.num_queries": 2, "zo.parallel_batch_size": 2},
+            "examples of a batch at once",
+        ),
+        ({"zo.method": "lozo", "zo.perturbation": "sphere"}, "its directions are its own"),
+        ({"zo.method": "eggroll", "zo.difference": "forward"}, "compares members"),
         ({"mode": "calibrate", "fo.bp_interval": 2}, "it is read only if mode is zo"),
     ],
 )

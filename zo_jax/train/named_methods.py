@@ -7,7 +7,7 @@ from typing import Any
 from zo_jax import methods
 from zo_jax.estimators import Estimator
 from zo_jax.methods import Method
-from zo_jax.train.config import KEPT, Config, ConfigError
+from zo_jax.train.config import KEPT, Config, ConfigError, ZOConfig
 
 
 def _evolution(estimator: Estimator, **options: Any) -> Method:
@@ -24,6 +24,8 @@ def _eggroll(estimator: Estimator, **options: Any) -> Method:
     return methods.eggroll(estimator=estimator, **sizes, **own | options)
 
 
+# Those whose directions are their own, whatever those of the estimator are.
+_OWN_DIRECTIONS = (methods.Lozo, methods.SubZero, methods.Tezo, methods.Mopi, methods.ZoMuon)
 # FZOO is plain but for the weights of its directions, so its runs are plain ones.
 _MADE: dict[str, Callable[..., Method]] = {
     "spsa15": methods.CurvatureSpsa,
@@ -54,7 +56,15 @@ def make_method(config: Config, estimator: Estimator) -> Method | None:
         options = json.loads(config.zo.method_options or "{}")
         if not isinstance(options, dict):
             raise ValueError('they must be an object, like {"decay": 0.9}')
-        return _MADE[name](estimator, **options)
+        method = _MADE[name](estimator, **options)
+        by_flipout = isinstance(method, methods.Grzo) and method.use_flipout
+        if config.zo.perturbation != ZOConfig.perturbation and (
+            by_flipout or isinstance(method, _OWN_DIRECTIONS)
+        ):
+            raise ValueError(
+                f"its directions are its own; leave zo.perturbation at {ZOConfig.perturbation}"
+            )
+        return method
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"zo.method={name} cannot be made of zo.method_options={config.zo.method_options!r} "
@@ -86,3 +96,13 @@ def check_method(config: Config) -> None:
         )
     if zo.method == "grzo" and zo.batch_per_query:
         raise ConfigError("zo.method=grzo reads one batch: set zo.batch_per_query=false")
+    if zo.method == "grzo" and (zo.parallel_batch_size, zo.batch_chunks) != (1, 1):
+        raise ConfigError(
+            "zo.method=grzo evaluates the examples of a batch at once: leave "
+            "zo.parallel_batch_size and zo.batch_chunks at 1"
+        )
+    if zo.method in ("evolution", "eggroll") and zo.difference != ZOConfig.difference:
+        raise ConfigError(
+            f"zo.method={zo.method} compares members rather than taking differences: leave "
+            f"zo.difference at {ZOConfig.difference}, got {zo.difference}"
+        )
