@@ -28,6 +28,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
@@ -154,7 +158,9 @@ def by_search(config: Config, path: Path) -> dict[str, Any]:
     return found
 
 
-def tell_rewards(demo: str, seeds: list[int], num_steps: int, out: Path) -> list[str]:
+def tell_rewards(
+    demo: str, seeds: list[int], num_steps: int, out: Path, figure: Path | None
+) -> list[str]:
     ways: dict[str, Callable[[Config, Path], dict[str, Any]]] = {
         "population": by_population,
         "random search": lambda config, path: by_search(config, path.with_suffix(".json")),
@@ -174,12 +180,36 @@ def tell_rewards(demo: str, seeds: list[int], num_steps: int, out: Path) -> list
             runs.append(ways[name](config, path))
             print(f"{name}, seed {seed}: {runs[-1]}", flush=True)
     starts = [one["start"] for one in found["population"]]
+    if figure:
+        draw(figure, starts, found)
     lines = [f"| start | | {_spread(starts)} | {len(seeds)} |"]
     for name, runs in found.items():
         seconds = np.mean([one["seconds"] for one in runs])
         rewards = _spread([one["reward"] for one in runs])
         lines.append(f"| {name} | {seconds:.0f} | {rewards} | {len(seeds)} |")
     return ["| method | seconds | test reward | seeds |", "|---|---|---|---|", *lines]
+
+
+def draw(path: Path, starts: list[float], found: dict[str, list[dict[str, Any]]]) -> None:
+    """The validation reward of the population's runs, and where the start and the controls are on
+    the test prompts.
+    """
+    _, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for i, one in enumerate(found["population"]):
+        axes.plot(*zip(*one["curve"], strict=True), ".-", color="C0", alpha=1 - 0.25 * i)
+    axes.plot([], [], ".-", color="C0", label=f"population, {len(starts)} seeds (validation)")
+    controls = {"start": starts} | {
+        name: [one["reward"] for one in runs] for name, runs in found.items()
+    }
+    for i, (name, rewards) in enumerate(controls.items()):
+        if name != "population":
+            label = f"{name}, {len(rewards)} seeds (test)"
+            color = "gray" if name == "start" else f"C{i}"
+            axes.axhline(float(np.mean(rewards)), color=color, ls="--", lw=1, label=label)
+    axes.set(xlabel="seconds", ylabel="mean reward")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    plt.savefig(path, dpi=120)
 
 
 def _spread(values: list[float]) -> str:
@@ -281,12 +311,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=split, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=0, help="of every run (0: its own)")
     parser.add_argument("--out", type=Path, default=Path("runs/rewards"))
+    parser.add_argument("--figure", type=Path, help="a PNG of the curves (not of errors)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.demo == "errors":
         lines = tell_errors(args.seeds, args.steps)
     else:
-        lines = tell_rewards(args.demo, args.seeds, args.steps, args.out.absolute())
+        lines = tell_rewards(args.demo, args.seeds, args.steps, args.out.absolute(), args.figure)
     print("\n".join(lines))
 
 

@@ -109,15 +109,17 @@ def evaluate_known(
     jaxpr = plan.jaxpr
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
     read = lambda atom: atom.val if isinstance(atom, core.Literal) else env.get(atom)
-    parts = {}
+    parts, is_later = {}, set(plan.second)
     for i in plan.first:
         eqn, part = jaxpr.eqns[i], plan.parts.get(i)
         operands = [read(atom) for atom in eqn.invars]
         with eqn.ctx.manager:
-            if isinstance(part, Turns):
-                outs, parts[i] = [None] * len(eqn.outvars), _first_turns(part, eqn, operands)
-            elif part is not None:
-                outs, parts[i] = evaluate_known(part, consts_of(body_of(eqn)), operands)
+            if part is not None:
+                if isinstance(part, Turns):
+                    outs, rest = _first_turns(part, eqn, operands)
+                else:
+                    outs, rest = evaluate_known(part, consts_of(body_of(eqn)), operands)
+                parts |= {i: rest} if i in is_later else {}
             elif i in plan.stacks:
                 outs = operands[:1]
             else:
@@ -127,10 +129,13 @@ def evaluate_known(
     return outs, Kept([env[var] for var in plan.kept], parts)
 
 
-def _first_turns(part: Turns, eqn: core.JaxprEqn, operands: Sequence[Any]) -> Kept:
-    """Of a scan: the carry after the known turns and what they put out; then what the last turn
-    hands over.
+def _first_turns(
+    part: Turns, eqn: core.JaxprEqn, operands: Sequence[Any]
+) -> tuple[list[Any], Kept]:
+    """Of a scan: (what is known of its results; the carry after the known turns and what they put
+    out, then what the last turn hands over).
     """
+    nothing = [None] * len(eqn.outvars)
     params, body = eqn.params, eqn.params["jaxpr"]
     n, num_carry = scan_sizes(params)
     m = n + num_carry
@@ -145,7 +150,7 @@ def _first_turns(part: Turns, eqn: core.JaxprEqn, operands: Sequence[Any]) -> Ke
         step, list(carry), np.arange(part.count), unroll=min(params["unroll"], part.count)
     )
     if part.last is None:
-        return Kept([*carry, *ys], {})
+        return nothing, Kept([*carry, *ys], {})
     args = [*consts, *carry, *layer(layers, part.count)]
     needed = [
         x if is_read else None for x, is_read in zip(args, part.last.reads_first, strict=True)
@@ -153,7 +158,9 @@ def _first_turns(part: Turns, eqn: core.JaxprEqn, operands: Sequence[Any]) -> Ke
     outs, kept = evaluate_known(part.last, body.consts, needed)
     reads = part.last.reads_second[n:m]
     carry = [x if is_read else None for x, is_read in zip(carry, reads, strict=True)]
-    return Kept([*carry, *ys], {0: (outs, kept)})
+    known = [x if is_known(y) else None for x, y in zip(outs, part.last.outs, strict=True)]
+    results = [*known[:num_carry], *nothing[num_carry:]]
+    return results, Kept([*carry, *ys], {0: (outs, kept)})
 
 
 def layer(layers: Sequence[Any], i: Any) -> list[Any]:

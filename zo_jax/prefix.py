@@ -103,6 +103,11 @@ class _Analysis:
         if eqn.primitive is primitives.scan_p:
             if turns := self._turns(eqn, operands):
                 self.parts[i] = turns
+                # Of the only turn that is left some results may be known too.
+                num_carry = scan_sizes(eqn.params)[1]
+                outs = turns.last.outs[:num_carry] if turns.last else []
+                carry = [Known.DEAR if is_known(x) else Known.NOT for x in outs]
+                return [*carry, *unknown[len(carry) :]]
             return unknown
         count = self._known_rows(eqn, operands)
         return [Rows(count)] if count else unknown
@@ -225,15 +230,18 @@ class _Analysis:
         """A call or a scan of which a part is known."""
         if isinstance(part, Turns):
             n, num_carry = scan_sizes(eqn.params)
-            first.take(i, [x for x in eqn.invars if self.of(x) is not Known.NOT])
-            second.take(i, [*eqn.invars[:n], *eqn.invars[n + num_carry :]])
-            return
+            of_first = [x for x in eqn.invars if self.of(x) is not Known.NOT]
+            of_second = [*eqn.invars[:n], *eqn.invars[n + num_carry :]]
+        else:
+            of_first, of_second = (
+                [x for x, is_read in zip(eqn.invars, reads, strict=True) if is_read]
+                for reads in (part.reads_first, part.reads_second)
+            )
         known = [out for out in eqn.outvars if is_known(self.status[out])]
-        needed = lambda reads: [x for x, is_read in zip(eqn.invars, reads, strict=True) if is_read]
         kept.extend(out for out in known if out in second.variables)
-        first.take(i, needed(part.reads_first))
+        first.take(i, of_first)
         if eqn.effects or second.has_any([out for out in eqn.outvars if out not in known]):
-            second.take(i, needed(part.reads_second))
+            second.take(i, of_second)
 
 
 class _Needs:

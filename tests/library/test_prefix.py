@@ -147,6 +147,26 @@ def test_what_costs_nothing_or_is_large_is_not_kept():
     assert nothing_known() == ()
 
 
+def test_what_a_turn_passes_on_is_known_though_the_turn_is_not():
+    """The carry below the last layer, which is then evaluated in another way."""
+    count = Counter()
+
+    def loss(last):
+        stack = jnp.concatenate([STACK[:3], last[None]])
+        step = lambda carry, w: ((count("layer", jnp.tanh(carry[0] @ w)), carry[0]), None)
+        (_, below), _ = lax.scan(step, (X[0], X[0]), stack)
+        below = count("below", below @ HEAD)
+        return jnp.sum(below @ last[:3, :3]) + jnp.sum(below @ below.T)
+
+    project = lambda last: zo_jax.project(loss, last, KEY, num_queries=6)
+    assert count.of(project, STACK[3]) == dict(layer=3, below=1)
+    first, second = in_halves(loss, STACK[3], [True])
+    kept = [x.shape for x in jax.tree.leaves(jax.eval_shape(first))]
+    assert sorted(kept) == [(), (2, 3)]
+    moved = STACK[3] + 1
+    np.testing.assert_allclose(second(first(), moved), jax.jit(loss)(moved), rtol=1e-5)
+
+
 MODEL = GPT(97, num_layers=3, num_heads=2, width=32, context_length=16, tied_head=False)
 PARAMS = jax.tree.map(lambda x: 4 * x, MODEL.fresh(jax.random.key(0)))
 TOKENS = jax.random.randint(jax.random.key(1), (2, 16), 0, 97)

@@ -33,6 +33,21 @@ def test_the_stream_at_one_place_of_each_row(name, checkpoint):
     np.testing.assert_allclose(found, whole[jnp.arange(3), places], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", reference.CASES)
+def test_hidden_states_at_one_place_of_each_row_and_their_gradient(name):
+    m = models.create(reference.CASES[name], jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (3, 10), 0, m.config.vocab_size)
+    places, mix = jnp.array([0, 9, 4]), jax.random.normal(jax.random.key(2), (3, m.config.width))
+    whole = lambda params: m.hidden(params, tokens)[jnp.arange(3), places]
+    at_places = lambda params: m.hidden_at(params, tokens, places)
+    np.testing.assert_allclose(at_places(m.params), whole(m.params), atol=1e-5, rtol=1e-5)
+    expected, found = (
+        jax.grad(lambda params, f=f: jnp.sum(f(params) * mix))(m.params) for f in (whole, at_places)
+    )
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.max(jnp.abs(b))))
+    jax.tree.map(close, found, expected)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama 3", "qwen 3, biases"])
 def test_saved_model_is_the_same_to_the_bit(name, tmp_path):
     tensors = write_folder(tmp_path / "a", reference.CASES[name])

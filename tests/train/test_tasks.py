@@ -225,6 +225,15 @@ def test_every_epoch_has_each_example_once_in_batches_of_like_lengths():
     assert Order(lengths[:3], 8, 0).batch(7)[0].shape == (8,)
 
 
+def test_epochs_of_the_same_batches_in_orders_of_their_own():
+    lengths = np.random.default_rng(0).integers(3, 200, 96)
+    order = Order(lengths, 8, seed=5, same_batches=True)
+    epochs = [[tuple(order.batch(12 * e + i)[0]) for i in range(12)] for e in range(3)]
+    assert epochs[0] == [tuple(Order(lengths, 8, 5).batch(i)[0]) for i in range(12)]
+    assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
 def test_what_follows_begins_where_its_tokens_do():
     ids, start = encode.encode(TOKENIZER, "ab", "cd", 10)
     assert TOKENIZER.decode(ids[start:]) == "cd" and TOKENIZER.decode(ids) == "abcd"

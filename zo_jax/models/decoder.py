@@ -5,7 +5,6 @@ Axes: B batch, T positions, C width, V vocabulary, L layers, H heads, K heads of
 width of a head.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -112,6 +111,14 @@ def stream(
       x_BTC: the residual stream below them.
       checkpoint: whether backprop keeps the inputs of a layer alone.
     """
+    layer = _layer(config, x_BTC, start_B)
+    body = jax.checkpoint(layer, prevent_cse=False) if checkpoint else layer
+    step = lambda carry, slices: (body(carry, slices), None)
+    return lax.scan(step, (x_BTC, cache), _slices(config, layers))[0]
+
+
+def _layer(config: Config, x_BTC: jax.Array, start_B: jax.Array | None = None) -> Any:
+    """A layer as a function of (the stream below it, the cache) and its slice of `_slices`."""
     positions_BT = jnp.arange(x_BTC.shape[1])[None]
     if start_B is not None:
         positions_BT = positions_BT + start_B[:, None]
@@ -125,11 +132,42 @@ def stream(
         q, k = (_turned(config, attn, h_BTC, cos_sin, name) for name in "qk")
         v = _heads(config, attn, h_BTC, "v")
         y_BTC, cache = attention(q, k, v, positions_BT, window, cache, i)
-        return (_after_attention(config, p, x_BTC, y_BTC), cache), None
+        return _after_attention(config, p, x_BTC, y_BTC), cache
 
-    slices = layers, np.asarray(config.windows, np.int32), np.arange(config.num_layers)
+    return layer
+
+
+def _slices(config: Config, layers: Any) -> tuple[Any, ...]:
+    """What each layer is given: its parameters, its window, its number."""
+    return layers, np.asarray(config.windows, np.int32), np.arange(config.num_layers)
+
+
+def _below_last(config: Config, layers: Any, x_BTC: jax.Array, checkpoint: bool) -> jax.Array:
+    """The residual stream below the last layer.
+
+    The last layer is evaluated and dropped: a scan over the others would have copies of their
+    weights, since XLA has no views.
+    """
+    if config.num_layers == 1:
+        return x_BTC
+    layer = _layer(config, x_BTC)
     body = jax.checkpoint(layer, prevent_cse=False) if checkpoint else layer
-    return lax.scan(body, (x_BTC, cache), slices)[0]
+    step = lambda carry, slices: ((body((carry[0], None), slices)[0], carry[0]), None)
+    return lax.scan(step, (x_BTC, x_BTC), _slices(config, layers))[0][1]
+
+
+def hidden_at(
+    config: Config, params: Any, tokens_BT: jax.Array, places_B: jax.Array, dtype: Any
+) -> jax.Array:
+    """`hidden` at one place of each row, [B, C].
+
+    Args:
+      config, params, tokens_BT, dtype: as of `hidden`.
+      places_B: int32, the place that is read.
+    """
+    x_BTC = rows(params["embed_tokens"]["weight"], tokens_BT, dtype)
+    x_BC = stream_at(config, params["layers"], x_BTC, places_B)
+    return rms_norm(x_BC, params["norm"], config.norm_epsilon)
 
 
 def stream_at(
@@ -142,11 +180,7 @@ def stream_at(
       config, layers, x_BTC, checkpoint: as of `stream`.
       places_B: int32, the place that is read.
     """
-    below = config.num_layers - 1
-    if below:
-        lower = dataclasses.replace(config, num_layers=below, windows=config.windows[:below])
-        of_lower = jax.tree.map(lambda x: x[:below], layers)
-        x_BTC, _ = stream(lower, of_lower, x_BTC, checkpoint=checkpoint)
+    x_BTC = _below_last(config, layers, x_BTC, checkpoint)
     positions_BT = jnp.arange(x_BTC.shape[1])[None]
     places_B1 = places_B[:, None]
     turns = functools.partial(rope.turns, config.rope, config.head_dim)

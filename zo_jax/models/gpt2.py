@@ -104,3 +104,11 @@ def hidden(
     slices = params["h"], windows, np.arange(config.num_layers)
     (x_BTC, cache), _ = lax.scan(layer, (x_BTC, cache), slices)
     return layer_norm(x_BTC, params["ln_f"], config.norm_epsilon), cache
+
+
+def hidden_at(
+    config: Config, params: Any, tokens_BT: jax.Array, places_B: jax.Array, dtype: Any
+) -> jax.Array:
+    """`hidden` at one place of each row, [B, C]; the arguments are those of `decoder.hidden_at`."""
+    hidden_BTC, _ = hidden(config, params, tokens_BT, dtype)
+    return hidden_BTC[jnp.arange(len(places_B)), places_B]

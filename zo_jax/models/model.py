@@ -37,8 +37,8 @@ _TOKENIZER_FILES = (
 
 
 def architecture(config: Config) -> Any:
-    """The module with the functions of an architecture: `leaves`, `hidden`, `head`, and the prefix
-    of its tensors.
+    """The module with the functions of an architecture: `leaves`, `hidden`, `hidden_at`, `head`,
+    and the prefix of its tensors.
     """
     return gpt2 if config.architecture == "gpt2" else decoder
 
@@ -66,6 +66,13 @@ class Model:
         """Final hidden states [B, T, C] in the model's dtype, from int32 tokens."""
         functions = architecture(self.config)
         return functions.hidden(self.config, params, tokens_BT, self.dtype)[0]
+
+    def hidden_at(self, params: Any, tokens_BT: jax.Array, places_B: jax.Array) -> jax.Array:
+        """Final hidden states at one place of each row, [B, C] in the model's dtype, from int32
+        tokens and places: the last layer is evaluated there alone, but for keys and values.
+        """
+        functions = architecture(self.config)
+        return functions.hidden_at(self.config, params, tokens_BT, places_B, self.dtype)
 
     def head(self, params: Any) -> Any:
         """The output head [V, C]."""

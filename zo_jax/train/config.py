@@ -770,6 +770,14 @@ class TrainConfig:
         only_if=f"{_TEXT} and train.sample_tokens is not 0",
         may_change="the sample at the end",
     )
+    keep_activations: bool = setting(
+        False,
+        "keep in the host's memory what lies below the trained part, by batch: epochs have the "
+        "same batches, and from the second on a step evaluates the trained part alone",
+        only_if=f"mode is zo and task.name is not text and {_LOSS} and zo.method is plain or fzoo "
+        "and zo.groups is none and zo.exact is none and zo.batch_per_query is false and "
+        "zo.batch_chunks is 1",
+    )
     wandb: str = setting(
         "",
         "project of Weights & Biases to which rows are sent besides (empty: none); needs its "

@@ -11,6 +11,8 @@ import jax
 
 from zo_jax.replay import arguments
 from zo_jax.train import processes, signals
+from zo_jax.train.below import Kept
+from zo_jax.train.choices import scope_of
 from zo_jax.train.config import Config
 from zo_jax.train.evolve import make_population_step
 from zo_jax.train.report import Report, Taken
@@ -40,8 +42,12 @@ class Loop:
         self.state, self.records = run.state, run.records
         self.step = int(self.state.step)
         self.report = Report(config, task, run)
+        loss = task.loss
+        self.kept = None
+        if config.train.keep_activations:
+            loss = self.kept = Kept(task.loss, scope_of(config, model))
         if config.objective.name == "loss":
-            self.train_step = make_train_step(config, model, run.layout, task.loss)
+            self.train_step = make_train_step(config, model, run.layout, loss)
         else:
             self.train_step = make_population_step(config, model, task, run.layout)
         self.update = (
@@ -97,8 +103,10 @@ class Loop:
             record = self.records[self.step]
             self.state, new = self.update(self.state, *arguments(record, self.run.layout))
             return Taken(self.step + 1, new, None)
-        batches = self.task.batches(self.step, self.run.layout)
-        self.state, new, record = self.train_step(self.state, self.step, *batches)
+        batch, fo_batch = self.task.batches(self.step, self.run.layout)
+        if self.kept:
+            batch = self.kept.of(self.state.params, batch)
+        self.state, new, record = self.train_step(self.state, self.step, batch, fo_batch)
         return Taken(self.step + 1, new, record)
 
     def _is_due(self) -> bool:

@@ -159,6 +159,10 @@ class Pretrained:
         """Final hidden states [B, T, C], from int32 tokens."""
         return self.model.hidden(self.weights(params), tokens_BT)
 
+    def hidden_at(self, params: Any, tokens_BT: jax.Array, places_B: jax.Array) -> jax.Array:
+        """Final hidden states at one place of each row, [B, C]."""
+        return self.model.hidden_at(self.weights(params), tokens_BT, places_B)
+
     def head(self, params: Any) -> Any:
         """The output head [V, C]."""
         return self.model.head(self.weights(params))

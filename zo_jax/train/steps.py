@@ -17,6 +17,7 @@ from zo_jax.anchor import distance
 from zo_jax.estimators import Estimator
 from zo_jax.layout import Layout
 from zo_jax.train import feedback, hybrid
+from zo_jax.train.below import Kept
 from zo_jax.train.choices import (
     base_key,
     kept_directions,
@@ -46,8 +47,11 @@ def make_loss(
     Args:
       model: what is trained.
       scope: the part of it.
-      loss_fn: of (parameters, batch); None for the next token of tokens [B, T].
+      loss_fn: of (parameters, batch); None for the next token of tokens [B, T]. Of a `Kept` one a
+        batch is what its `of` returns.
     """
+    if isinstance(loss_fn, Kept):
+        return lambda params: jax.tree_util.Partial(loss_fn.above, params)
     loss_fn = loss_fn or functools.partial(next_token_loss, model)
     whole = lambda params, trained, batch: loss_fn(scope.merge(params, trained), batch)
     return lambda params: jax.tree_util.Partial(whole, params)

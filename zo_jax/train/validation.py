@@ -410,8 +410,14 @@ def check_mesh(config: Config, sizes: Mapping[str, int]) -> None:
     """Whether batches divide over the data axis of a mesh of these sizes.
 
     Raises:
-      ConfigError: they do not.
+      ConfigError: they do not; or activations are to be kept, and there are several devices.
     """
+    if config.train.keep_activations and any(size > 1 for size in sizes.values()):
+        raise ConfigError(
+            "train.keep_activations is for one device; got a mesh of "
+            f"{', '.join(f'{name}={size}' for name, size in sizes.items())}; set it to false, or "
+            "mesh.query, mesh.data and mesh.model to 1"
+        )
     batches = {"train.batch_size": config.train.batch_size}
     if config.mode != "zo":
         parts = config.fo.gradient_accumulation_steps

@@ -37,5 +37,5 @@ def get_config(model: str = "") -> Config:
         optimizer=OptimizerConfig(
             name="adam", learning_rate=3e-3, schedule="cosine", warmup_steps=20
         ),
-        train=TrainConfig(num_steps=500, batch_size=16, eval_interval=125),
+        train=TrainConfig(num_steps=1000, batch_size=16, eval_interval=100, keep_activations=True),
     )

@@ -23,12 +23,16 @@ class Order:
 
     An epoch is a permutation of the examples. So many of them as make `_WINDOW` batches are sorted
     by length and cut into batches, which come in an order of their own; what is left over at the
-    end of an epoch is left out of it.
+    end of an epoch is left out of it. With `same_batches` the batches of all epochs are those of
+    the first.
     """
 
-    def __init__(self, lengths_N: np.ndarray, batch_size: int, seed: int):
+    def __init__(
+        self, lengths_N: np.ndarray, batch_size: int, seed: int, same_batches: bool = False
+    ):
         """Of examples with so many tokens each."""
         self.lengths_N, self.batch_size, self.seed = lengths_N, batch_size, seed
+        self.same_batches = same_batches
         self.per_epoch = max(1, len(lengths_N) // batch_size)
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
         longest = [int(lengths_N[batch].max()) for batch in self._epoch(0)]
@@ -44,7 +48,8 @@ class Order:
         """Indices [batches, B]."""
         count, size = len(self.lengths_N), self.per_epoch * self.batch_size
         # With fewer examples than a batch they come again and again.
-        order = np.resize(permutation(count, self.seed, 2 * epoch), size)
+        shuffled = permutation(count, self.seed, 0 if self.same_batches else 2 * epoch)
+        order = np.resize(shuffled, size)
         sort = lambda part: part[np.argsort(self.lengths_N[part], kind="stable")]
         window = _WINDOW * self.batch_size
         parts = [sort(order[i : i + window]) for i in range(0, size, window)]

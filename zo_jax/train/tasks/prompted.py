@@ -12,9 +12,11 @@ import tqdm
 
 from zo_jax.layout import Layout
 from zo_jax.models.generate import generate
+from zo_jax.train.below import Kept
 from zo_jax.train.config import Config
 from zo_jax.train.data.batches import reads
 from zo_jax.train.data.sources import DataError
+from zo_jax.train.scopes import make_scope
 from zo_jax.train.tasks import answers, encode, scores
 from zo_jax.train.tasks.encode import Chosen, Encoded, Labelled, Written
 from zo_jax.train.tasks.example import CHOICE, Example, Examples
@@ -83,9 +85,15 @@ class PromptedTask:
             self.measure = "eval_loss"
         lengths_N = encode.lengths(self.train.encoded)
         self.num_examples, self.tokens_per_example = len(lengths_N), round(float(lengths_N.mean()))
-        self.orders = {size: Order(lengths_N, size, config.seed) for size in _batch_sizes(config)}
+        keeps = config.train.keep_activations
+        self.orders = {
+            size: Order(lengths_N, size, config.seed, same_batches=keeps)
+            for size in _batch_sizes(config)
+        }
         self._num_scored = max(map(_num_scored, (self.train.encoded, self.validation.encoded)))
-        self._measure_batch = jax.jit(self._losses_and_choices)
+        measure = self._losses_and_choices
+        scope = make_scope(config.scope, model)
+        self._measure_batch = Kept(measure, scope) if keeps else jax.jit(measure)
 
     @property
     def summary(self) -> str:

@@ -16,16 +16,16 @@ from zo_jax.train.tasks.encode import Chosen, Labelled, Written
 def labelled_scores(model: Any, params: Any, batch: Labelled, labels: jax.Array) -> jax.Array:
     """The logits of the labels' tokens after each prompt, float32 [B, K].
 
-    Only these rows of the output head are read, and only at the prompts' ends.
+    Only these rows of the output head are read, and only at the prompts' ends; and what lies above
+    the last layer's keys and values is evaluated there alone.
 
     Args:
-      model: with `hidden` and `head`.
+      model: with `hidden_at` and `head`.
       params: its parameters.
       batch: of B examples.
       labels: int32 [K], the labels' tokens.
     """
-    hidden_BTC = model.hidden(params, batch.tokens)
-    last_BC = hidden_BTC[jnp.arange(len(batch.length)), batch.length - 1]
+    last_BC = model.hidden_at(params, batch.tokens, batch.length - 1)
     head_KC = rows(model.head(params), labels, last_BC.dtype)
     return jnp.einsum("bc,kc->bk", last_BC, head_KC, preferred_element_type=jnp.float32)
 

@@ -1,0 +1,64 @@
+"""What lies below the trained part of a model, evaluated once for each batch of a run.
+
+What no trained parameter reaches is the same whenever a batch comes again. With
+`train.keep_activations` epochs have the same batches, and of each the results that the trained
+part reads are kept in the host's memory (`zo_jax.programs.in_halves` says which these are): from
+the second epoch on a step evaluates the trained part alone.
+"""
+
+from collections.abc import Callable
+import hashlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from zo_jax.programs import in_halves
+from zo_jax.trees import Subset
+
+
+class Kept:
+    """A function of (parameters, batch) that keeps what it finds below the trained part."""
+
+    def __init__(self, function: Callable[[Any, Any], Any], scope: Subset):
+        """Args:
+        function: (parameters, batch) -> pytree of arrays.
+        scope: the part of the parameters that changes from call to call; nothing else may.
+        """
+        self._function, self._scope = function, scope
+        self._kept: dict[bytes, Any] = {}
+        self._below = jax.jit(lambda params, batch: self._halves(params, batch)[0](batch))
+        self._call = jax.jit(lambda params, both: self.above(params, scope.select(params), both))
+
+    def __call__(self, params: Any, batch: Any) -> Any:
+        """What the function returns."""
+        return self._call(params, self.of(params, batch))
+
+    def of(self, params: Any, batch: Any) -> tuple[Any, Any]:
+        """(what is kept of a batch, the batch), for `above`; evaluated if it is new."""
+        key = _digest(batch)
+        if key not in self._kept:
+            self._kept[key] = jax.device_get(self._below(params, batch))
+        return self._kept[key], batch
+
+    def above(self, params: Any, trained: Any, both: tuple[Any, Any]) -> Any:
+        """What the function returns of the parameters with `trained` in them, for use in a program:
+        `both` is of `of`.
+        """
+        kept, batch = both
+        return self._halves(params, batch)[1](kept, trained, batch)
+
+    def _halves(self, params: Any, batch: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """What is evaluated once, and the rest: two functions, of the batch and of what changes."""
+        trained = self._scope.select(params)
+        function = lambda trained, batch: self._function(self._scope.merge(params, trained), batch)
+        return in_halves(function, trained, [True] * len(jax.tree.leaves(trained)), batch)
+
+
+def _digest(batch: Any) -> bytes:
+    """What tells a batch from another."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(batch):
+        array = np.asarray(leaf)
+        digest.update(f"{array.shape} {array.dtype} ".encode() + array.tobytes())
+    return digest.digest()
