@@ -83,11 +83,23 @@ METHODS = {
         "zo, LoRA beside 4-bit weights", "finetune_lora", _set(model__quantized="file")
     ),
     "zo_norms": Method("control: zo, norms alone", "finetune", _set(scope="norm")),
-    "fo_lora": Method("backprop, LoRA", "finetune_lora", _backprop(1e-3)),
+    "fo_lora": Method(
+        "backprop, LoRA",
+        "finetune_lora",
+        _backprop(1e-3, train__num_steps=600, train__eval_interval=50),
+    ),
     "fo_full": Method("backprop, all weights", "finetune", _backprop(2e-5)),
     "fo_norms": Method("backprop, norms alone", "finetune", _backprop(1e-3, scope="norm")),
     "fo_last": Method(
-        "backprop, last block alone", "finetune", _backprop(2e-5, scope="layers/29/")
+        "backprop, last block alone",
+        "finetune",
+        _backprop(
+            2e-5,
+            scope="layers/29/",
+            train__keep_activations=True,
+            train__num_steps=600,
+            train__eval_interval=50,
+        ),
     ),
 }
 

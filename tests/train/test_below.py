@@ -9,7 +9,7 @@ import pytest
 from zo_jax.train import run_state, steps
 from zo_jax.train.below import Kept
 from zo_jax.train.choices import scope_of
-from zo_jax.train.config import ConfigError, LoraConfig
+from zo_jax.train.config import ConfigError, LoraConfig, ZOConfig
 from zo_jax.train.run import train_and_evaluate
 from zo_jax.train.subject import load_sources, make_subject
 from zo_jax.train.tools import ledger
@@ -92,6 +92,25 @@ def test_projections_are_those_of_the_plain_program(folder, scope):
     )
     np.testing.assert_allclose(found[0], plain[0], rtol=1e-5)
     np.testing.assert_allclose(found[1], plain[1], atol=1e-3 * float(jnp.max(jnp.abs(plain[1]))))
+
+
+@pytest.mark.parametrize("scope", ["lora", "layers/3/mlp"])
+def test_so_are_steps_by_backprop(folder, scope):
+    config = get_config(folder, scope)
+    config.mode, config.zo = "fo", ZOConfig()
+    validate(config)
+    config, subject, params = make(config)
+    loss = subject.task.loss
+    kept = Kept(loss, scope_of(config, subject.model), keep_vjp=True)
+    batch = subject.task.batches(1)[1]
+    step = lambda loss, batch: steps.make_fo_step(config, subject.model, None, loss)(
+        run_state.init_state(config, subject.model), batch
+    )
+    (plain, told), (found, tells) = step(loss, batch), step(kept, kept.of(params, batch))
+    np.testing.assert_allclose(tells.loss, told.loss, rtol=1e-5)
+    np.testing.assert_allclose(tells.grad_norm, told.grad_norm, rtol=1e-4)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
+    jax.tree.map(close, found.params, plain.params)
 
 
 def test_a_run_goes_on_to_the_same_bits_and_is_rebuilt_from_its_ledger(folder, capsys):

@@ -20,12 +20,13 @@ from zo_jax.trees import Subset
 class Kept:
     """A function of (parameters, batch) that keeps what it finds below the trained part."""
 
-    def __init__(self, function: Callable[[Any, Any], Any], scope: Subset):
+    def __init__(self, function: Callable[[Any, Any], Any], scope: Subset, keep_vjp: bool = False):
         """Args:
         function: (parameters, batch) -> pytree of arrays.
         scope: the part of the parameters that changes from call to call; nothing else may.
+        keep_vjp: whether `above` is differentiated in reverse mode.
         """
-        self._function, self._scope = function, scope
+        self._function, self._scope, self._keep_vjp = function, scope, keep_vjp
         self._kept: dict[bytes, Any] = {}
         self._below = jax.jit(lambda params, batch: self._halves(params, batch)[0](batch))
         self._call = jax.jit(lambda params, both: self.above(params, scope.select(params), both))
@@ -52,7 +53,8 @@ class Kept:
         """What is evaluated once, and the rest: two functions, of the batch and of what changes."""
         trained = self._scope.select(params)
         function = lambda trained, batch: self._function(self._scope.merge(params, trained), batch)
-        return in_halves(function, trained, [True] * len(jax.tree.leaves(trained)), batch)
+        is_moved = [True] * len(jax.tree.leaves(trained))
+        return in_halves(function, trained, is_moved, batch, keep_vjp=self._keep_vjp)
 
 
 def _digest(batch: Any) -> bytes:

@@ -774,9 +774,9 @@ class TrainConfig:
         False,
         "keep in the host's memory what lies below the trained part, by batch: epochs have the "
         "same batches, and from the second on a step evaluates the trained part alone",
-        only_if=f"mode is zo and task.name is not text and {_LOSS} and zo.method is plain or fzoo "
-        "and zo.groups is none and zo.exact is none and zo.batch_per_query is false and "
-        "zo.batch_chunks is 1",
+        only_if=f"mode is zo or fo and task.name is not text and {_LOSS} and zo.method is plain or "
+        "fzoo and zo.groups is none and zo.exact is none and zo.batch_per_query is false and "
+        "zo.batch_chunks is 1 and fo.gradient_accumulation_steps is 1",
     )
     wandb: str = setting(
         "",

@@ -45,7 +45,8 @@ class Loop:
         loss = task.loss
         self.kept = None
         if config.train.keep_activations:
-            loss = self.kept = Kept(task.loss, scope_of(config, model))
+            is_backprop = config.mode == "fo"
+            loss = self.kept = Kept(task.loss, scope_of(config, model), keep_vjp=is_backprop)
         if config.objective.name == "loss":
             self.train_step = make_train_step(config, model, run.layout, loss)
         else:
@@ -103,10 +104,11 @@ class Loop:
             record = self.records[self.step]
             self.state, new = self.update(self.state, *arguments(record, self.run.layout))
             return Taken(self.step + 1, new, None)
-        batch, fo_batch = self.task.batches(self.step, self.run.layout)
+        batches = self.task.batches(self.step, self.run.layout)
         if self.kept:
-            batch = self.kept.of(self.state.params, batch)
-        self.state, new, record = self.train_step(self.state, self.step, batch, fo_batch)
+            params = self.state.params
+            batches = [x and self.kept.of(params, x) for x in batches]
+        self.state, new, record = self.train_step(self.state, self.step, *batches)
         return Taken(self.step + 1, new, record)
 
     def _is_due(self) -> bool:

@@ -323,6 +323,9 @@ def _make_loss_and_grad(config: Config, loss: Any, rules: Update) -> Callable[..
     def loss_and_grad(params, batch):
         trained = rules.subset.select(params)
         one_part = jax.value_and_grad(loss(params))
+        if num_parts == 1:
+            total = one_part(trained, batch)
+            return jax.tree.map(lambda x: x.astype(jnp.float32), total)
 
         def add_part(total, part):
             one = one_part(trained, part)

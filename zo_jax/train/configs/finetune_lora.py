@@ -24,9 +24,10 @@ def get_config(model: str = "") -> Config:
         mode="zo",
         scope="lora",
         model=ModelConfig(path=model),
-        # Of the last block's last product alone: all that lies before it is evaluated once a step,
-        # and a query costs next to nothing.
-        lora=LoraConfig(rank=1, alpha=16.0, targets=r"(/down_proj|mlp/c_proj)$", num_layers=1),
+        # Of the last block alone, and there of what is read at a prompt's end: all that lies below
+        # is evaluated once for all epochs (train.keep_activations), and a query costs next to
+        # nothing.
+        lora=LoraConfig(rank=1, alpha=16.0, targets=r"(o_proj|attn/c_proj)$|mlp/", num_layers=1),
         task=TaskConfig(
             name="file",
             template="{text} It was",
@@ -35,7 +36,7 @@ def get_config(model: str = "") -> Config:
         ),
         zo=ZOConfig(num_queries=128, epsilon=1e-2, parallel_batch_size=16),
         optimizer=OptimizerConfig(
-            name="adam", learning_rate=3e-3, schedule="cosine", warmup_steps=20
+            name="adam", learning_rate=2e-3, schedule="cosine", warmup_steps=20
         ),
-        train=TrainConfig(num_steps=1000, batch_size=16, eval_interval=100, keep_activations=True),
+        train=TrainConfig(num_steps=1500, batch_size=16, eval_interval=100, keep_activations=True),
     )
