@@ -80,6 +80,17 @@ def test_with_the_last_layer_alone_little_is_left_and_little_is_kept(folder):
     assert sum(x.size for x in jax.tree.leaves(both[0])) <= 4 * 3 * 32 + 64
 
 
+def test_what_finds_no_room_is_evaluated_each_time(folder, capsys):
+    config, subject, params = make(get_config(folder))
+    loss, part = subject.task.loss, scope_of(config, subject.model)
+    batches = [subject.task.batches(step)[0] for step in range(3)]
+    size = sum(x.nbytes for x in jax.tree.leaves(Kept(loss, part).of(params, batches[0])[0]))
+    kept = Kept(loss, part, limit=2 * size)
+    for batch in 2 * batches:
+        np.testing.assert_allclose(kept(params, batch), loss(params, batch), rtol=1e-5)
+    assert capsys.readouterr().out.count("2 batches are kept, and there is no room for more") == 1
+
+
 @pytest.mark.parametrize("scope", ["lora", "layers/3/mlp"])
 def test_projections_are_those_of_the_plain_program(folder, scope):
     config, subject, params = make(get_config(folder, scope))

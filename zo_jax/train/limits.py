@@ -86,13 +86,16 @@ def device_memory() -> int:
     has.
     """
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit:
-        return limit
+    return limit or host_memory() // jax.local_device_count()
+
+
+def host_memory() -> int:
+    """Bytes that the machine or the container has."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for file in map(Path, _CONTAINER_LIMITS):
         with contextlib.suppress(OSError, ValueError):  # no such file, or the word max
             total = min(total, int(file.read_text()))
-    return total // jax.local_device_count()
+    return total
 
 
 def check_memory(config: Config, model: Any, layout: Layout | None = None) -> None:
