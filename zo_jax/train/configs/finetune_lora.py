@@ -24,9 +24,9 @@ def get_config(model: str = "") -> Config:
         mode="zo",
         scope="lora",
         model=ModelConfig(path=model),
-        # Of the last block alone, and there of what is read at a prompt's end: all that lies below
-        # is evaluated once for all epochs (train.keep_activations), and a query costs next to
-        # nothing.
+        # Of the last block's MLP alone: all that lies below, and its products with the weights as
+        # they are, is evaluated once for all epochs (train.keep_activations), and a query costs
+        # next to nothing.
         lora=LoraConfig(rank=1, alpha=16.0, targets=r"(o_proj|attn/c_proj)$|mlp/", num_layers=1),
         task=TaskConfig(
             name="file",
