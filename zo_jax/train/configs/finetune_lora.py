@@ -27,7 +27,7 @@ def get_config(model: str = "") -> Config:
         # Of the last block's MLP alone: all that lies below, and its products with the weights as
         # they are, is evaluated once for all epochs (train.keep_activations), and a query costs
         # next to nothing.
-        lora=LoraConfig(rank=1, alpha=16.0, targets=r"(o_proj|attn/c_proj)$|mlp/", num_layers=1),
+        lora=LoraConfig(rank=1, alpha=16.0, targets="mlp/", num_layers=1),
         task=TaskConfig(
             name="file",
             template="{text} It was",
