@@ -286,6 +286,8 @@ BROKEN = {
     "mode is feedback": {"mode": "block_local", "scope": "full"},
     "zo.exact is not none": {"zo.exact": "none"},
     "zo.method is not plain or fzoo": {"zo.method": "plain"},
+    "mode is zo or fo": {"mode": "calibrate", "fo.bp_interval": 2},
+    "fo.gradient_accumulation_steps is 1": {"mode": "fo", "fo.gradient_accumulation_steps": 2},
     "zo.method is plain or fzoo": {"zo.method": "hizoo"},
     "zo.groups is none": {"zo.groups": "layers"},
     "zo.exact is none": {"zo.exact": "head"},
