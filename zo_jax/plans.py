@@ -119,7 +119,8 @@ def evaluate_known(
                     outs, rest = _first_turns(part, eqn, operands)
                 else:
                     outs, rest = evaluate_known(part, consts_of(body_of(eqn)), operands)
-                parts |= {i: rest} if i in is_later else {}
+                if i in is_later:
+                    parts[i] = rest
             elif i in plan.stacks:
                 outs = operands[:1]
             else:

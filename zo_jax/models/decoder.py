@@ -111,13 +111,12 @@ def stream(
       x_BTC: the residual stream below them.
       checkpoint: whether backprop keeps the inputs of a layer alone.
     """
-    layer = _layer(config, x_BTC, start_B)
-    body = jax.checkpoint(layer, prevent_cse=False) if checkpoint else layer
-    step = lambda carry, slices: (body(carry, slices), None)
+    layer = _layer(config, x_BTC, start_B, checkpoint)
+    step = lambda carry, slices: (layer(carry, slices), None)
     return lax.scan(step, (x_BTC, cache), _slices(config, layers))[0]
 
 
-def _layer(config: Config, x_BTC: jax.Array, start_B: jax.Array | None = None) -> Any:
+def _layer(config: Config, x_BTC: jax.Array, start_B: jax.Array | None, checkpoint: bool) -> Any:
     """A layer as a function of (the stream below it, the cache) and its slice of `_slices`."""
     positions_BT = jnp.arange(x_BTC.shape[1])[None]
     if start_B is not None:
@@ -134,7 +133,7 @@ def _layer(config: Config, x_BTC: jax.Array, start_B: jax.Array | None = None) -
         y_BTC, cache = attention(q, k, v, positions_BT, window, cache, i)
         return _after_attention(config, p, x_BTC, y_BTC), cache
 
-    return layer
+    return jax.checkpoint(layer, prevent_cse=False) if checkpoint else layer
 
 
 def _slices(config: Config, layers: Any) -> tuple[Any, ...]:
@@ -150,9 +149,8 @@ def _below_last(config: Config, layers: Any, x_BTC: jax.Array, checkpoint: bool)
     """
     if config.num_layers == 1:
         return x_BTC
-    layer = _layer(config, x_BTC)
-    body = jax.checkpoint(layer, prevent_cse=False) if checkpoint else layer
-    step = lambda carry, slices: ((body((carry[0], None), slices)[0], carry[0]), None)
+    layer = _layer(config, x_BTC, None, checkpoint)
+    step = lambda carry, slices: ((layer((carry[0], None), slices)[0], carry[0]), None)
     return lax.scan(step, (x_BTC, x_BTC), _slices(config, layers))[0][1]
 
 

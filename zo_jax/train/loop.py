@@ -11,7 +11,7 @@ import jax
 
 from zo_jax.replay import arguments
 from zo_jax.train import processes, signals
-from zo_jax.train.below import Kept
+from zo_jax.train.activation_cache import ActivationCache
 from zo_jax.train.choices import scope_of
 from zo_jax.train.config import Config
 from zo_jax.train.evolve import make_population_step
@@ -43,10 +43,11 @@ class Loop:
         self.step = int(self.state.step)
         self.report = Report(config, task, run)
         loss = task.loss
-        self.kept = None
+        self.cache = None
         if config.train.keep_activations:
             is_backprop = config.mode == "fo"
-            loss = self.kept = Kept(task.loss, scope_of(config, model), keep_vjp=is_backprop)
+            scope = scope_of(config, model)
+            loss = self.cache = ActivationCache(task.loss, scope, keep_vjp=is_backprop)
         if config.objective.name == "loss":
             self.train_step = make_train_step(config, model, run.layout, loss)
         else:
@@ -105,9 +106,9 @@ class Loop:
             self.state, new = self.update(self.state, *arguments(record, self.run.layout))
             return Taken(self.step + 1, new, None)
         batches = self.task.batches(self.step, self.run.layout)
-        if self.kept:
+        if self.cache:
             params = self.state.params
-            batches = [x and self.kept.of(params, x) for x in batches]
+            batches = [x and self.cache.of(params, x) for x in batches]
         self.state, new, record = self.train_step(self.state, self.step, *batches)
         return Taken(self.step + 1, new, record)
 

@@ -17,7 +17,7 @@ from zo_jax.anchor import distance
 from zo_jax.estimators import Estimator
 from zo_jax.layout import Layout
 from zo_jax.train import feedback, hybrid
-from zo_jax.train.below import Kept
+from zo_jax.train.activation_cache import ActivationCache
 from zo_jax.train.choices import (
     base_key,
     kept_directions,
@@ -47,10 +47,10 @@ def make_loss(
     Args:
       model: what is trained.
       scope: the part of it.
-      loss_fn: of (parameters, batch); None for the next token of tokens [B, T]. Of a `Kept` one a
-        batch is what its `of` returns.
+      loss_fn: of (parameters, batch); None for the next token of tokens [B, T]. Of an
+        `ActivationCache` a batch is what its `of` returns.
     """
-    if isinstance(loss_fn, Kept):
+    if isinstance(loss_fn, ActivationCache):
         return lambda params: jax.tree_util.Partial(loss_fn.above, params)
     loss_fn = loss_fn or functools.partial(next_token_loss, model)
     whole = lambda params, trained, batch: loss_fn(scope.merge(params, trained), batch)
@@ -323,7 +323,7 @@ def _make_loss_and_grad(config: Config, loss: Any, rules: Update) -> Callable[..
     def loss_and_grad(params, batch):
         trained = rules.subset.select(params)
         one_part = jax.value_and_grad(loss(params))
-        if num_parts == 1:
+        if num_parts == 1:  # of a batch from an `ActivationCache` not all leaves can be cut
             total = one_part(trained, batch)
             return jax.tree.map(lambda x: x.astype(jnp.float32), total)
 

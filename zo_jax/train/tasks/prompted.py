@@ -12,7 +12,7 @@ import tqdm
 
 from zo_jax.layout import Layout
 from zo_jax.models.generate import generate
-from zo_jax.train.below import Kept
+from zo_jax.train.activation_cache import ActivationCache
 from zo_jax.train.config import Config
 from zo_jax.train.data.batches import reads
 from zo_jax.train.data.sources import DataError
@@ -92,8 +92,8 @@ class PromptedTask:
         }
         self._num_scored = max(map(_num_scored, (self.train.encoded, self.validation.encoded)))
         measure = self._losses_and_choices
-        scope = make_scope(config.scope, model)
-        self._measure_batch = Kept(measure, scope) if keeps else jax.jit(measure)
+        cached = lambda: ActivationCache(measure, make_scope(config.scope, model))
+        self._measure_batch = cached() if keeps else jax.jit(measure)
 
     @property
     def summary(self) -> str:

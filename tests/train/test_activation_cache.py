@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from zo_jax.train import run_state, steps
-from zo_jax.train.below import Kept
+from zo_jax.train.activation_cache import ActivationCache
 from zo_jax.train.choices import scope_of
 from zo_jax.train.config import ConfigError, LoraConfig, ZOConfig
 from zo_jax.train.run import train_and_evaluate
@@ -57,7 +57,7 @@ SCOPES = [
 def test_the_loss_is_the_same_whatever_the_trained_part_has_become(folder, scope, options):
     config, subject, params = make(get_config(folder, scope, **options))
     part = scope_of(config, subject.model)
-    kept = Kept(subject.task.loss, part)
+    kept = ActivationCache(subject.task.loss, part)
     batches = [subject.task.batches(step)[0] for step in range(2)]
     for i, batch in enumerate([*batches, *batches]):
         grown = lambda x, i=i: x + i * 0.05 * jax.random.normal(jax.random.key(i), x.shape, x.dtype)
@@ -71,7 +71,7 @@ def test_the_loss_is_the_same_whatever_the_trained_part_has_become(folder, scope
 def test_with_the_last_layer_alone_little_is_left_and_little_is_kept(folder):
     config, subject, params = make(get_config(folder))
     part = scope_of(config, subject.model)
-    kept = Kept(subject.task.loss, part)
+    kept = ActivationCache(subject.task.loss, part)
     batch = subject.task.batches(0)[0]
     both, trained = kept.of(params, batch), part.select(params)
     flops = lambda f, *args: jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
@@ -84,8 +84,10 @@ def test_what_finds_no_room_is_evaluated_each_time(folder, capsys):
     config, subject, params = make(get_config(folder))
     loss, part = subject.task.loss, scope_of(config, subject.model)
     batches = [subject.task.batches(step)[0] for step in range(3)]
-    size = sum(x.nbytes for x in jax.tree.leaves(Kept(loss, part).of(params, batches[0])[0]))
-    kept = Kept(loss, part, limit=2 * size)
+    size = sum(
+        x.nbytes for x in jax.tree.leaves(ActivationCache(loss, part).of(params, batches[0])[0])
+    )
+    kept = ActivationCache(loss, part, limit=2 * size)
     for batch in 2 * batches:
         np.testing.assert_allclose(kept(params, batch), loss(params, batch), rtol=1e-5)
     assert capsys.readouterr().out.count("2 batches are kept, and there is no room for more") == 1
@@ -95,7 +97,7 @@ def test_what_finds_no_room_is_evaluated_each_time(folder, capsys):
 def test_projections_are_those_of_the_plain_program(folder, scope):
     config, subject, params = make(get_config(folder, scope))
     loss, key = subject.task.loss, jax.random.key(3)
-    kept = Kept(loss, scope_of(config, subject.model))
+    kept = ActivationCache(loss, scope_of(config, subject.model))
     batch = subject.task.batches(1)[0]
     plain = steps.make_project(config, subject.model, None, loss)(params, key, batch)
     found = steps.make_project(config, subject.model, None, kept)(
@@ -112,7 +114,7 @@ def test_so_are_steps_by_backprop(folder, scope):
     validate(config)
     config, subject, params = make(config)
     loss = subject.task.loss
-    kept = Kept(loss, scope_of(config, subject.model), keep_vjp=True)
+    kept = ActivationCache(loss, scope_of(config, subject.model), keep_vjp=True)
     batch = subject.task.batches(1)[1]
     step = lambda loss, batch: steps.make_fo_step(config, subject.model, None, loss)(
         run_state.init_state(config, subject.model), batch

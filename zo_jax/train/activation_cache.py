@@ -23,7 +23,7 @@ from zo_jax.trees import Subset
 _SHARE = 1 / 4
 
 
-class Kept:
+class ActivationCache:
     """A function of (parameters, batch) that keeps what it finds below the trained part."""
 
     def __init__(
