@@ -258,6 +258,7 @@ def test_workers_end_with_the_process_that_asks(reward_of, tmp_path):
         ({"objective__path": "{}/nan.py:g"}, "scores must be finite numbers; got '1'"),
         ({"objective__path": "{}/nan.py:h"}, "a score for each of 2 completions; got 3"),
         ({"objective__path": "{}/nan.py:i"}, "must return a list of scores; got None"),
+        ({"objective__max_new_tokens": 80}, "leaves no room for a prompt in the model's context"),
         ({"objective__max_new_tokens": 70}, "a prompt must have 1 to 10 tokens.* has 1[0-9]"),
         ({"zo__perturbation": "rademacher"}, "needs zo.perturbation=low_rank"),
         ({"zo__epsilon": "auto"}, "zo.epsilon=auto is found by a loss"),

@@ -59,6 +59,11 @@ class RewardTask:
     def _encode(self, examples: list[Example]) -> Prompts:
         config, tokens = self.config, []
         room = self.model.context_length - config.objective.max_new_tokens
+        if room < 1:
+            raise DataError(
+                f"objective.max_new_tokens={config.objective.max_new_tokens} leaves no room for a "
+                f"prompt in the model's context of {self.model.context_length}; lower it"
+            )
         for example in examples:
             try:
                 # A conversation's special tokens are in its text.
@@ -70,7 +75,7 @@ class RewardTask:
             ids = ids[max(0, len(ids) - config.task.max_tokens) :]
             if not 0 < len(ids) <= room:
                 raise DataError(
-                    f"a prompt must have 1 to {max(room, 0)} tokens, so that it and "
+                    f"a prompt must have 1 to {room} tokens, so that it and "
                     f"objective.max_new_tokens={config.objective.max_new_tokens} fit into the "
                     f"model's context of {self.model.context_length}; {example.prompt!r:.60} has "
                     f"{len(ids)}; lower objective.max_new_tokens or task.max_tokens"
