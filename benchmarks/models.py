@@ -6,7 +6,8 @@
 R is the time of the whole estimate (gradient included) over that of the 2 q plain evaluations of
 the same loss on the same data. All programs are jitted; every round runs each once, in turn, and a
 figure is the median of the rounds' ratios. "formed" is what `zo_jax.record_formed` saw of low-rank
-directions, by primitive; dense signs are formed in every product by design. The last table has the
+directions, by primitive; dense signs are formed in every product by design. Then the rank-1
+estimate of the Llama as one would write it by hand, beside the library's. The last table has the
 seconds of tracing and compiling a model of 24 layers that are written out, each a call of one
 `jax.jit`.
 """
@@ -304,6 +305,88 @@ def benchmark_time(names: list[str], rounds: int, q: int = 4) -> None:
     )
 
 
+class RankOne(NamedTuple):
+    """A weight [out, in] and its change s u vᵀ, by hand: what the Llama does with a weight."""
+
+    w: jax.Array
+    u: jax.Array
+    v: jax.Array
+    s: jax.Array
+
+    @property
+    def T(self) -> "RankOne":
+        return self
+
+    def __rmatmul__(self, x: jax.Array) -> jax.Array:
+        return x @ self.w.T + (self.s * (x @ self.v))[..., None] * self.u
+
+    def __getitem__(self, ids: jax.Array) -> jax.Array:  # pyright: ignore
+        return self.w[ids] + self.s * self.u[ids][..., None] * self.v
+
+
+def estimate_by_hand(
+    loss: Callable[..., jax.Array], params: Any, key: jax.Array, batches: jax.Array
+) -> Any:
+    """The rank-1 estimate of a batch for each query, without this library; only for the Llama."""
+    leaves, treedef = jax.tree.flatten(params)
+
+    def draw(key: jax.Array) -> list[Any]:
+        keys = jax.random.split(key, len(leaves))
+        signs = [
+            jax.random.rademacher(k, (sum(x.shape),), jnp.float32)
+            for k, x in zip(keys, leaves, strict=True)
+        ]
+        return [
+            (z[: x.shape[0]], z[x.shape[0] :]) if x.ndim > 1 else z
+            for x, z in zip(leaves, signs, strict=True)
+        ]
+
+    def project(key: jax.Array, batch: jax.Array) -> jax.Array:
+        z = draw(key)
+
+        def side(s: jax.Array) -> jax.Array:
+            moved = [
+                RankOne(x, *part, s) if x.ndim > 1 else x + s * part
+                for x, part in zip(leaves, z, strict=True)
+            ]
+            return loss(jax.tree.unflatten(treedef, moved), batch)
+
+        above, below = lax.map(side, jnp.array([1e-3, -1e-3]))
+        return (above - below) / 2e-3
+
+    keys = jax.random.split(key, len(batches))
+    weights = lax.map(lambda of_query: project(*of_query), (keys, batches)) / len(batches)
+    z = jax.vmap(draw)(keys)
+    outer = lambda u, v: sum(w * a[:, None] * b for w, a, b in zip(weights, u, v, strict=True))
+    total = [
+        outer(*part) if x.ndim > 1 else weights @ part for x, part in zip(leaves, z, strict=True)
+    ]
+    return weights, jax.tree.unflatten(treedef, total)
+
+
+def benchmark_by_hand(rounds: int, q: int = 4) -> None:
+    model = llama()
+    batches = jnp.broadcast_to(model.batch, (q, *model.batch.shape))
+    key = jax.random.key(2)
+    options = dict(num_queries=q, perturbation=zo_jax.low_rank(1), batch_per_query=True)
+    functions = {
+        "by hand": estimate_by_hand,
+        "zo_jax": functools.partial(zo_jax.estimate_gradient, **options),
+    }
+    floor, _ = compile_timed(plain_evaluations(model.loss, 2 * q), model.params, batches)
+    programs: dict[str, Any] = {"floor": (floor, model.params, batches)}
+    for name, function in functions.items():
+        estimate = functools.partial(function, model.loss)
+        compiled, _ = compile_timed(estimate, model.params, key, batches)
+        programs[name] = compiled, model.params, key, batches
+    seconds = time_in_turn(programs, rounds)
+    print_table(
+        f"R of a Llama's rank-1 estimate, {q} queries, central",
+        ["written", "R"],
+        [[name, ratio(seconds[name], seconds["floor"])] for name in functions],
+    )
+
+
 def benchmark_compilation(rounds: int, num_layers: int = 24, C: int = 128) -> None:
     """A model of layers written out, each a call of one jitted function."""
 
@@ -358,4 +441,5 @@ if __name__ == "__main__":
     print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores")
     benchmark_time([name for name in MODELS if arguments.only in name], arguments.rounds)
     if not arguments.only:
+        benchmark_by_hand(3 * arguments.rounds)
         benchmark_compilation(min(5, arguments.rounds))

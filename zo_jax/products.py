@@ -22,6 +22,9 @@ from zo_jax.rules import apply_rule, is_perturbed, rule_for
 _BLOCK_ENTRIES = 2**20
 MIN_BLOCKED = 4 * _BLOCK_ENTRIES
 
+# Entries of an array whose product with a vector is worth a program of its own.
+_WORTH_A_PROGRAM = 2**17
+
 # The label of the rank.
 _R = -1
 # And of two columns where there is one.
@@ -121,8 +124,9 @@ def _contract(
             return jnp.expand_dims(_contract(a, a_labels, b, b_labels, out), out_labels.index(_R))
     if set(out_labels) == {*a_labels, *b_labels}:  # broadcast: XLA fuses it with what comes after
         return _spread(a, a_labels, out_labels) * _spread(b, b_labels, out_labels)
-    if len(b_labels) == 1:
-        # XLA for CPUs compiles a program for each product with a vector, none for two columns.
+    if len(b_labels) == 1 and a.size < _WORTH_A_PROGRAM:
+        # XLA for CPUs compiles a program for each product with a vector, some 5 ms, and none for
+        # two columns, which are read more slowly: of a large array by more than that in 100 steps.
         pair = jnp.stack([b, jnp.zeros_like(b)], axis=-1)
         return _contract(a, a_labels, pair, [*b_labels, _PAIR], [*out_labels, _PAIR])[..., 0]
     # Numbers from 0 as einsum wants them.
