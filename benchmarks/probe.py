@@ -170,14 +170,15 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def smollm(experiment_name: str, folder: Path, dtype: str = "float32") -> Case:
-    """SmolLM2-135M-Instruct on reviews of at most 20 tokens, 8 examples a batch."""
+    """SmolLM2-135M-Instruct on reviews of at most 20 tokens, 4 examples a batch, 60 steps."""
     path = folder / "short_reviews.jsonl"
     if not path.exists():
         write_reviews(path)
     config = experiment.load(f"{experiment_name}:{find_model()}")
     config.model.param_dtype = config.model.compute_dtype = dtype
     config.task.path, config.task.max_tokens = str(path), 24
-    config.train.batch_size, config.train.num_steps = 8, 100
+    config.train.batch_size, config.train.num_steps = 4, 60
+    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 6)
     take = lambda task, first: encode.take(
         task.validation.encoded, np.arange(first, first + 32), 24
     )
@@ -199,15 +200,17 @@ def write_reviews(path: Path) -> None:
 
 
 def character_model() -> Case:
-    """configs/zo_plain.py as it stands."""
-    return from_config(experiment.load("zo_plain"), lambda task: blocks_of(task, 512))
+    """configs/zo_plain.py with 500 steps."""
+    config = experiment.load("zo_plain")
+    config.train.num_steps = 500
+    return from_config(config, lambda task: blocks_of(task, 512))
 
 
 def model_of_20M(tokenizer: str) -> Case:
-    """configs/gpt2_20m.py with 100 steps on blocks of 64 tokens."""
+    """configs/gpt2_20m.py with 40 steps on blocks of 64 tokens."""
     config = experiment.load("gpt2_20m")
     config.data.tokenizer_path, config.data.block_size = tokenizer, 64
-    config.train.num_steps, config.optimizer.warmup_steps = 100, 10
+    config.train.num_steps, config.optimizer.warmup_steps = 40, 4
     return from_config(config, lambda task: blocks_of(task, 64))
 
 
@@ -226,7 +229,7 @@ def make_cases(options: argparse.Namespace) -> dict[str, Callable[[], Case]]:
         "20M, adam": lambda: model_of_20M(options.tokenizer),
         "SmolLM2 float32, sgd": lambda: smollm("finetune", folder),
         "SmolLM2 bfloat16, sgd": lambda: smollm("finetune", folder, "bfloat16"),
-        "SmolLM2 LoRA, sgd": lambda: smollm("finetune_lora", folder),
+        "SmolLM2 LoRA, adam": lambda: smollm("finetune_lora", folder),
     }
 
 
