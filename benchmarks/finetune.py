@@ -37,6 +37,8 @@ from zo_jax.train.validation import resolve, validate
 MAX_TOKENS = 64
 # Strengths of the ridge regression, of which the validation examples choose.
 RIDGES = 10.0 ** np.arange(-2, 6)
+# Of the 30 layers the upper 15, and the last norm.
+TOP_HALF = "layers/(1[5-9]|2[0-9])/|^norm"
 HEADER = "| method | trained | passes a step | steps | seconds | test accuracy | seeds |"
 
 
@@ -89,6 +91,22 @@ METHODS = {
         _backprop(1e-3, train__num_steps=600, train__eval_interval=50),
     ),
     "fo_full": Method("backprop, all weights", "finetune", _backprop(2e-5)),
+    "fo_top": Method("backprop, top half", "finetune", _backprop(2e-5, scope=TOP_HALF)),
+    "block_local": Method(
+        "backprop inside every layer alone, all weights",
+        "finetune",
+        _backprop(2e-5, mode="block_local"),
+    ),
+    "block_local_top": Method(
+        "control: the same, top half",
+        "finetune",
+        _backprop(2e-5, mode="block_local", scope=TOP_HALF),
+    ),
+    "block_local_random": Method(
+        "control: the same, all weights, random feedback",
+        "finetune",
+        _backprop(2e-5, mode="block_local", feedback__matrix="random"),
+    ),
     "fo_norms": Method("backprop, norms alone", "finetune", _backprop(1e-3, scope="norm")),
     "fo_last": Method(
         "backprop, last block alone",
@@ -152,7 +170,7 @@ def run(method: str, seed: int, num_steps: int, folder: Path) -> dict[str, Any]:
     best = next(x for name, x in reversed(tested.items()) if re.match("best|last", name))
     with (path / "metrics.csv").open() as file:
         stamps = [datetime.datetime.fromisoformat(row["timestamp"]) for row in csv.DictReader(file)]
-    passes = {"zo": 2 * config.zo.num_queries, "fo": 3}[config.mode]
+    passes = {"zo": 2 * config.zo.num_queries, "fo": 3, "block_local": 4}[config.mode]
     return dict(
         accuracy=best["eval_accuracy"],
         seconds=(stamps[-1] - stamps[0]).total_seconds(),

@@ -11,6 +11,7 @@ import safetensors.numpy
 import zo_jax
 from zo_jax import models
 from zo_jax.models import checkpoint, config, decoder
+from zo_jax.models.layers import as_it_is, checkpointed
 
 
 @pytest.mark.parametrize("name", reference.CASES)
@@ -23,13 +24,13 @@ def test_logits_are_those_of_transformers(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in reference.CASES if "gpt2" not in name])
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_the_stream_at_one_place_of_each_row(name, checkpoint):
+@pytest.mark.parametrize("around", [as_it_is, checkpointed])
+def test_the_stream_at_one_place_of_each_row(name, around):
     m = models.create(reference.CASES[name], jax.random.key(0))
     layers, places = m.params["layers"], jnp.array([0, 9, 4])
     x = jax.random.normal(jax.random.key(1), (3, 10, m.config.width))
     whole, _ = decoder.stream(m.config, layers, x)
-    found = decoder.stream_at(m.config, layers, x, places, checkpoint)
+    found = decoder.stream_at(m.config, layers, x, places, around)
     np.testing.assert_allclose(found, whole[jnp.arange(3), places], atol=1e-5, rtol=1e-5)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from zo_jax.models import rope
 from zo_jax.models.config import Config
-from zo_jax.models.layers import Cache, attend, attention, linear, rms_norm
+from zo_jax.models.layers import Around, Cache, as_it_is, attend, attention, linear, rms_norm
 from zo_jax.models.spec import Leaf, matrix, norm
 from zo_jax.models.weights import rows
 
@@ -77,6 +77,7 @@ def hidden(
     dtype: Any,
     start_B: jax.Array | None = None,
     cache: Cache | None = None,
+    around: Around = as_it_is,
 ) -> tuple[jax.Array, Cache | None]:
     """Final hidden states [B, T, C] in `dtype`, and the cache.
 
@@ -87,9 +88,11 @@ def hidden(
       dtype: of the activations; norms, angles and softmax are computed in float32.
       start_B: int32, the position of each row's first token; None for 0.
       cache: keys and values of the positions before.
+      around: what each layer is evaluated in: a function of the layer, ((stream below it, cache),
+        (its parameters, window, number)) -> (stream above it, cache), like it.
     """
     x_BTC = rows(params["embed_tokens"]["weight"], tokens_BT, dtype)
-    x_BTC, cache = stream(config, params["layers"], x_BTC, start_B, cache)
+    x_BTC, cache = stream(config, params["layers"], x_BTC, start_B, cache, around)
     return rms_norm(x_BTC, params["norm"], config.norm_epsilon), cache
 
 
@@ -99,7 +102,7 @@ def stream(
     x_BTC: jax.Array,
     start_B: jax.Array | None = None,
     cache: Cache | None = None,
-    checkpoint: bool = False,
+    around: Around = as_it_is,
 ) -> tuple[jax.Array, Cache | None]:
     """The residual stream above the layers, and the cache; the other arguments are those of
     `hidden`.
@@ -109,14 +112,13 @@ def stream(
         many.
       layers: their parameters, stacked.
       x_BTC: the residual stream below them.
-      checkpoint: whether backprop keeps the inputs of a layer alone.
     """
-    layer = _layer(config, x_BTC, start_B, checkpoint)
+    layer = _layer(config, x_BTC, start_B, around)
     step = lambda carry, slices: (layer(carry, slices), None)
     return lax.scan(step, (x_BTC, cache), _slices(config, layers))[0]
 
 
-def _layer(config: Config, x_BTC: jax.Array, start_B: jax.Array | None, checkpoint: bool) -> Any:
+def _layer(config: Config, x_BTC: jax.Array, start_B: jax.Array | None, around: Around) -> Any:
     """A layer as a function of (the stream below it, the cache) and its slice of `_slices`."""
     positions_BT = jnp.arange(x_BTC.shape[1])[None]
     if start_B is not None:
@@ -133,7 +135,7 @@ def _layer(config: Config, x_BTC: jax.Array, start_B: jax.Array | None, checkpoi
         y_BTC, cache = attention(q, k, v, positions_BT, window, cache, i)
         return _after_attention(config, p, x_BTC, y_BTC), cache
 
-    return jax.checkpoint(layer, prevent_cse=False) if checkpoint else layer
+    return around(layer)
 
 
 def _slices(config: Config, layers: Any) -> tuple[Any, ...]:
@@ -141,7 +143,7 @@ def _slices(config: Config, layers: Any) -> tuple[Any, ...]:
     return layers, np.asarray(config.windows, np.int32), np.arange(config.num_layers)
 
 
-def _below_last(config: Config, layers: Any, x_BTC: jax.Array, checkpoint: bool) -> jax.Array:
+def _below_last(config: Config, layers: Any, x_BTC: jax.Array, around: Around) -> jax.Array:
     """The residual stream below the last layer.
 
     The last layer is evaluated and dropped: a scan over the others would have copies of their
@@ -149,36 +151,44 @@ def _below_last(config: Config, layers: Any, x_BTC: jax.Array, checkpoint: bool)
     """
     if config.num_layers == 1:
         return x_BTC
-    layer = _layer(config, x_BTC, None, checkpoint)
+    layer = _layer(config, x_BTC, None, around)
     step = lambda carry, slices: ((layer((carry[0], None), slices)[0], carry[0]), None)
     return lax.scan(step, (x_BTC, x_BTC), _slices(config, layers))[0][1]
 
 
 def hidden_at(
-    config: Config, params: Any, tokens_BT: jax.Array, places_B: jax.Array, dtype: Any
+    config: Config,
+    params: Any,
+    tokens_BT: jax.Array,
+    places_B: jax.Array,
+    dtype: Any,
+    around: Around = as_it_is,
 ) -> jax.Array:
     """`hidden` at one place of each row, [B, C].
 
     Args:
       config, params, tokens_BT, dtype: as of `hidden`.
       places_B: int32, the place that is read.
+      around: as of `stream_at`.
     """
     x_BTC = rows(params["embed_tokens"]["weight"], tokens_BT, dtype)
-    x_BC = stream_at(config, params["layers"], x_BTC, places_B)
+    x_BC = stream_at(config, params["layers"], x_BTC, places_B, around)
     return rms_norm(x_BC, params["norm"], config.norm_epsilon)
 
 
 def stream_at(
-    config: Config, layers: Any, x_BTC: jax.Array, places_B: jax.Array, checkpoint: bool = False
+    config: Config, layers: Any, x_BTC: jax.Array, places_B: jax.Array, around: Around = as_it_is
 ) -> jax.Array:
     """`stream` at one place of each row, [B, C]: of the last layer, whose output is read there
     alone, only keys and values are evaluated everywhere.
 
     Args:
-      config, layers, x_BTC, checkpoint: as of `stream`.
+      config, layers, x_BTC: as of `stream`.
       places_B: int32, the place that is read.
+      around: as of `hidden`; the last layer, read at one place, is a function of (its parameters,
+        the stream below it).
     """
-    x_BTC = _below_last(config, layers, x_BTC, checkpoint)
+    x_BTC = _below_last(config, layers, x_BTC, around)
     positions_BT = jnp.arange(x_BTC.shape[1])[None]
     places_B1 = places_B[:, None]
     turns = functools.partial(rope.turns, config.rope, config.head_dim)
@@ -192,8 +202,7 @@ def stream_at(
         y_B1C = attend(q, k, v, places_B1, positions_BT, config.windows[-1])
         return _after_attention(config, p, at_places(x_BTC), y_B1C)
 
-    body = jax.checkpoint(last, prevent_cse=False) if checkpoint else last
-    return body(jax.tree.map(lambda x: x[-1], layers), x_BTC)[:, 0]
+    return around(last)(jax.tree.map(lambda x: x[-1], layers), x_BTC)[:, 0]
 
 
 def _heads(config, p, h_BTC, name):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zo_jax.models.config import Config
-from zo_jax.models.layers import Cache, attention, layer_norm, linear
+from zo_jax.models.layers import Around, Cache, as_it_is, attention, layer_norm, linear
 from zo_jax.models.spec import Leaf, matrix, norm
 from zo_jax.models.weights import is_weight, rows
 
@@ -65,6 +65,7 @@ def hidden(
     dtype: Any,
     start_B: jax.Array | None = None,
     cache: Cache | None = None,
+    around: Around = as_it_is,
 ) -> tuple[jax.Array, Cache | None]:
     """Final hidden states [B, T, C] in `dtype`, and the cache; the arguments are those of
     `decoder.hidden`.
@@ -93,7 +94,7 @@ def hidden(
         x_BTC = x_BTC + linear(y_BTC, p["attn"]["c_proj"])
         h_BTC = layer_norm(x_BTC, p["ln_2"], config.norm_epsilon)
         x_BTC = x_BTC + linear(activation(linear(h_BTC, p["mlp"]["c_fc"])), p["mlp"]["c_proj"])
-        return (x_BTC, cache), None
+        return x_BTC, cache
 
     x_BTC = rows(params["wte"]["weight"], tokens_BT, dtype)
     # Of a population the positions of every row are its member's.
@@ -102,13 +103,19 @@ def hidden(
     x_BTC = x_BTC + rows(params["wpe"]["weight"], positions_BT, dtype)
     windows = np.asarray(config.windows, np.int32)
     slices = params["h"], windows, np.arange(config.num_layers)
-    (x_BTC, cache), _ = lax.scan(layer, (x_BTC, cache), slices)
+    layer = around(layer)
+    (x_BTC, cache), _ = lax.scan(lambda *args: (layer(*args), None), (x_BTC, cache), slices)
     return layer_norm(x_BTC, params["ln_f"], config.norm_epsilon), cache
 
 
 def hidden_at(
-    config: Config, params: Any, tokens_BT: jax.Array, places_B: jax.Array, dtype: Any
+    config: Config,
+    params: Any,
+    tokens_BT: jax.Array,
+    places_B: jax.Array,
+    dtype: Any,
+    around: Around = as_it_is,
 ) -> jax.Array:
     """`hidden` at one place of each row, [B, C]; the arguments are those of `decoder.hidden_at`."""
-    hidden_BTC, _ = hidden(config, params, tokens_BT, dtype)
+    hidden_BTC, _ = hidden(config, params, tokens_BT, dtype, around=around)
     return hidden_BTC[jnp.arange(len(places_B)), places_B]

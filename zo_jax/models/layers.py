@@ -4,6 +4,7 @@ Axes: B batch, T positions of queries, S positions of keys, C width, H heads of 
 keys and values, D width of a head, L layers.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,19 @@ from jax import lax
 import jax.numpy as jnp
 
 from zo_jax.models.weights import is_weight, product
+
+# What a layer is evaluated in, by backprop or else: a function of it, like itself.
+Around = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def as_it_is(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """The layer."""
+    return layer
+
+
+def checkpointed(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """The layer, of which backprop keeps the inputs alone and computes the rest again."""
+    return jax.checkpoint(layer, prevent_cse=False)
 
 
 class Cache(NamedTuple):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from zo_jax.atomic import write_atomic
 from zo_jax.models import checkpoint, config, decoder, gguf, gguf_tokenizer, gpt2, tokenizer
 from zo_jax.models.config import Config
+from zo_jax.models.layers import Around, as_it_is
 from zo_jax.models.quantized import quantize as to_quantized
 from zo_jax.models.weights import is_weight, product
 from zo_jax.trees import path_name
@@ -62,17 +63,21 @@ class Model:
     tokenizer: Any = None
     folder: Path | None = None
 
-    def hidden(self, params: Any, tokens_BT: jax.Array) -> jax.Array:
-        """Final hidden states [B, T, C] in the model's dtype, from int32 tokens."""
+    def hidden(self, params: Any, tokens_BT: jax.Array, around: Around = as_it_is) -> jax.Array:
+        """Final hidden states [B, T, C] in the model's dtype, from int32 tokens; `around` is as of
+        `decoder.hidden`.
+        """
         functions = architecture(self.config)
-        return functions.hidden(self.config, params, tokens_BT, self.dtype)[0]
+        return functions.hidden(self.config, params, tokens_BT, self.dtype, around=around)[0]
 
-    def hidden_at(self, params: Any, tokens_BT: jax.Array, places_B: jax.Array) -> jax.Array:
+    def hidden_at(
+        self, params: Any, tokens_BT: jax.Array, places_B: jax.Array, around: Around = as_it_is
+    ) -> jax.Array:
         """Final hidden states at one place of each row, [B, C] in the model's dtype, from int32
         tokens and places: the last layer is evaluated there alone, but for keys and values.
         """
         functions = architecture(self.config)
-        return functions.hidden_at(self.config, params, tokens_BT, places_B, self.dtype)
+        return functions.hidden_at(self.config, params, tokens_BT, places_B, self.dtype, around)
 
     def head(self, params: Any) -> Any:
         """The output head [V, C]."""

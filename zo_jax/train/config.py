@@ -100,7 +100,7 @@ class ModelConfig:
     checkpoint_activations: bool = setting(
         False,
         "backprop keeps the inputs of a block alone, and computes the rest again (less memory)",
-        only_if=f"{_BACKPROP} and {_SCRATCH}",
+        only_if=_BACKPROP,
         may_change=ROUNDING,
     )
     tied_head: bool = setting(

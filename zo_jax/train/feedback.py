@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from zo_jax.models.layers import Around, checkpointed
 from zo_jax.train.config import Config, FeedbackConfig
 from zo_jax.train.model import GPT, Block
 from zo_jax.train.sublayers import (
@@ -53,7 +54,7 @@ def make_gradient(config: Config, model: GPT) -> Gradient:
 
 
 def _make_feedback(config: Config, model: GPT) -> Gradient:
-    error_at = _make_error_at(config, model)
+    error_at = _make_error_at(config, model.num_layers)
 
     def gradient(params: Any, key: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, Any]:
         inputs_BT = tokens_BT[:, :-1]
@@ -84,7 +85,7 @@ def _make_feedback(config: Config, model: GPT) -> Gradient:
 
 
 def _make_block_local(config: Config, model: GPT) -> Gradient:
-    error_at = _make_error_at(config, model)
+    error_at = _make_error_at(config, model.num_layers)
     block = Block(model.num_layers, model.num_heads, model.dtype, model.param_dtype)
     apply = lambda params, x_BTC: block.apply({"params": params}, x_BTC)[0]
 
@@ -109,6 +110,49 @@ def _make_block_local(config: Config, model: GPT) -> Gradient:
     return gradient
 
 
+def make_around(config: Config, num_layers: int) -> Around:
+    """What each layer of a pretrained model is evaluated in, for backprop to go the way of mode
+    block_local: what it hands a layer is the error of the output, and below that layer it goes on
+    beside it.
+
+    Values stay what they are, to the bit; of a layer backprop keeps the input alone.
+
+    Args:
+      config: validated; its section `feedback` says how.
+      num_layers: of the model.
+    """
+    error_at, feedback = _make_error_at(config, num_layers), config.feedback
+
+    @jax.custom_vjp
+    def at_site(y_BTC: jax.Array, site: jax.Array) -> jax.Array:
+        """Itself, and backwards the error of a site."""
+        del site
+        return y_BTC
+
+    at_site.defvjp(
+        lambda y_BTC, site: (y_BTC, site),
+        lambda site, error_BTC: (error_at(error_BTC, site).astype(error_BTC.dtype), None),
+    )
+
+    def around(layer: Callable[..., Any]) -> Callable[..., Any]:
+        layer = checkpointed(layer)
+
+        def handed(carry: Any, slices: Any) -> Any:
+            (x_BTC, cache), i = carry, slices[-1]
+            still_BTC = jax.lax.stop_gradient(x_BTC)
+            y_BTC, cache = layer((still_BTC, cache), slices)
+            if feedback.errors == "last":  # and nothing goes on
+                return (y_BTC, cache)
+            if feedback.matrix == "random":
+                y_BTC = at_site(y_BTC, 2 * i + 2)
+                x_BTC = jnp.where(i == 0, at_site(x_BTC, jnp.zeros_like(i)), x_BTC)
+            return y_BTC + (x_BTC - still_BTC), cache
+
+        return handed
+
+    return around
+
+
 def embed(params: Any, tokens_BT: jax.Array) -> jax.Array:
     """The residual stream before the first block."""
     positions_TC = params["wpe"]["embedding"][: tokens_BT.shape[1]]
@@ -131,20 +175,20 @@ def _add_head(gradient: Any, head_VC: jax.Array, tied: bool) -> Any:
     return gradient | {"wte": {"embedding": gradient["wte"]["embedding"] + head_VC}}
 
 
-def _make_error_at(config: Config, model: GPT) -> Callable[[jax.Array, Any], jax.Array]:
+def _make_error_at(config: Config, num_layers: int) -> Callable[[jax.Array, Any], jax.Array]:
     """(output error, site) -> error of a site: 0 the embeddings, 2 l + 1 the attention and 2 l + 2
     the MLP of layer l.
     """
     feedback: FeedbackConfig = config.feedback
-    last = 2 * model.num_layers
-    # Of the run, not of a step: feedback stays what it is.
-    key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), 2**31 + 2)
+    last = 2 * num_layers
 
     def error_at(error_BTC: jax.Array, site: Any) -> jax.Array:
         if feedback.errors == "last":
             return jnp.where(site == last, error_BTC, 0)
         if feedback.matrix == "identity":
             return error_BTC
+        # Of the run, not of a step: feedback stays what it is.
+        key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), 2**31 + 2)
         C = error_BTC.shape[-1]
         matrix_CC = jax.random.normal(jax.random.fold_in(key, site), (C, C)) / jnp.sqrt(C)
         # The last site's error is known.

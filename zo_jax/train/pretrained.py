@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from zo_jax.fingerprint import fingerprint
 from zo_jax.layout import Layout
 from zo_jax.models import lora
+from zo_jax.models.layers import Around, as_it_is, checkpointed
 from zo_jax.models.model import Files, Model, architecture, open_files
+from zo_jax.train import feedback
 from zo_jax.train.config import Config, ConfigError
 
 # What is split over the devices of the axis `model`: the outputs of what reads the residual stream
@@ -157,11 +159,20 @@ class Pretrained:
 
     def hidden(self, params: Any, tokens_BT: jax.Array) -> jax.Array:
         """Final hidden states [B, T, C], from int32 tokens."""
-        return self.model.hidden(self.weights(params), tokens_BT)
+        return self.model.hidden(self.weights(params), tokens_BT, self._around)
 
     def hidden_at(self, params: Any, tokens_BT: jax.Array, places_B: jax.Array) -> jax.Array:
         """Final hidden states at one place of each row, [B, C]."""
-        return self.model.hidden_at(self.weights(params), tokens_BT, places_B)
+        if self.settings.mode == "block_local":  # whose layers hand errors on everywhere
+            return self.hidden(params, tokens_BT)[jnp.arange(len(places_B)), places_B]
+        return self.model.hidden_at(self.weights(params), tokens_BT, places_B, self._around)
+
+    @property
+    def _around(self) -> Around:
+        """What each layer is evaluated in."""
+        if self.settings.mode == "block_local":
+            return feedback.make_around(self.settings, self.num_layers)
+        return checkpointed if self.settings.model.checkpoint_activations else as_it_is
 
     def head(self, params: Any) -> Any:
         """The output head [V, C]."""

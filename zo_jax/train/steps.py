@@ -238,9 +238,11 @@ def make_train_step(
     step_key = make_step_key(config, layout)
     words = jax.jit(jax.random.key_data)
     parts = config, model, layout
-    if config.mode in ("fo", "calibrate"):
+    # A pretrained model hands errors to its layers by itself: `Pretrained.hidden`.
+    is_pretrained = bool(config.model.path)
+    if config.mode in ("fo", "calibrate") or (config.mode == "block_local" and is_pretrained):
         fo_step = make_fo_step(*parts, loss_fn)
-    if config.mode in ("feedback", "block_local"):
+    elif config.mode in ("feedback", "block_local"):
         fo_step = make_feedback_step(*parts)
     if config.mode == "instruct":
         guided_step = make_guided_step(*parts, loss_fn)

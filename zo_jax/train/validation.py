@@ -171,10 +171,10 @@ def _check_combinations(config: Config) -> None:
 
 def _check_pretrained(config: Config) -> None:
     model = config.model
-    if model.path and config.mode in ("feedback", "block_local"):
+    if model.path and config.mode == "feedback":
         raise ConfigError(
-            f"mode {config.mode} trains the GPT from scratch; with model.path set mode=zo, fo, "
-            f"calibrate or instruct"
+            "mode feedback trains the GPT from scratch; with model.path set mode=zo, fo, "
+            "calibrate, instruct or block_local"
         )
     if config.scope == "lora" and not model.path:
         raise ConfigError(
@@ -193,8 +193,6 @@ def _check_task(config: Config) -> None:
         return
     if not config.model.path:
         raise ConfigError(f"task.name={task.name} needs a pretrained model; set model.path")
-    if config.mode in ("feedback", "block_local"):
-        raise ConfigError(f"mode {config.mode} learns text; set task.name=text, or another mode")
     if task.name != "file":
         return
     if not task.path:

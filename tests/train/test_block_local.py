@@ -1,0 +1,130 @@
+"""Mode block_local on a pretrained model: the output error at every layer, against layers that are
+differentiated one by one.
+"""
+
+import fine_tune
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zo_jax.models import decoder
+from zo_jax.models.layers import rms_norm
+from zo_jax.models.weights import rows
+from zo_jax.train import feedback, run_state
+from zo_jax.train.config import FeedbackConfig, LoraConfig, ZOConfig
+from zo_jax.train.run import train_and_evaluate
+from zo_jax.train.subject import load_sources, make_subject
+from zo_jax.train.validation import resolve, validate
+
+LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With bases of three layers, and examples."""
+    path = tmp_path_factory.mktemp("block_local")
+    fine_tune.write_base(path / "base", num_hidden_layers=LAYERS)
+    fine_tune.write_examples(path / "examples.jsonl")
+    return path
+
+
+def make(folder, mode="block_local", scope="full", **options):
+    config = fine_tune.get_config(folder)
+    config.mode, config.scope, config.feedback = mode, scope, FeedbackConfig(**options)
+    config.zo, config.lora = ZOConfig(), LoraConfig()
+    validate(config)
+    config = resolve(config, 20)
+    subject = make_subject(config, load_sources(config))
+    return config, subject, run_state.init_state(config, subject.model).params
+
+
+def layer_by_layer(config, subject, params, batch):
+    """The gradient with each layer's own derivative of what it is handed, in one loop."""
+    model = subject.model.model
+    c, layers = model.config, params["layers"]
+    around = lambda layer: layer
+    x_BTC = rows(params["embed_tokens"]["weight"], batch.tokens, jnp.float32)
+    layer = decoder._layer(c, x_BTC, None, around)
+    below = [x_BTC]
+    slices = [jax.tree.map(lambda x, i=i: x[i], decoder._slices(c, layers)) for i in range(LAYERS)]
+    for one in slices:
+        below.append(layer((below[-1], None), one)[0])
+    read = jnp.arange(len(batch.length)), batch.length - 1
+    labels = params["embed_tokens"]["weight"][jnp.asarray(subject.task.labels)]
+
+    def above(x_BTC, norm, labels):
+        scores = rms_norm(x_BTC, norm, c.norm_epsilon)[read] @ labels.T
+        return -jnp.mean(jax.nn.log_softmax(scores)[jnp.arange(len(scores)), batch.right])
+
+    loss, end = jax.value_and_grad(above, (0, 1, 2))(below[-1], params["norm"], labels)
+    error_at = feedback._make_error_at(config, LAYERS)
+    own = []
+    for i, (x, (p, *rest)) in enumerate(zip(below[:-1], slices, strict=True)):
+        of_params = lambda p, x=x, rest=rest: layer((x, None), (p, *rest))[0]
+        own.append(jax.vjp(of_params, p)[1](error_at(end[0], 2 * i + 2))[0])
+    embed = jnp.zeros_like(params["embed_tokens"]["weight"])
+    embed = embed.at[batch.tokens].add(error_at(end[0], 0))
+    embed = embed.at[jnp.asarray(subject.task.labels)].add(end[2])
+    return loss, {
+        "embed_tokens": {"weight": embed},
+        "layers": jax.tree.map(lambda *x: jnp.stack(x), *own),
+        "norm": end[1],
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"matrix": "random"}, {"errors": "last"}])
+def test_gradient_is_that_of_layers_one_by_one(folder, options):
+    config, subject, params = make(folder, **options)
+    batch = subject.task.batches(0)[1]
+    loss, gradient = jax.jit(jax.value_and_grad(subject.task.loss))(params, batch)
+    expected_loss, expected = layer_by_layer(config, subject, params, batch)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.max(jnp.abs(b))))
+    jax.tree.map(close, gradient, expected)
+
+
+def test_loss_and_top_layer_are_those_of_backprop_and_the_rest_is_not(folder):
+    _, subject, params = make(folder)
+    _, plain, _ = make(folder, "fo")
+    batch = subject.task.batches(0)[1]
+    (loss, gradient), (expected_loss, expected) = (
+        jax.jit(jax.value_and_grad(one.task.loss))(params, batch) for one in (subject, plain)
+    )
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    of_layer = lambda tree, i: np.concatenate(
+        [x[i].ravel() for x in jax.tree.leaves(tree["layers"])]
+    )
+    np.testing.assert_allclose(of_layer(gradient, -1), of_layer(expected, -1), atol=1e-6, rtol=1e-4)
+    assert not np.allclose(of_layer(gradient, 0), of_layer(expected, 0), rtol=0.1, atol=1e-8)
+
+
+def test_backprop_keeps_the_stream_alone(folder):
+    """Of a layer beside its input nothing is kept: with more layers memory grows by the stream."""
+
+    def temp(mode, checkpoint):
+        config, subject, params = make(folder, mode)
+        config.model.checkpoint_activations = checkpoint
+        validate(config)
+        subject = make_subject(config, load_sources(config))
+        batch = jax.tree.map(
+            lambda x: jnp.tile(x, (16, *[1] * (x.ndim - 1))), subject.task.batches(0)[1]
+        )
+        step = jax.jit(jax.value_and_grad(subject.task.loss))
+        return step.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+
+    assert temp("block_local", False) < 0.75 * temp("fo", False)
+    assert temp("fo", True) < 0.75 * temp("fo", False)
+
+
+def test_a_run_learns_and_its_banner_says_what_it_is(folder, tmp_path, capsys):
+    config, _, _ = make(folder)
+    config.optimizer.name, config.optimizer.learning_rate = "adam", 1e-2
+    config.train.num_steps, config.train.eval_interval = 12, 6
+    train_and_evaluate(config, tmp_path / "run")
+    assert "backprop inside every block, none between them" in capsys.readouterr().out
+    table = np.genfromtxt(
+        tmp_path / "run/metrics.csv", delimiter=",", names=True, dtype=None, encoding=None
+    )
+    losses = table["eval_loss"][~np.isnan(table["eval_loss"])]
+    assert losses[-1] < losses[0] - 0.1
