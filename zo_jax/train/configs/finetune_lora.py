@@ -38,5 +38,5 @@ def get_config(model: str = "") -> Config:
         optimizer=OptimizerConfig(
             name="adam", learning_rate=2e-3, schedule="cosine", warmup_steps=20
         ),
-        train=TrainConfig(num_steps=1500, batch_size=16, eval_interval=500, keep_activations=True),
+        train=TrainConfig(num_steps=6000, batch_size=16, eval_interval=2000, keep_activations=True),
     )
