@@ -222,14 +222,14 @@ def blocks_of(task: Any, count: int) -> list[np.ndarray]:
 def make_cases(options: argparse.Namespace) -> dict[str, Callable[[], Case]]:
     folder = options.out.parent
     return {
-        "quadratic, sgd": quadratic,
-        "MLP, sgd": mlp,
-        "MLP, adam": lambda: mlp(optax.adam, 1e-2),
-        "configs/zo_plain.py, adam": character_model,
-        "20M, adam": lambda: model_of_20M(options.tokenizer),
-        "SmolLM2 float32, sgd": lambda: smollm("finetune", folder),
-        "SmolLM2 bfloat16, sgd": lambda: smollm("finetune", folder, "bfloat16"),
-        "SmolLM2 LoRA, adam": lambda: smollm("finetune_lora", folder),
+        "quadratic sgd": quadratic,
+        "MLP sgd": mlp,
+        "MLP adam": lambda: mlp(optax.adam, 1e-2),
+        "zo_plain adam": character_model,
+        "20M adam": lambda: model_of_20M(options.tokenizer),
+        "SmolLM2 float32 sgd": lambda: smollm("finetune", folder),
+        "SmolLM2 bfloat16 sgd": lambda: smollm("finetune", folder, "bfloat16"),
+        "SmolLM2 LoRA adam": lambda: smollm("finetune_lora", folder),
     }
 
 
