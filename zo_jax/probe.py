@@ -176,9 +176,9 @@ def probe(
         noise_share = measure(best.params, steps).noise_share
     mean_factor = 1.0 if schedule is None else _mean(schedule, num_steps)
     times = mean_factor**2 * num_steps / steps
-    # Momentum takes some steps until it is there, so trials stand larger rates than a run. Where the
-    # first steps are the noisiest, as Adam's are, trials say too little; it is left at that, since
-    # too small a rate costs less than too large a one.
+    # Momentum takes some steps until it is there, so trials stand larger rates than a run. Where
+    # the first steps are the noisiest, as Adam's are, trials say too little; it is left at that,
+    # since too small a rate costs less than too large a one.
     rate *= min(in_long_run / guess, 1.0) * trials.for_longer_run(noise_share, times)
     found = Probe(
         epsilon=float(estimator.epsilon),

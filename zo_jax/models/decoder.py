@@ -11,11 +11,20 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
-import numpy as np
 
 from zo_jax.models import rope
 from zo_jax.models.config import Config
-from zo_jax.models.layers import Around, Cache, as_it_is, attend, attention, linear, rms_norm
+from zo_jax.models.layers import (
+    Around,
+    Cache,
+    as_it_is,
+    attend,
+    attention,
+    below_last,
+    layer_slices,
+    linear,
+    rms_norm,
+)
 from zo_jax.models.spec import Leaf, matrix, norm
 from zo_jax.models.weights import rows
 
@@ -115,11 +124,11 @@ def stream(
     """
     layer = _layer(config, x_BTC, start_B, around)
     step = lambda carry, slices: (layer(carry, slices), None)
-    return lax.scan(step, (x_BTC, cache), _slices(config, layers))[0]
+    return lax.scan(step, (x_BTC, cache), layer_slices(config, layers))[0]
 
 
 def _layer(config: Config, x_BTC: jax.Array, start_B: jax.Array | None, around: Around) -> Any:
-    """A layer as a function of (the stream below it, the cache) and its slice of `_slices`."""
+    """A layer as a function of (the stream below it, the cache) and its slice of `layer_slices`."""
     positions_BT = jnp.arange(x_BTC.shape[1])[None]
     if start_B is not None:
         positions_BT = positions_BT + start_B[:, None]
@@ -136,24 +145,6 @@ def _layer(config: Config, x_BTC: jax.Array, start_B: jax.Array | None, around: 
         return _after_attention(config, p, x_BTC, y_BTC), cache
 
     return around(layer)
-
-
-def _slices(config: Config, layers: Any) -> tuple[Any, ...]:
-    """What each layer is given: its parameters, its window, its number."""
-    return layers, np.asarray(config.windows, np.int32), np.arange(config.num_layers)
-
-
-def _below_last(config: Config, layers: Any, x_BTC: jax.Array, around: Around) -> jax.Array:
-    """The residual stream below the last layer.
-
-    The last layer is evaluated and dropped: a scan over the others would have copies of their
-    weights, since XLA has no views.
-    """
-    if config.num_layers == 1:
-        return x_BTC
-    layer = _layer(config, x_BTC, None, around)
-    step = lambda carry, slices: ((layer((carry[0], None), slices)[0], carry[0]), None)
-    return lax.scan(step, (x_BTC, x_BTC), _slices(config, layers))[0][1]
 
 
 def hidden_at(
@@ -188,7 +179,7 @@ def stream_at(
       around: as of `hidden`; the last layer, read at one place, is a function of (its parameters,
         the stream below it).
     """
-    x_BTC = _below_last(config, layers, x_BTC, around)
+    x_BTC = below_last(_layer(config, x_BTC, None, around), x_BTC, layer_slices(config, layers))
     positions_BT = jnp.arange(x_BTC.shape[1])[None]
     places_B1 = places_B[:, None]
     turns = functools.partial(rope.turns, config.rope, config.head_dim)

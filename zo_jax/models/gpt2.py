@@ -9,10 +9,19 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
-import numpy as np
 
 from zo_jax.models.config import Config
-from zo_jax.models.layers import Around, Cache, as_it_is, attention, layer_norm, linear
+from zo_jax.models.layers import (
+    Around,
+    Cache,
+    as_it_is,
+    attend,
+    attention,
+    below_last,
+    layer_norm,
+    layer_slices,
+    linear,
+)
 from zo_jax.models.spec import Leaf, matrix, norm
 from zo_jax.models.weights import is_weight, rows
 
@@ -73,38 +82,14 @@ def hidden(
     Raises:
       ValueError: there are more positions than were learned.
     """
-    positions = tokens_BT.shape[1] if cache is None else cache.keys.shape[2]
-    if positions > config.context_length:
-        raise ValueError(
-            f"GPT-2 has {config.context_length} learned positions; got {positions} tokens; shorten "
-            f"them"
-        )
+    _check_length(config, tokens_BT.shape[1] if cache is None else cache.keys.shape[2])
     positions_BT = jnp.arange(tokens_BT.shape[1])[None]
     if start_B is not None:
         positions_BT = positions_BT + start_B[:, None]
-    activation = _ACTIVATIONS[config.activation]
-
-    def layer(carry, slices):
-        x_BTC, cache = carry
-        p, window, i = slices
-        h_BTC = layer_norm(x_BTC, p["ln_1"], config.norm_epsilon)
-        qkv = jnp.split(linear(h_BTC, p["attn"]["c_attn"]), 3, axis=-1)
-        q, k, v = (y.reshape(*y.shape[:2], config.num_heads, config.head_dim) for y in qkv)
-        y_BTC, cache = attention(q, k, v, positions_BT, window, cache, i)
-        x_BTC = x_BTC + linear(y_BTC, p["attn"]["c_proj"])
-        h_BTC = layer_norm(x_BTC, p["ln_2"], config.norm_epsilon)
-        x_BTC = x_BTC + linear(activation(linear(h_BTC, p["mlp"]["c_fc"])), p["mlp"]["c_proj"])
-        return x_BTC, cache
-
-    x_BTC = rows(params["wte"]["weight"], tokens_BT, dtype)
-    # Of a population the positions of every row are its member's.
-    if is_weight(params["wpe"]["weight"]):
-        positions_BT = jnp.broadcast_to(positions_BT, tokens_BT.shape)
-    x_BTC = x_BTC + rows(params["wpe"]["weight"], positions_BT, dtype)
-    windows = np.asarray(config.windows, np.int32)
-    slices = params["h"], windows, np.arange(config.num_layers)
-    layer = around(layer)
-    (x_BTC, cache), _ = lax.scan(lambda *args: (layer(*args), None), (x_BTC, cache), slices)
+    x_BTC = _embedded(params, tokens_BT, positions_BT, dtype)
+    layer = _layer(config, positions_BT, around)
+    step = lambda carry, slices: (layer(carry, slices), None)
+    (x_BTC, cache), _ = lax.scan(step, (x_BTC, cache), layer_slices(config, params["h"]))
     return layer_norm(x_BTC, params["ln_f"], config.norm_epsilon), cache
 
 
@@ -116,6 +101,70 @@ def hidden_at(
     dtype: Any,
     around: Around = as_it_is,
 ) -> jax.Array:
-    """`hidden` at one place of each row, [B, C]; the arguments are those of `decoder.hidden_at`."""
-    hidden_BTC, _ = hidden(config, params, tokens_BT, dtype, around=around)
-    return hidden_BTC[jnp.arange(len(places_B)), places_B]
+    """`hidden` at one place of each row, [B, C]: of the last layer, whose output is read there
+    alone, only its first product is evaluated everywhere. The arguments are those of
+    `decoder.hidden_at`.
+
+    Raises:
+      ValueError: as `hidden`.
+    """
+    _check_length(config, tokens_BT.shape[1])
+    positions_BT, places_B1 = jnp.arange(tokens_BT.shape[1])[None], places_B[:, None]
+    x_BTC = _embedded(params, tokens_BT, positions_BT, dtype)
+    layer = _layer(config, positions_BT, around)
+    x_BTC = below_last(layer, x_BTC, layer_slices(config, params["h"]))
+
+    def last(p: Any, x_BTC: jax.Array) -> jax.Array:
+        at_places = lambda x: jnp.take_along_axis(
+            x, jnp.expand_dims(places_B1, tuple(range(2, x.ndim))), axis=1
+        )
+        q, k, v = _heads(config, p, x_BTC)
+        y_B1C = attend(at_places(q), k, v, places_B1, positions_BT, config.windows[-1])
+        return _after_attention(config, p, at_places(x_BTC), y_B1C)
+
+    x_B1C = around(last)(jax.tree.map(lambda x: x[-1], params["h"]), x_BTC)
+    return layer_norm(x_B1C, params["ln_f"], config.norm_epsilon)[:, 0]
+
+
+def _check_length(config: Config, positions: int) -> None:
+    if positions > config.context_length:
+        raise ValueError(
+            f"GPT-2 has {config.context_length} learned positions; got {positions} tokens; shorten "
+            f"them"
+        )
+
+
+def _embedded(params: Any, tokens_BT: jax.Array, positions_BT: jax.Array, dtype: Any) -> jax.Array:
+    """The residual stream below the layers."""
+    # Of a population the positions of every row are its member's.
+    if is_weight(params["wpe"]["weight"]):
+        positions_BT = jnp.broadcast_to(positions_BT, tokens_BT.shape)
+    x_BTC = rows(params["wte"]["weight"], tokens_BT, dtype)
+    return x_BTC + rows(params["wpe"]["weight"], positions_BT, dtype)
+
+
+def _layer(config: Config, positions_BT: jax.Array, around: Around) -> Any:
+    """A layer as a function of (the stream below it, the cache) and its slice of `layer_slices`."""
+
+    def layer(carry, slices):
+        x_BTC, cache = carry
+        p, window, i = slices
+        q, k, v = _heads(config, p, x_BTC)
+        y_BTC, cache = attention(q, k, v, positions_BT, window, cache, i)
+        return _after_attention(config, p, x_BTC, y_BTC), cache
+
+    return around(layer)
+
+
+def _heads(config, p, x_BTC):
+    """Queries, keys and values, [B, T, H, D] each."""
+    h_BTC = layer_norm(x_BTC, p["ln_1"], config.norm_epsilon)
+    qkv = jnp.split(linear(h_BTC, p["attn"]["c_attn"]), 3, axis=-1)
+    return [y.reshape(*y.shape[:2], config.num_heads, config.head_dim) for y in qkv]
+
+
+def _after_attention(config, p, x_BTC, y_BTC):
+    """The residual stream above a layer, from that below it and what the heads read."""
+    x_BTC = x_BTC + linear(y_BTC, p["attn"]["c_proj"])
+    h_BTC = linear(layer_norm(x_BTC, p["ln_2"], config.norm_epsilon), p["mlp"]["c_fc"])
+    return x_BTC + linear(_ACTIVATIONS[config.activation](h_BTC), p["mlp"]["c_proj"])

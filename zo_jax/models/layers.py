@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
+from zo_jax.models.config import Config
 from zo_jax.models.weights import is_weight, product
 
 # What a layer is evaluated in, by backprop or else: a function of it, like itself.
@@ -25,6 +27,28 @@ def as_it_is(layer: Callable[..., Any]) -> Callable[..., Any]:
 def checkpointed(layer: Callable[..., Any]) -> Callable[..., Any]:
     """The layer, of which backprop keeps the inputs alone and computes the rest again."""
     return jax.checkpoint(layer, prevent_cse=False)
+
+
+def layer_slices(config: Config, layers: Any) -> tuple[Any, ...]:
+    """What each layer is given: its parameters, its window, its number; stacked."""
+    return layers, np.asarray(config.windows, np.int32), np.arange(config.num_layers)
+
+
+def below_last(layer: Callable[..., Any], x_BTC: jax.Array, slices: Any) -> jax.Array:
+    """The residual stream below the last of some layers.
+
+    The last layer is evaluated and dropped: a scan over the others would have copies of their
+    weights, since XLA has no views.
+
+    Args:
+      layer: ((stream below it, cache), its slice) -> (stream above it, cache).
+      x_BTC: the stream below them all.
+      slices: of `layer_slices`.
+    """
+    if len(slices[-1]) == 1:
+        return x_BTC
+    step = lambda carry, one: ((layer((carry[0], None), one)[0], carry[0]), None)
+    return lax.scan(step, (x_BTC, x_BTC), slices)[0][1]
 
 
 class Cache(NamedTuple):
