@@ -16,6 +16,10 @@ from zo_jax.perturbed import Dense, LowRank, outer
 from zo_jax.spans import Entries, cut
 from zo_jax.word_family import UNROLLED
 
+# Entries of a sum of low rank that may exist before it is added: a product needs no program of its
+# own, so that models of many layers that are written out compile faster.
+_SMALL = 2**18
+
 
 @dataclasses.dataclass(frozen=True)
 class Signs(Entries):
@@ -115,7 +119,10 @@ class Factors(Entries):
         u = u * scales_n.reshape(-1, *(1,) * leaf.ndim)
         # All directions side by side: one matrix product [..., A, n r] @ [..., n r, B].
         side_by_side = lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1)
-        return outer(self._everywhere(side_by_side(u)), self._everywhere(side_by_side(v)))
+        u, v = (self._everywhere(side_by_side(x)) for x in (u, v))
+        if leaf.size <= _SMALL:
+            return jnp.einsum("...ak,...bk->...ab", u, v)
+        return outer(u, v)
 
     def gram(self, leaf, words_n):
         # ⟨u uᵀ', v vᵀ'⟩ of every pair of directions and of their ranks, summed over a stack.
