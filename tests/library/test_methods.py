@@ -459,6 +459,7 @@ def test_what_every_method_promises(name):
         (lambda: methods.ConMezo(angle=2.0), "angle must be in"),
         (lambda: methods.SparseMezo(share=-0.1), "share must be in"),
         (lambda: methods.MezoSvrg(est(batch_per_query=True)), "set batch_per_query=False"),
+        (lambda: methods.MezoSvrg(small_batch=0), "small_batch must be a positive integer"),
         (lambda: methods.evolution_strategy(population=1), "population must be at least 2"),
         (lambda: methods.Grzo(est(difference="forward")), "difference 'central'"),
         (lambda: methods.Method(est(has_aux=True)), "set has_aux=False"),
@@ -671,3 +672,18 @@ def test_sparse_mezo_trains_what_begins_alike():
         )
         assert jnp.all(updates["up"] != 0) and 0 < jnp.sum(updates["w"] != 0) < START["w"].size
         params = optax.apply_updates(params, jax.tree.map(lambda u: -1e-2 * u, updates))
+
+
+def test_svrg_takes_its_small_batch_from_the_large_one():
+    """As if both were handed in."""
+    params, x = {"w": jnp.arange(6.0)}, jax.random.normal(jax.random.key(1), (8, 6))
+    loss = lambda params, x: jnp.mean(jnp.tanh(x @ params["w"]))
+    own, apart = (methods.MezoSvrg(period=2, small_batch=n) for n in (3, None))
+    memory = own.init({"w": jnp.zeros(6)})
+    for count in (0, 1):
+        step = methods.Step(np.zeros(2, np.uint32), jnp.int32(count))
+        found = own.project(loss, params, memory, step, x)
+        expected = apart.project(loss, params, memory, step, x[:3], full_batch=(x,))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        of_all = apart.project(loss, params, memory, step, x)
+        assert np.array_equal(found[1], of_all[1]) == (count == 0)

@@ -49,9 +49,12 @@ class MezoSvrg(Method):
 
     Attributes:
       period: k.
+      small_batch: first examples of `batch`, along the first axis of its leaves, that steps between
+        two snapshots read; None for all of them.
 
     Raises:
-      ValueError: the period is no positive integer, or queries have batches of their own.
+      ValueError: the period or the size of a batch is no positive integer, or queries have batches
+        of their own.
 
     >>> import jax, jax.numpy as jnp, zo_jax
     >>> tx = zo_jax.methods.MezoSvrg(period=2).transformation(jax.random.key(0))
@@ -65,10 +68,13 @@ class MezoSvrg(Method):
 
     estimator: Estimator = Estimator(num_queries=1)
     period: int = 5
+    small_batch: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
         require_positive("period", self.period)
+        if self.small_batch is not None:
+            require_positive("small_batch", self.small_batch)
         if self.estimator.batch_per_query:
             raise ValueError(
                 "MezoSvrg compares the estimates of whole batches: set batch_per_query=False"
@@ -98,14 +104,15 @@ class MezoSvrg(Method):
         del extra
         estimator = self.at(params, memory, step)
         large = batch if full_batch is None else full_batch
+        small = jax.tree.map(lambda x: x[: self.small_batch], batch)
         at = lambda params, batch: estimator.project(loss_fn, params, step.key, *batch)
 
         def of_snapshot():
             return at(params, large)
 
         def of_difference():
-            loss, here = at(params, batch)
-            _, there = at(memory.params, batch)
+            loss, here = at(params, small)
+            _, there = at(memory.params, small)
             return loss, here - there
 
         return lax.cond(self._takes_snapshot(step), of_snapshot, of_difference)

@@ -324,7 +324,7 @@ KEPT = ("lozo", "subzero", "tezo")
 # Methods with numbers, weights or a memory of their own (`zo_jax.methods`).
 METHODS = (
     *("spsa15", "evolution", "eggroll", "lozo", "subzero", "tezo"),
-    *("mopi", "zo_muon", "hizoo", "conmezo", "sparse_mezo", "grzo"),
+    *("mopi", "zo_muon", "hizoo", "conmezo", "sparse_mezo", "svrg", "grzo"),
 )
 
 

@@ -39,6 +39,7 @@ _MADE: dict[str, Callable[..., Method]] = {
     "hizoo": methods.Hizoo,
     "conmezo": methods.ConMezo,
     "sparse_mezo": methods.SparseMezo,
+    "svrg": methods.MezoSvrg,
     "grzo": methods.Grzo,
 }
 
