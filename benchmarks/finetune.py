@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from zo_jax.models.model import open_files
-from zo_jax.train.config import Config, LoraConfig, OptimizerConfig, ZOConfig
+from zo_jax.train.config import Config, LoraConfig, ZOConfig
 from zo_jax.train.experiment import load
 from zo_jax.train.run import train_and_evaluate
 from zo_jax.train.subject import load_sources, make_subject
@@ -75,22 +75,6 @@ def _backprop(rate: float, **fields: Any) -> Callable[[Config], None]:
     return change
 
 
-def _last_norm(**fields: Any) -> Callable[[Config], None]:
-    """The scale of the norm below the head: a linear readout of the last hidden state."""
-
-    def change(config: Config) -> None:
-        config.scope = "^norm"
-        config.zo = ZOConfig(num_queries=128, epsilon=1e-2, parallel_batch_size=8)
-        config.optimizer = OptimizerConfig(
-            name="adam", learning_rate=2e-2, schedule="cosine", warmup_steps=20
-        )
-        config.train.keep_activations = True
-        config.train.num_steps, config.train.eval_interval = 6000, 2000
-        _set(**fields)(config)
-
-    return change
-
-
 METHODS = {
     "zero_shot": Method("zero-shot", ""),
     "calibrated": Method("zero-shot, threshold of the training examples", ""),
@@ -100,18 +84,18 @@ METHODS = {
     "zo_quantized": Method(
         "zo, LoRA beside 4-bit weights", "finetune_lora", _set(model__quantized="file")
     ),
-    "zo_last_norm": Method("control: zo, last norm alone", "finetune", _last_norm()),
-    "zo_20_kb": Method(
-        "zo, last norm, a ledger of 22 KB",
-        "finetune",
-        _last_norm(
-            zo__num_queries=8,
-            optimizer__learning_rate=0.2,
-            train__batch_size=250,
-            train__num_steps=340,
-            train__eval_interval=113,
+    "zo_last_norm": Method(
+        "control: zo, last norm alone",
+        "finetune_last_norm",
+        _set(
+            zo__num_queries=128,
+            optimizer__learning_rate=2e-2,
+            train__batch_size=16,
+            train__num_steps=6000,
+            train__eval_interval=2000,
         ),
     ),
+    "zo_20_kb": Method("zo, last norm, a ledger of 22 KB", "finetune_last_norm"),
     "zo_norms": Method("control: zo, norms alone", "finetune", _set(scope="norm")),
     "fo_lora": Method(
         "backprop, LoRA",

@@ -11,7 +11,7 @@ import pytest
 
 from zo_jax import models
 from zo_jax.models import lora
-from zo_jax.train import run_state
+from zo_jax.train import experiment, run_state
 from zo_jax.train.config import ConfigError, LoraConfig, TaskConfig, ZOConfig
 from zo_jax.train.data.sources import DataError
 from zo_jax.train.run import train_and_evaluate
@@ -248,3 +248,33 @@ def test_text_for_a_pretrained_model(folder, tmp_path):
     result = train_and_evaluate(config, tmp_path / "run")
     assert np.isfinite(result["eval_loss"])
     assert (tmp_path / "run/sample.txt").read_text()
+
+
+GPT2 = dict(model_type="gpt2", n_embd=32, n_head=4, n_layer=2, n_positions=80)
+
+
+@pytest.mark.parametrize("fields, num_trained", [({}, 32), (GPT2, 64)])
+def test_the_smallest_fine_tune_is_the_last_norm_and_a_small_ledger(
+    folder, tmp_path, capsys, fields, num_trained
+):
+    base = fine_tune.write_base(tmp_path / "base", **fields)
+    config = experiment.load(f"finetune_last_norm:{base}")
+    config.task.path, config.task.template = str(folder / "examples.jsonl"), "{text}:"
+    config.task.labels, config.task.max_tokens = fine_tune.LABELS, 24
+    config.task.num_train, config.task.num_validation, config.task.num_test = 20, 8, 6
+    config.train.batch_size, config.train.num_steps, config.train.eval_interval = 20, 30, 10
+    config.optimizer.warmup_steps = 2
+    train_and_evaluate(config, tmp_path / "run")
+    assert f"{num_trained} trained" in capsys.readouterr().out
+    losses = [float(row["loss"]) for row in rows(tmp_path / "run")[1:] if row["loss"]]
+    assert losses[-1] < losses[0] - 0.03
+    file = shutil.copy(tmp_path / "run/ledger.bin", tmp_path / "ledger.bin")
+    # Of 8 directions a step.
+    assert file.stat().st_size < 3000 + 56 * 30
+    assert ledger.main([str(tmp_path / "run"), f"--base={base}"]) == 0
+    assert "are equal to the bit to its checkpoint" in capsys.readouterr().out
+    assert ledger.main([str(file), f"--base={base}", f"--out={tmp_path / 'tuned'}"]) == 0
+    before, after = models.load(base).params, models.load(tmp_path / "tuned").params
+    changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, after)
+    norm = changed.pop("ln_f" if fields else "norm")
+    assert all(jax.tree.leaves(norm)) and not any(jax.tree.leaves(changed))
