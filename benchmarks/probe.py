@@ -2,7 +2,7 @@
 of docs/tuning.md.
 
   python benchmarks/probe.py                     all cases: hours on 2 CPU cores
-  python benchmarks/probe.py --cases=quadratic,mlp
+  python benchmarks/probe.py --cases=quadratic,MLP
 
 Every run of a case takes the same steps, from the same parameters along the same directions and
 batches; its loss is that on held-out data, the mean of evaluations after 0.8, 0.9 and all of the

@@ -121,7 +121,7 @@ class Factors(Entries):
         side_by_side = lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1)
         u, v = (self._everywhere(side_by_side(x)) for x in (u, v))
         if leaf.size <= _SMALL:
-            return jnp.einsum("...ak,...bk->...ab", u, v)
+            return jnp.einsum("...ak,...bk->...ab", u, v, precision=lax.Precision.HIGHEST)
         return outer(u, v)
 
     def gram(self, leaf, words_n):

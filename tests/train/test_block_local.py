@@ -3,6 +3,7 @@ differentiated one by one.
 """
 
 import csv
+import shutil
 
 import fine_tune
 import jax
@@ -61,12 +62,14 @@ def layer_by_layer(config, subject, params, batch):
 
     loss, end = jax.value_and_grad(above, (0, 1, 2))(below[-1], params["norm"], labels)
     error_at = feedback._make_error_at(config, LAYERS)
-    own = []
+    own, errors = [], []
     for i, (x, (p, *rest)) in enumerate(zip(below[:-1], slices, strict=True)):
-        of_params = lambda p, x=x, rest=rest: layer((x, None), (p, *rest))[0]
-        own.append(jax.vjp(of_params, p)[1](error_at(end[0], 2 * i + 2))[0])
+        of_layer = lambda p, x, rest=rest: layer((x, None), (p, *rest))[0]
+        of_params, of_stream = jax.vjp(of_layer, p, x)[1](error_at(end[0], 2 * i + 2))
+        own.append(of_params)
+        errors.append(of_stream)
     embed = jnp.zeros_like(params["embed_tokens"]["weight"])
-    embed = embed.at[batch.tokens].add(error_at(end[0], 0))
+    embed = embed.at[batch.tokens].add(errors[0])
     embed = embed.at[jnp.asarray(subject.task.labels)].add(end[2])
     return loss, {
         "embed_tokens": {"weight": embed},
@@ -101,8 +104,27 @@ def test_loss_and_top_layer_are_those_of_backprop_and_the_rest_is_not(folder):
     assert not np.allclose(of_layer(gradient, 0), of_layer(expected, 0), rtol=0.1, atol=1e-8)
 
 
+GPT2 = dict(model_type="gpt2", n_embd=32, n_head=4, n_layer=1, n_positions=80)
+
+
+@pytest.mark.parametrize("fields", [dict(num_hidden_layers=1), GPT2])
+@pytest.mark.parametrize("scope", ["full", "lora"])
+def test_with_one_layer_it_is_backprop(folder, tmp_path, fields, scope):
+    fine_tune.write_base(tmp_path / "base", **fields)
+    shutil.copy(folder / "examples.jsonl", tmp_path)
+    (_, one, params), (_, plain, _) = (
+        make(tmp_path, mode, scope) for mode in ("block_local", "fo")
+    )
+    # The factors begin with a change of zero.
+    params = jax.tree.map(lambda x: x + 0.02 if x.dtype == jnp.float32 else x, params)
+    batch = one.task.batches(0)[1]
+    found, expected = (jax.jit(jax.grad(x.task.loss))(params, batch) for x in (one, plain))
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.max(jnp.abs(b))))
+    jax.tree.map(close, found, expected)
+
+
 def test_backprop_keeps_the_stream_alone(folder):
-    """Of a layer beside its input nothing is kept: with more layers memory grows by the stream."""
+    """Of a layer beside its input nothing is kept."""
 
     def temp(mode, checkpoint):
         config, subject, params = make(folder, mode)

@@ -104,7 +104,8 @@ class MezoSvrg(Method):
         del extra
         estimator = self.at(params, memory, step)
         large = batch if full_batch is None else full_batch
-        small = jax.tree.map(lambda x: x[: self.small_batch], batch)
+        n = self.small_batch
+        small = batch if n is None else jax.tree.map(lambda x: x[:n], batch)
         at = lambda params, batch: estimator.project(loss_fn, params, step.key, *batch)
 
         def of_snapshot():

@@ -170,7 +170,8 @@ def _describe_feedback(config: Config, batch: str) -> str:
         "random": "through fixed random matrices (a control)",
     }[feedback.matrix]
     whom = {"all": "every layer", "last": "the last one alone (a control)"}[feedback.errors]
-    start = f"the output error in closed form, handed to {whom} {way}"
+    of_output = "" if config.model.path else " in closed form"
+    start = f"the output error{of_output}, handed to {whom} {way}"
     end = f"a biased direction, no zeroth-order estimate of the gradient; {batch}"
     if config.mode == "block_local":
         return f"one forward pass a step: {start}; backprop inside every block, none between them; {end}"  # noqa: E501

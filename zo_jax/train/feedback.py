@@ -112,8 +112,8 @@ def _make_block_local(config: Config, model: GPT) -> Gradient:
 
 def make_around(config: Config, num_layers: int) -> Around:
     """What each layer of a pretrained model is evaluated in, for backprop to go the way of mode
-    block_local: what it hands a layer is the error of the output, and below that layer it goes on
-    beside it.
+    block_local: what it hands a layer is the error of the output, which below that layer goes on
+    beside it; the first layer hands the embeddings its own.
 
     Values stay what they are, to the bit; of a layer backprop keeps the input alone.
 
@@ -139,13 +139,13 @@ def make_around(config: Config, num_layers: int) -> Around:
 
         def handed(carry: Any, slices: Any) -> Any:
             (x_BTC, cache), i = carry, slices[-1]
-            still_BTC = jax.lax.stop_gradient(x_BTC)
+            # The first layer is differentiated together with the embeddings.
+            still_BTC = jnp.where(i == 0, x_BTC, jax.lax.stop_gradient(x_BTC))
             y_BTC, cache = layer((still_BTC, cache), slices)
             if feedback.errors == "last":  # and nothing goes on
                 return (y_BTC, cache)
             if feedback.matrix == "random":
                 y_BTC = at_site(y_BTC, 2 * i + 2)
-                x_BTC = jnp.where(i == 0, at_site(x_BTC, jnp.zeros_like(i)), x_BTC)
             return y_BTC + (x_BTC - still_BTC), cache
 
         return handed

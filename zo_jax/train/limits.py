@@ -41,7 +41,8 @@ def least_memory(config: Config, model: Any, layout: Layout | None = None) -> di
 
     Of the activations only those are counted that no compiler can avoid: of one layer, the residual
     stream beside queries, keys, values and scores, or beside the hidden layer of its MLP; of
-    backprop, what the products of all layers read; of feedback, the stream before each sublayer.
+    backprop, what the products of all layers read, or with checkpoints the stream below each; of
+    feedback, the stream before each sublayer.
 
     Args:
       config: resolved.
@@ -71,10 +72,10 @@ def least_memory(config: Config, model: Any, layout: Layout | None = None) -> di
         activations = rows * layer
     if config.mode != "zo":
         rows = (config.fo.batch_size or train.batch_size) // config.fo.gradient_accumulation_steps
-        if config.mode in ("feedback", "block_local"):
+        checkpointed = config.mode == "block_local" or config.model.checkpoint_activations
+        kept = stream if checkpointed else 12 * stream + scores
+        if config.mode == "feedback":
             kept = 2 * stream
-        else:
-            kept = stream if config.model.checkpoint_activations else 12 * stream + scores
         activations = max(activations, rows * (model.num_layers * kept + layer))
     needs["activations"] = activations // mesh["data"]
     needs["tokens"] = 4 * blocks_per_step(config) * T // mesh["data"]
@@ -148,6 +149,8 @@ def _remedy(config: Config, needs: dict[str, int]) -> str:
     most = max(needs, key=lambda what: needs[what])
     if most == "activations" and config.mode == "zo":
         return f"{batch}, or raise zo.batch_chunks={zo.batch_chunks}"
+    if most == "activations" and config.mode in ("feedback", "block_local"):
+        return batch
     if most == "activations":
         parts = config.fo.gradient_accumulation_steps
         return f"{batch}, or raise fo.gradient_accumulation_steps={parts}"

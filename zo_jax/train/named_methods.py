@@ -44,6 +44,16 @@ _MADE: dict[str, Callable[..., Method]] = {
 }
 
 
+def _check_small_batch(config: Config, small: int | None) -> None:
+    """Of SVRG."""
+    chunks, whole = config.zo.batch_chunks, config.train.batch_size
+    if small is not None and (small >= whole or small % chunks):
+        raise ValueError(
+            f"small_batch must be below train.batch_size={whole} and a multiple of "
+            f"zo.batch_chunks={chunks}, got {small}"
+        )
+
+
 def make_method(config: Config, estimator: Estimator) -> Method | None:
     """The method of a run, of its estimator; None for those that are plain estimates.
 
@@ -58,6 +68,8 @@ def make_method(config: Config, estimator: Estimator) -> Method | None:
         if not isinstance(options, dict):
             raise ValueError('they must be an object, like {"decay": 0.9}')
         method = _MADE[name](estimator, **options)
+        if isinstance(method, methods.MezoSvrg):
+            _check_small_batch(config, method.small_batch)
         by_flipout = isinstance(method, methods.Grzo) and method.use_flipout
         if config.zo.perturbation != ZOConfig.perturbation and (
             by_flipout or isinstance(method, _OWN_DIRECTIONS)

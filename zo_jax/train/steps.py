@@ -169,8 +169,8 @@ def make_fo_step(
 def make_feedback_step(
     config: Config, model: Any, layout: Layout | None = None
 ) -> Callable[..., tuple[RunState, StepMetrics]]:
-    """The jitted step of modes feedback and block_local: (state, tokens [B, T]) -> (state,
-    metrics), the state donated.
+    """The jitted step of modes feedback and block_local of the GPT from scratch: (state, tokens [B,
+    T]) -> (state, metrics), the state donated.
     """
     rules = make_rules(config, model, layout)
     tell = _make_tell(config, rules.subset)

@@ -114,8 +114,6 @@ def table(config: Config, vocab_size: int, sizes: Sequence[str]) -> Iterator[str
     for size in sizes:
         plain = inference(_sized(config, size), vocab_size)
         for name, (measure_step, mode, optimizer, checkpointed) in STEPS.items():
-            if checkpointed and config.model.path:
-                continue
             one = _sized(config, size)
             one.mode, one.model.checkpoint_activations = mode or one.mode, checkpointed
             one.optimizer = dataclasses.replace(OptimizerConfig(), name=optimizer)
