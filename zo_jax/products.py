@@ -125,8 +125,8 @@ def _contract(
     if set(out_labels) == {*a_labels, *b_labels}:  # broadcast: XLA fuses it with what comes after
         return _spread(a, a_labels, out_labels) * _spread(b, b_labels, out_labels)
     if len(b_labels) == 1 and a.size < _WORTH_A_PROGRAM:
-        # XLA for CPUs compiles a program for each product with a vector, some 5 ms, and none for
-        # two columns, which are read more slowly: of a large array by more than that in 100 steps.
+        # XLA for CPUs compiles a program for each product with a vector, and none for two columns,
+        # which takes longer to run.
         pair = jnp.stack([b, jnp.zeros_like(b)], axis=-1)
         return _contract(a, a_labels, pair, [*b_labels, _PAIR], [*out_labels, _PAIR])[..., 0]
     # Numbers from 0 as einsum wants them.

@@ -18,6 +18,7 @@ from zo_jax.models.layers import (
     Around,
     Cache,
     as_it_is,
+    at_places,
     attend,
     attention,
     below_last,
@@ -185,13 +186,12 @@ def stream_at(
     turns = functools.partial(rope.turns, config.rope, config.head_dim)
 
     def last(p, x_BTC):
-        at_places = lambda x: jnp.take_along_axis(x, places_B1[..., None], axis=1)
         h_BTC, attn = rms_norm(x_BTC, p["input_layernorm"], config.norm_epsilon), p["self_attn"]
-        q = _turned(config, attn, at_places(h_BTC), turns(places_B1), "q")
+        q = _turned(config, attn, at_places(h_BTC, places_B), turns(places_B1), "q")
         k = _turned(config, attn, h_BTC, turns(positions_BT), "k")
         v = _heads(config, attn, h_BTC, "v")
         y_B1C = attend(q, k, v, places_B1, positions_BT, config.windows[-1])
-        return _after_attention(config, p, at_places(x_BTC), y_B1C)
+        return _after_attention(config, p, at_places(x_BTC, places_B), y_B1C)
 
     return around(last)(jax.tree.map(lambda x: x[-1], layers), x_BTC)[:, 0]
 

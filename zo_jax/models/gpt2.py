@@ -15,6 +15,7 @@ from zo_jax.models.layers import (
     Around,
     Cache,
     as_it_is,
+    at_places,
     attend,
     attention,
     below_last,
@@ -109,18 +110,17 @@ def hidden_at(
       ValueError: as `hidden`.
     """
     _check_length(config, tokens_BT.shape[1])
-    positions_BT, places_B1 = jnp.arange(tokens_BT.shape[1])[None], places_B[:, None]
+    positions_BT = jnp.arange(tokens_BT.shape[1])[None]
     x_BTC = _embedded(params, tokens_BT, positions_BT, dtype)
     layer = _layer(config, positions_BT, around)
     x_BTC = below_last(layer, x_BTC, layer_slices(config, params["h"]))
 
     def last(p: Any, x_BTC: jax.Array) -> jax.Array:
-        at_places = lambda x: jnp.take_along_axis(
-            x, jnp.expand_dims(places_B1, tuple(range(2, x.ndim))), axis=1
-        )
         q, k, v = _heads(config, p, x_BTC)
-        y_B1C = attend(at_places(q), k, v, places_B1, positions_BT, config.windows[-1])
-        return _after_attention(config, p, at_places(x_BTC), y_B1C)
+        y_B1C = attend(
+            at_places(q, places_B), k, v, places_B[:, None], positions_BT, config.windows[-1]
+        )
+        return _after_attention(config, p, at_places(x_BTC, places_B), y_B1C)
 
     x_B1C = around(last)(jax.tree.map(lambda x: x[-1], params["h"]), x_BTC)
     return layer_norm(x_B1C, params["ln_f"], config.norm_epsilon)[:, 0]

@@ -51,6 +51,12 @@ def below_last(layer: Callable[..., Any], x_BTC: jax.Array, slices: Any) -> jax.
     return lax.scan(step, (x_BTC, x_BTC), slices)[0][1]
 
 
+def at_places(x: jax.Array, places_B: jax.Array) -> jax.Array:
+    """[B, T, ...] at one place of each row, int32, as [B, 1, ...]."""
+    index = lax.expand_dims(places_B, range(1, x.ndim))
+    return jnp.take_along_axis(x, index, axis=1)
+
+
 class Cache(NamedTuple):
     """Keys and values of all positions so far, [L, B, S, K, D] each; slot s of a row holds its
     position s.

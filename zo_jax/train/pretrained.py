@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from zo_jax.fingerprint import fingerprint
 from zo_jax.layout import Layout
 from zo_jax.models import lora
-from zo_jax.models.layers import Around, as_it_is, checkpointed
+from zo_jax.models.layers import Around, as_it_is, at_places, checkpointed
 from zo_jax.models.model import Files, Model, architecture, open_files
 from zo_jax.train import feedback
 from zo_jax.train.config import Config, ConfigError
@@ -164,7 +164,7 @@ class Pretrained:
     def hidden_at(self, params: Any, tokens_BT: jax.Array, places_B: jax.Array) -> jax.Array:
         """Final hidden states at one place of each row, [B, C]."""
         if self.settings.mode == "block_local":  # whose layers hand errors on everywhere
-            return self.hidden(params, tokens_BT)[jnp.arange(len(places_B)), places_B]
+            return at_places(self.hidden(params, tokens_BT), places_B)[:, 0]
         return self.model.hidden_at(self.weights(params), tokens_BT, places_B, self._around)
 
     @property
