@@ -178,7 +178,8 @@ def smollm(experiment_name: str, folder: Path, dtype: str = "float32") -> Case:
     config.model.param_dtype = config.model.compute_dtype = dtype
     config.task.path, config.task.max_tokens = str(path), 24
     config.train.batch_size, config.train.num_steps = 4, 60
-    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 6)
+    if config.optimizer.schedule != "constant":
+        config.optimizer.warmup_steps = 6
     take = lambda task, first: encode.take(
         task.validation.encoded, np.arange(first, first + 32), 24
     )

@@ -16,8 +16,9 @@ from zo_jax.trees import is_floating
 _LARGE_WORDS = 2**15
 # Leaves of so many entries are summed block by block of their rows.
 _LARGE_ENTRIES = 2**20
-# Of the smaller ones so many words are drawn at once, of every direction.
-_WORDS_AT_ONCE = 2**17
+# Of the smaller ones so many words are drawn at once, of every direction. A second part would have
+# programs of its own: with half as many words 24 layers written out compile a quarter longer.
+_WORDS_AT_ONCE = 2**18
 
 
 class Entries:

@@ -643,6 +643,23 @@ def test_addax_mixes_the_estimate_and_the_gradient():
     assert int(state.count) == 1
 
 
+def test_addax_takes_two_parts_of_a_batch():
+    parts = dict(fo_batch=(FULL[:2],), batch=(FULL[2:],))
+
+    def updates_of(small_batch, **given):
+        tx = methods.addax(KEY, alpha=0.3, estimator=est(), small_batch=small_batch)
+        return tx.update(None, tx.init(START), START, value_fn=jax_loss, **given)[0]
+
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    jax.tree.map(near, updates_of(2, batch=(FULL,)), updates_of(None, **parts))
+    # What is given apart is no part of the batch.
+    jax.tree.map(near, updates_of(2, **parts), updates_of(None, **parts))
+    with pytest.raises(ValueError, match="small_batch must be a positive integer"):
+        methods.addax(KEY, small_batch=0)
+    with pytest.raises(ValueError, match="set batch_per_query=False"):
+        methods.addax(KEY, small_batch=1, estimator=zo_jax.Estimator(2, batch_per_query=True))
+
+
 def test_states_share_no_buffers_and_leave_the_key_alone():
     """So that they can be donated, together and with the parameters."""
     params = jax.tree.map(jnp.asarray, START)

@@ -9,17 +9,18 @@ import numpy as np
 import optax
 import pytest
 
+import zo_jax
 from zo_jax import ledger, methods
 from zo_jax.replay import replay
 from zo_jax.train import choices, run_state, steps
-from zo_jax.train.config import KEPT, METHODS, ConfigError
+from zo_jax.train.config import KEPT, METHODS, UNRECORDED, ConfigError
 from zo_jax.train.data import batches
 from zo_jax.train.data.corpus import load_corpus
-from zo_jax.train.losses import next_token_loss
+from zo_jax.train.losses import next_token_loss, next_token_losses
 from zo_jax.train.model import make_model
 from zo_jax.train.optimizers import make_optimizer
 from zo_jax.train.run import train_and_evaluate
-from zo_jax.train.run_folder import checkpoint
+from zo_jax.train.run_folder import checkpoint, metrics
 from zo_jax.train.run_folder.resume import run_header
 from zo_jax.train.settings import replace_value
 from zo_jax.train.tools import ledger as ledger_tool
@@ -172,9 +173,12 @@ def test_a_method_tells_its_evaluations(tiny_config, name):
         return len(calls)
 
     # GRZO's passes are of the examples, one by one.
-    told = method.num_evaluations * (len(x) if name == "grzo" else 1)
+    each = len(x) if name == "grzo" else 1
+    first, second = count_calls(0), count_calls(1)
+    assert second == method.num_evaluations * each
     # SVRG's first step takes a snapshot.
-    assert count_calls(0) == (told / 2 if name == "svrg" else told) and count_calls(1) == told
+    assert first == (second / 2 if name == "svrg" else second)
+    assert first + second == method.evaluations_until(2) * each
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -246,6 +250,73 @@ def test_a_run_with_a_memory_goes_on_and_is_rebuilt_from_its_ledger(tiny_config,
     assert "are equal to the bit to its checkpoint" in out
 
 
+# (zo.method_options, forward passes in three steps of four queries, of what the run says).
+WITHOUT_LEDGER = {
+    "agzo": ('{"num_iterations": 2}', 3 * 9, "forward passes, and the transposes of products: 4 "),
+    "dizo": ('{"period": 2, "num_iterations": 3}', 3 * 8 + 6, "forward passes only: 4 "),
+    "addax": ('{"alpha": 0.1, "small_batch": 1}', 3 * 9, "backprop for the first examples of each"),
+}
+
+
+def without_ledger(config, name):
+    assert set(WITHOUT_LEDGER) == set(UNRECORDED)
+    config.zo.method, config.zo.method_options = name, WITHOUT_LEDGER[name][0]
+    config.zo.num_queries, config.zo.epsilon, config.train.batch_size = 4, 1e-2, 4
+    config.optimizer.name, config.optimizer.learning_rate = "sgd", 1e-3
+    return config
+
+
+@pytest.mark.parametrize("name", UNRECORDED)
+def test_a_method_without_a_ledger_makes_the_steps_of_the_library(tiny_config, name):
+    config, corpus, model, state = begin(without_ledger(tiny_config, name))
+    start, key = jax.tree.map(jnp.copy, state.params), choices.base_key(config)
+    estimator, sgd = choices.make_estimator(config), optax.sgd(1e-3)
+    loss = lambda params, tokens: next_token_loss(model, params, tokens)
+    if name == "agzo":
+        loss = lambda params, tokens: next_token_losses(model, params, tokens)
+        in_layers = lambda path, leaf: path.startswith("blocks/")
+        own = methods.Agzo(estimator, num_iterations=2, is_matrix=in_layers)
+        tx = optax.chain(own.transformation(key), sgd)
+    elif name == "dizo":
+        zo = zo_jax.zeroth_order(key, estimator=estimator)
+        tx = optax.chain(zo, sgd, methods.dizo(key, period=2, num_iterations=3))
+    else:
+        tx = optax.chain(methods.addax(key, 0.1, estimator, small_batch=1), sgd)
+    update = jax.jit(lambda own, p, x: tx.update(None, own, p, value_fn=loss, batch=(x,)))
+
+    params, own = start, tx.init(start)
+    train_step = steps.make_train_step(config, model)
+    for step in range(3):
+        tokens, _ = batches.read_batches(config, corpus.train_NT, step)
+        state, told, record = train_step(state, step, tokens, None)
+        assert record is None and np.isfinite(told.loss)
+        updates, own = update(own, params, tokens)
+        params = optax.apply_updates(params, updates)
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    jax.tree.map(near, params, state.params)
+    moved = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), start, state.params)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+@pytest.mark.parametrize("name", UNRECORDED)
+def test_a_run_without_a_ledger_resumes_to_the_bit_and_says_so(tiny_config, name, tmp_path, capsys):
+    config = without_ledger(tiny_config, name)
+    config.train.num_steps, config.train.checkpoint_interval = 3, 2
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    result = train_and_evaluate(config, whole)
+    _, passes, words = WITHOUT_LEDGER[name]
+    out = capsys.readouterr().out
+    assert words in out and "no ledger" in out and not (whole / "ledger.bin").exists()
+    assert metrics.read(whole / "metrics.csv")[-1]["forward_passes"] == str(passes)
+    assert ledger_tool.main([str(whole)]) == 2
+    assert "zo.method=agzo, dizo, addax" in capsys.readouterr().err
+
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "3")
+    assert train_and_evaluate(config, cut) == result
+    assert "continuing from the checkpoint of step 2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", KEPT)
 def test_factors_are_kept_for_a_period(tiny_config, name):
     tiny_config.zo.perturbation, tiny_config.zo.rank, tiny_config.zo.period = name, 2, 3
@@ -282,6 +353,13 @@ def test_factors_are_kept_for_a_period(tiny_config, name):
         ({"zo.method": "lozo", "zo.perturbation": "sphere"}, "its directions are its own"),
         ({"zo.method": "eggroll", "zo.difference": "forward"}, "compares members"),
         ({"mode": "calibrate", "fo.bp_interval": 2}, "it is read only if mode is zo"),
+        ({"zo.method": "addax", "zo.batch_per_query": True}, "addax reads one batch"),
+        (
+            {"zo.method": "addax", "zo.method_options": '{"small_batch": 99}'},
+            "small_batch must leave a multiple",
+        ),
+        ({"zo.method": "agzo", "zo.perturbation": "sphere"}, "its directions are its own"),
+        ({"zo.method": "dizo", "zo.method_options": '{"clip": 2}'}, "clip must be in"),
     ],
 )
 def test_methods_that_cannot_be_made_are_refused(tiny_config, change, message):

@@ -19,30 +19,36 @@ import jax.numpy as jnp
 import optax
 
 from zo_jax.estimators import Estimator
-from zo_jax.methods.method import require_share
+from zo_jax.methods.method import require_positive, require_share
 from zo_jax.transforms import ZerothOrderState, zeroth_order
 from zo_jax.trees import is_floating
 
 
 def addax(
-    key: jax.Array, alpha: float = 1e-3, estimator: Estimator = Estimator()
+    key: jax.Array,
+    alpha: float = 1e-3,
+    estimator: Estimator = Estimator(),
+    small_batch: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Addax in the place of the gradient in an optax chain.
 
     `update(updates, state, params, value_fn=..., batch=..., fo_batch=...)` estimates on `batch` and
-    differentiates on `fo_batch`, by default `batch`.
+    differentiates on `fo_batch`. By default both are `batch`, or parts of it.
 
     Args:
       key: a PRNG key of the threefry implementation.
       alpha: α, in [0, 1].
       estimator: how ĝ is estimated.
+      small_batch: first examples of `batch`, along the first axis of its leaves, that are
+        differentiated where there is no `fo_batch`, and the others estimated on; None for all of
+        them in both.
 
     Returns:
       The transformation; its state is a `zo_jax.ZerothOrderState`, the loss that of both batches,
       with the weights α and 1 - α.
 
     Raises:
-      ValueError: α is out of range; as `zo_jax.zeroth_order`.
+      ValueError: α is out of range, the size no positive integer; as `zo_jax.zeroth_order`.
 
     >>> import jax, jax.numpy as jnp, zo_jax
     >>> tx = zo_jax.methods.addax(jax.random.key(0), alpha=0.0)
@@ -54,6 +60,10 @@ def addax(
     [2.0, 2.0, 2.0]
     """
     require_share("alpha", alpha)
+    if small_batch is not None:
+        require_positive("small_batch", small_batch)
+        if estimator.batch_per_query:
+            raise ValueError("small_batch is a part of one batch: set batch_per_query=False")
     estimate = zeroth_order(key, estimator=estimator)
 
     def update_fn(
@@ -67,8 +77,11 @@ def addax(
         **extra_args: Any,
     ) -> tuple[Any, ZerothOrderState]:
         del updates, extra_args
-        estimated, new = estimate.update(None, state, params, value_fn=value_fn, batch=batch)
         short = batch if fo_batch is None else fo_batch
+        if fo_batch is None and small_batch is not None:
+            short = jax.tree.map(lambda x: x[:small_batch], batch)
+            batch = jax.tree.map(lambda x: x[small_batch:], batch)
+        estimated, new = estimate.update(None, state, params, value_fn=value_fn, batch=batch)
         loss, exact = jax.value_and_grad(value_fn, allow_int=True)(params, *short)  # pyright: ignore
 
         def mixed(g: jax.Array, exact: jax.Array) -> jax.Array:

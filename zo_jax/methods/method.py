@@ -128,6 +128,10 @@ class Method:
         """Forward passes of a batch in a step."""
         return self.estimator.num_evaluations
 
+    def evaluations_until(self, count: int) -> int:
+        """Those in the first `count` steps."""
+        return count * self.num_evaluations
+
     def init(self, params: Any) -> Any:
         """The memory before the first step."""
         del params

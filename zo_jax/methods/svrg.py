@@ -87,6 +87,10 @@ class MezoSvrg(Method):
         """
         return 2 * self.estimator.num_evaluations
 
+    def evaluations_until(self, count: int) -> int:
+        num_snapshots = -(-count // self.period)
+        return (2 * count - num_snapshots) * self.estimator.num_evaluations
+
     def init(self, params: Any) -> Snapshot:
         copy = jax.tree.map(jnp.copy, params)
         return Snapshot(copy, jnp.int32(0), jnp.zeros(self.num_numbers, jnp.float32))

@@ -17,6 +17,7 @@ from zo_jax.train.config import KEPT, Config, method_of
 from zo_jax.train.named_methods import make_method
 from zo_jax.train.optimizers import make_optimizer, make_optimizer_in_turns, scale_part
 from zo_jax.train.scopes import make_exact, make_scope
+from zo_jax.train.unrecorded import Unrecorded, make_unrecorded
 from zo_jax.trees import Subset
 from zo_jax.update import Update
 
@@ -61,6 +62,15 @@ def kept_directions(config: Config, trained: Any, step: Any) -> Family:
 def own_method(config: Config, layout: Layout | None = None) -> Method | None:
     """The method of a run, if it has numbers or a memory of its own."""
     return make_method(config, make_estimator(config, layout)) if config.mode == "zo" else None
+
+
+def unrecorded_method(
+    config: Config, layout: Layout | None = None, model: Any = None
+) -> Unrecorded | None:
+    """The method of a run whose steps no numbers tell, if it has one."""
+    if config.mode != "zo":
+        return None
+    return make_unrecorded(config, make_estimator(config, layout), model and model.stack)
 
 
 def num_numbers(config: Config) -> int:

@@ -326,6 +326,8 @@ METHODS = (
     *("spsa15", "evolution", "eggroll", "lozo", "subzero", "tezo"),
     *("mopi", "zo_muon", "hizoo", "conmezo", "sparse_mezo", "svrg", "grzo"),
 )
+# Those whose steps look at their data in ways that no numbers tell.
+UNRECORDED = ("agzo", "dizo", "addax")
 
 
 @dataclasses.dataclass
@@ -392,7 +394,7 @@ class ZOConfig:
         "plain",
         "what is made of the losses: plain (the mean of differences), fzoo (that over the standard "
         "deviation of the losses), or another method of docs/methods.md",
-        choices=("plain", "fzoo", *METHODS),
+        choices=("plain", "fzoo", *METHODS, *UNRECORDED),
         only_if=f"mode is zo and {_LOSS}",
     )
     method_options: str = setting(
@@ -889,7 +891,8 @@ def keeps_ledger(config: Config) -> bool:
     """Whether a run has a ledger: whether the projections of some of its steps are all that these
     depend on.
     """
-    return config.mode in QUERY_MODES and config.zo.exact == "none"
+    zo = config.zo
+    return config.mode in QUERY_MODES and zo.exact == "none" and zo.method not in UNRECORDED
 
 
 def blocks_per_step(config: Config) -> int:

@@ -16,6 +16,7 @@ from zo_jax.layout import Layout
 from zo_jax.train.config import (
     GRADIENT_MODES,
     QUERY_MODES,
+    UNRECORDED,
     Config,
     ZOConfig,
     blocks_per_step,
@@ -24,6 +25,7 @@ from zo_jax.train.config import (
 from zo_jax.train.named_methods import make_method
 from zo_jax.train.settings import as_word
 from zo_jax.train.tasks.task import MEASURES, Task
+from zo_jax.train.unrecorded import make_unrecorded
 from zo_jax.train.validation import fill_in
 
 
@@ -96,11 +98,12 @@ def passes_until(config: Config, step: int) -> int:
     """
     num_gradient = _num_gradient_steps(config, step)
     num_queries_steps = _num_query_steps(config, step)
-    per_step = _evaluations_per_step(config)
-    return num_queries_steps * per_step + num_gradient * config.fo.gradient_accumulation_steps
+    of_queries = _evaluations_until(config, num_queries_steps)
+    return of_queries + num_gradient * config.fo.gradient_accumulation_steps
 
 
-def _evaluations_per_step(config: Config) -> int:
+def _evaluations_until(config: Config, num_steps: int) -> int:
+    """Of steps along directions."""
     zo = config.zo
     estimator = Estimator(
         num_queries=zo.num_queries,
@@ -108,8 +111,10 @@ def _evaluations_per_step(config: Config) -> int:
         batch_per_query=zo.batch_per_query,
         exact=None if zo.exact == "none" else zo.exact,
     )
-    method = make_method(config, estimator)
-    return method.num_evaluations if method else estimator.num_evaluations
+    method = make_method(config, estimator) or make_unrecorded(config, estimator)
+    if method:
+        return method.evaluations_until(num_steps)
+    return num_steps * estimator.num_evaluations
 
 
 def blocks_until(config: Config, step: int) -> int:
@@ -190,6 +195,12 @@ def _describe_feedback(config: Config, batch: str) -> str:
 
 def _describe_exact(zo: ZOConfig, queries: str) -> str:
     exact = zo.exact
+    only = {
+        "agzo": "forward passes, and the transposes of products",
+        "addax": "backprop for the first examples of each batch, and forward passes",
+    }.get(zo.method, "forward passes only")
+    if zo.method in UNRECORDED:
+        return f"{only}: {queries}; no ledger"
     if zo.relative_rate != 1:
         queries += f", {zo.relative_rate:g} times the learning rate"
     if exact == "none":
@@ -222,7 +233,8 @@ def describe(
     batch = f"batches of {train.batch_size} {what}"
     fo_batch = f"batches of {config.fo.batch_size or train.batch_size} {what}"
     backprop = f"backprop; {fo_batch} in {config.fo.gradient_accumulation_steps} part(s)"
-    evaluations = _evaluations_per_step(config)
+    # SVRG's first step takes a snapshot, the second is of the usual length.
+    evaluations = _evaluations_until(config, 2) - _evaluations_until(config, 1)
     method = {"plain": "", "fzoo": " over the deviation of the losses (fzoo)"}.get(
         zo.method, f", by {zo.method} {zo.method_options}".rstrip()
     )

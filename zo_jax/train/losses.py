@@ -144,8 +144,8 @@ def _weight_cross_entropy(hidden_NC: jax.Array, head: Any, targets_N: jax.Array)
     return jax.nn.logsumexp(logits_NV, axis=-1) - picked_N
 
 
-def next_token_loss(model: Any, params: Any, tokens_BT: jax.Array) -> jax.Array:
-    """Mean cross-entropy of predicting token t + 1 from tokens 1..t, in nats, float32.
+def next_token_losses(model: Any, params: Any, tokens_BT: jax.Array) -> jax.Array:
+    """Cross-entropy of predicting token t + 1 from tokens 1..t, in nats, float32 [B, T - 1].
 
     Args:
       model: with `hidden` and `head`, such as a `train.model.GPT` or a `models.Model`.
@@ -155,4 +155,11 @@ def next_token_loss(model: Any, params: Any, tokens_BT: jax.Array) -> jax.Array:
     B, T = tokens_BT.shape
     N = B * (T - 1)
     hidden_NC = model.hidden(params, tokens_BT[:, :-1]).reshape(N, -1)
-    return jnp.sum(head_losses(hidden_NC, model.head(params), tokens_BT[:, 1:].reshape(N))) / N
+    losses_N = head_losses(hidden_NC, model.head(params), tokens_BT[:, 1:].reshape(N))
+    return losses_N.reshape(B, T - 1)
+
+
+def next_token_loss(model: Any, params: Any, tokens_BT: jax.Array) -> jax.Array:
+    """The mean of `next_token_losses`."""
+    losses_BT = next_token_losses(model, params, tokens_BT)
+    return jnp.sum(losses_BT) / losses_BT.size

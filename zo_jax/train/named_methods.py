@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 from zo_jax import methods
 from zo_jax.estimators import Estimator
 from zo_jax.methods import Method
-from zo_jax.train.config import KEPT, Config, ConfigError, ZOConfig
+from zo_jax.train.config import KEPT, UNRECORDED, Config, ConfigError, ZOConfig
+
+Made = TypeVar("Made")
 
 
 def _evolution(estimator: Estimator, **options: Any) -> Method:
@@ -63,25 +65,42 @@ def make_method(config: Config, estimator: Estimator) -> Method | None:
     name = config.zo.method
     if name not in _MADE:
         return None
-    try:
-        options = json.loads(config.zo.method_options or "{}")
-        if not isinstance(options, dict):
-            raise ValueError('they must be an object, like {"decay": 0.9}')
+
+    def make(**options: Any) -> Method:
         method = _MADE[name](estimator, **options)
         if isinstance(method, methods.MezoSvrg):
             _check_small_batch(config, method.small_batch)
         by_flipout = isinstance(method, methods.Grzo) and method.use_flipout
-        if config.zo.perturbation != ZOConfig.perturbation and (
-            by_flipout or isinstance(method, _OWN_DIRECTIONS)
-        ):
-            raise ValueError(
-                f"its directions are its own; leave zo.perturbation at {ZOConfig.perturbation}"
-            )
+        if by_flipout or isinstance(method, _OWN_DIRECTIONS):
+            check_directions(config)
         return method
+
+    return made(config, make)
+
+
+def check_directions(config: Config) -> None:
+    """Raises a ValueError if directions are chosen for a method with its own."""
+    if config.zo.perturbation != ZOConfig.perturbation:
+        raise ValueError(
+            f"its directions are its own; leave zo.perturbation at {ZOConfig.perturbation}"
+        )
+
+
+def made(config: Config, make: Callable[..., Made]) -> Made:
+    """What `make` makes of the options of a run's method.
+
+    Raises:
+      ConfigError: it raises a TypeError or a ValueError, or the options are none.
+    """
+    try:
+        options = json.loads(config.zo.method_options or "{}")
+        if not isinstance(options, dict):
+            raise ValueError('they must be an object, like {"decay": 0.9}')
+        return make(**options)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"zo.method={name} cannot be made of zo.method_options={config.zo.method_options!r} "
-            f"and the other settings of zo: {error}"
+            f"zo.method={config.zo.method} cannot be made of "
+            f"zo.method_options={config.zo.method_options!r} and the other settings of zo: {error}"
         ) from None
 
 
@@ -113,6 +132,13 @@ def check_method(config: Config) -> None:
         raise ConfigError(
             "zo.method=grzo evaluates the examples of a batch at once: leave "
             "zo.parallel_batch_size and zo.batch_chunks at 1"
+        )
+    if zo.method in UNRECORDED and zo.batch_per_query:
+        raise ConfigError(f"zo.method={zo.method} reads one batch: set zo.batch_per_query=false")
+    if zo.method == "agzo" and config.task.name != "text":
+        raise ConfigError(
+            "zo.method=agzo reads the losses of the tokens of text: it needs task.name=text, got "
+            f"{config.task.name}"
         )
     if zo.method in ("evolution", "eggroll") and zo.difference != ZOConfig.difference:
         raise ConfigError(

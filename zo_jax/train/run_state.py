@@ -7,7 +7,14 @@ import jax.numpy as jnp
 
 from zo_jax.layout import Layout
 from zo_jax.train import hybrid
-from zo_jax.train.choices import base_key, make_estimator, make_rules, own_method, scope_of
+from zo_jax.train.choices import (
+    base_key,
+    make_estimator,
+    make_rules,
+    own_method,
+    scope_of,
+    unrecorded_method,
+)
 from zo_jax.train.config import Config
 from zo_jax.trees import ALL, WHOLE, Subset
 from zo_jax.update import TrainState, Update
@@ -106,9 +113,12 @@ def _start(config: Config, model: Any, layout: Layout | None, params: Any) -> An
     otherwise None.
     """
     method = own_method(config)
-    if method is None and config.zo.groups == "none":
+    unrecorded = unrecorded_method(config, layout, model)
+    if not (method or unrecorded) and config.zo.groups == "none":
         return None
     trained = scope_of(config, model).select(params)
+    if unrecorded:
+        return unrecorded.transformation(base_key(config)).init(trained)
     return method.init(trained) if method else make_estimator(config, layout, model).start(trained)
 
 

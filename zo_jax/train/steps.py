@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from zo_jax.anchor import distance
 from zo_jax.estimators import Estimator
@@ -26,9 +27,10 @@ from zo_jax.train.choices import (
     own_method,
     scope_of,
     step_of,
+    unrecorded_method,
 )
-from zo_jax.train.config import KEPT, QUERY_MODES, Config
-from zo_jax.train.losses import next_token_loss
+from zo_jax.train.config import KEPT, QUERY_MODES, Config, keeps_ledger
+from zo_jax.train.losses import next_token_loss, next_token_losses
 from zo_jax.train.optimizers import make_schedule
 from zo_jax.train.run_state import RunState, StepMetrics, StepRecord
 from zo_jax.trees import Subset
@@ -150,6 +152,52 @@ def make_exact_step(
     return jax.jit(exact_step, donate_argnums=0)
 
 
+def make_method_step(
+    config: Config, model: Any, layout: Layout | None = None, loss_fn: Loss | None = None
+) -> Callable[..., tuple[RunState, StepMetrics]]:
+    """The jitted step of a method that looks at its data in ways that no numbers tell: (state, key,
+    batch) -> (state, metrics), the state donated.
+    """
+    rules = make_rules(config, model, layout)
+    tell = _make_tell(config, rules.subset)
+    method = unrecorded_method(config, layout, model)
+    assert method is not None
+    transformation = method.transformation(base_key(config))
+    if method.reads_tokens:
+        loss_fn = functools.partial(next_token_losses, model)
+    loss, estimator = make_loss(model, rules.subset, loss_fn), make_estimator(config, layout)
+
+    def along(state: RunState, updates: Any, trained: Any, batch: Any) -> tuple[Any, Any]:
+        return transformation.update(
+            updates, state.train.family, trained, value_fn=loss(state.params), batch=(batch,)
+        )
+
+    def first(state: RunState, key: jax.Array, batch: Any) -> tuple[RunState, StepMetrics]:
+        trained = rules.subset.select(state.params)
+        gradient, memory = along(state, None, trained, batch)
+        new, metrics = rules.from_gradient(state.train, key, memory.loss, gradient)
+        return tell(state, new._replace(family=memory), metrics)
+
+    def last(state: RunState, key: jax.Array, batch: Any) -> tuple[RunState, StepMetrics]:
+        trained = rules.subset.select(state.params)
+        estimate = estimator.estimate(loss(state.params), trained, key, batch)
+        new, metrics = rules.from_gradient(state.train, key, estimate.loss, estimate.gradient)
+        moved = rules.subset.select(new.params)
+        updates, memory = along(state, jax.tree.map(jnp.zeros_like, moved), moved, batch)
+        params = rules.subset.merge(new.params, optax.apply_updates(moved, updates))
+        return tell(state, new._replace(params=params, family=memory), metrics)
+
+    return jax.jit(last if method.is_last else first, donate_argnums=0)
+
+
+def make_unrecorded_step(
+    config: Config, model: Any, layout: Layout | None = None, loss_fn: Loss | None = None
+) -> Callable[..., tuple[RunState, StepMetrics]]:
+    """The step of a run of mode zo without a ledger, `make_exact_step` or `make_method_step`."""
+    make = make_method_step if config.zo.exact == "none" else make_exact_step
+    return make(config, model, layout, loss_fn)
+
+
 def make_fo_step(
     config: Config, model: Any, layout: Layout | None = None, loss_fn: Loss | None = None
 ) -> Callable[..., tuple[RunState, StepMetrics]]:
@@ -246,9 +294,9 @@ def make_train_step(
         fo_step = make_feedback_step(*parts)
     if config.mode == "instruct":
         guided_step = make_guided_step(*parts, loss_fn)
-    if config.zo.exact != "none":
-        exact_step = make_exact_step(*parts, loss_fn)
-        return lambda state, step, batch, _: (*exact_step(state, step_key(step), batch), None)
+    if config.mode == "zo" and not keeps_ledger(config):
+        one_step = make_unrecorded_step(*parts, loss_fn)
+        return lambda state, step, batch, _: (*one_step(state, step_key(step), batch), None)
     if config.mode in QUERY_MODES:
         project = make_project(*parts, loss_fn)
         update = make_update(*parts)

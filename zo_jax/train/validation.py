@@ -7,7 +7,7 @@ import copy
 import difflib
 from typing import Any
 
-from zo_jax.train.choices import own_method
+from zo_jax.train.choices import own_method, unrecorded_method
 from zo_jax.train.config import KEPT, SETTINGS, Config, blocks_per_step
 from zo_jax.train.model import SIZES
 from zo_jax.train.named_methods import check_method
@@ -352,7 +352,9 @@ def _check_method(config: Config) -> None:
         _check_fzoo(config)
     else:
         check_method(config)
+        # Whether there can be one.
         own_method(config)
+        unrecorded_method(config)
 
 
 def _check_fzoo(config: Config) -> None:

@@ -24,7 +24,7 @@ from zo_jax.ledger import BACKPROP, Ledger, LedgerError, read
 from zo_jax.replay import arguments, check_replayable, check_start, versions
 from zo_jax.train import run_state, steps
 from zo_jax.train.arguments import Parser, fail, parse
-from zo_jax.train.config import METHODS, Config, ConfigError, from_dict
+from zo_jax.train.config import METHODS, UNRECORDED, Config, ConfigError, from_dict
 from zo_jax.train.export import export
 from zo_jax.train.model import make_model
 from zo_jax.train.pretrained import Pretrained, open_pretrained
@@ -64,7 +64,8 @@ def _run(run: Path, to_step: int | None, base: str | None, out: Path | None) -> 
     if folder and folder.is_dir() and not path.exists():
         raise LedgerError(
             f"{folder} has no {LEDGER}: runs of modes zo, calibrate and instruct have one, without "
-            "zo.exact; the others go on from their checkpoints"
+            f"zo.exact and without zo.method={', '.join(UNRECORDED)}; the others go on from their "
+            "checkpoints"
         )
     ledger = read(path)
     identity = _identity(ledger, folder)

@@ -24,7 +24,14 @@ import tqdm
 
 from zo_jax.train import choices, run_state, steps
 from zo_jax.train.arguments import Parser, add_experiment, fail, parse, read_experiment
-from zo_jax.train.config import Config, ConfigError, ObjectiveConfig, OptimizerConfig, TaskConfig
+from zo_jax.train.config import (
+    Config,
+    ConfigError,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TaskConfig,
+    keeps_ledger,
+)
 from zo_jax.train.losses import next_token_loss
 from zo_jax.train.model import SIZES, make_model
 from zo_jax.train.pretrained import open_pretrained
@@ -76,6 +83,9 @@ def zeroth_order(config: Config, vocab_size: int) -> Need:
     model, state = _model(config, vocab_size), _state(config, vocab_size)
     key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
     tokens = _tokens(config, config.train.batch_size, per_query=config.zo.batch_per_query)
+    if not keeps_ledger(config):
+        step = steps.make_unrecorded_step(config, model)
+        return Need(measure(step, state, key, tokens), _bytes(state.params))
     loss = jax.ShapeDtypeStruct((), jnp.float32)
     c = jax.ShapeDtypeStruct((choices.num_numbers(config),), jnp.float32)
     # While `project` runs, the optimiser's state waits.
