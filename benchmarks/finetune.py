@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from zo_jax.models.model import open_files
-from zo_jax.train.config import Config, LoraConfig, ZOConfig
+from zo_jax.train.config import Config, LoraConfig, OptimizerConfig, ZOConfig
 from zo_jax.train.experiment import load
 from zo_jax.train.run import train_and_evaluate
 from zo_jax.train.subject import load_sources, make_subject
@@ -75,6 +75,14 @@ def _backprop(rate: float, **fields: Any) -> Callable[[Config], None]:
     return change
 
 
+def _of_weights(rate: float, **fields: Any) -> Callable[[Config], None]:
+    """Backprop without the schedule that directions have."""
+    constant = dict(
+        optimizer__schedule="constant", optimizer__warmup_steps=OptimizerConfig.warmup_steps
+    )
+    return _backprop(rate, **constant, **fields)
+
+
 METHODS = {
     "zero_shot": Method("zero-shot", ""),
     "calibrated": Method("zero-shot, threshold of the training examples", ""),
@@ -102,28 +110,28 @@ METHODS = {
         "finetune_lora",
         _backprop(1e-3, train__num_steps=600, train__eval_interval=50),
     ),
-    "fo_full": Method("backprop, all weights", "finetune", _backprop(2e-5)),
-    "fo_top": Method("backprop, top half", "finetune", _backprop(2e-5, scope=TOP_HALF)),
+    "fo_full": Method("backprop, all weights", "finetune", _of_weights(2e-5)),
+    "fo_top": Method("backprop, top half", "finetune", _of_weights(2e-5, scope=TOP_HALF)),
     "block_local": Method(
         "backprop inside every layer alone, all weights",
         "finetune",
-        _backprop(2e-5, mode="block_local"),
+        _of_weights(2e-5, mode="block_local"),
     ),
     "block_local_top": Method(
         "control: the same, top half",
         "finetune",
-        _backprop(2e-5, mode="block_local", scope=TOP_HALF),
+        _of_weights(2e-5, mode="block_local", scope=TOP_HALF),
     ),
     "block_local_random": Method(
         "control: the same, all weights, random feedback",
         "finetune",
-        _backprop(2e-5, mode="block_local", feedback__matrix="random"),
+        _of_weights(2e-5, mode="block_local", feedback__matrix="random"),
     ),
-    "fo_norms": Method("backprop, norms alone", "finetune", _backprop(1e-3, scope="norm")),
+    "fo_norms": Method("backprop, norms alone", "finetune", _of_weights(1e-3, scope="norm")),
     "fo_last": Method(
         "backprop, last block alone",
         "finetune",
-        _backprop(
+        _of_weights(
             2e-5,
             scope="layers/29/",
             train__keep_activations=True,

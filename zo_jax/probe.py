@@ -18,7 +18,7 @@ from zo_jax.update import Update
 OPTIMIZERS = {"sgd": optax.sgd, "adam": optax.adam}
 # The budget is that of so many trials, one of which stands for what else there is. A trial has at
 # least so many steps, and so many queries: along fewer directions curvature is a matter of luck.
-_TRIALS, _FEWEST_STEPS, _FEWEST_QUERIES = 5, 8, 32
+_TRIALS, _FEWEST_STEPS, _FEWEST_QUERIES = 5, 16, 32
 # Directions of a measurement, a part of the run's queries, and batches that tell the decrease of a
 # trial, a part of its evaluations; the fewest and the most of them.
 _FOR_DIRECTIONS, _DIRECTIONS = 1 / 160, (8, 1024)
@@ -108,7 +108,7 @@ def probe(
         None: constant.
       batch_fn: in the place of `batch`: `batch_fn(step)` -> the batch of a step, a tuple.
       budget: the part of the run's evaluations that a probe takes, roughly; short runs, for a trial
-        has at least 8 steps and 32 queries, take more.
+        has at least 16 steps and 32 queries, take more.
       report: called with a line of text when something has been measured, such as `print`; a large
         model takes minutes.
       estimator: an `Estimator`; default `Estimator()`.

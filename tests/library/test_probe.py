@@ -129,7 +129,7 @@ def test_rate_of_a_quadratic():
     best = squared / ((1 + 1 / q) * g @ hessian @ g + squared * trace / q)
     found = of_quadratic()
     assert 0.5 < found.learning_rate / best < 1.5
-    assert found.noise_share == 0 and found.trial_steps == 8
+    assert found.noise_share == 0 and found.trial_steps == 16
     np.testing.assert_allclose(found.gradient_norm, found.projection_rms, rtol=1e-6)
     assert abs(found.gradient_norm / math.sqrt(squared) - 1) < 0.5
     assert abs(found.curvature / trace - 1) < 0.3

@@ -29,6 +29,8 @@ def get_config(model: str = "") -> Config:
             max_tokens=64,
         ),
         zo=ZOConfig(num_queries=1, epsilon=1e-3),
-        optimizer=OptimizerConfig(name="sgd", learning_rate=2e-6),
+        optimizer=OptimizerConfig(
+            name="sgd", learning_rate=6e-5, schedule="cosine", warmup_steps=20
+        ),
         train=TrainConfig(num_steps=1000, batch_size=16, eval_interval=250),
     )
