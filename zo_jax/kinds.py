@@ -105,11 +105,9 @@ class Factors(Entries):
         # A product would draw the signs of both factors for each of its entries.
         make = lambda: (noise.signs(words_n, 32 * words_n.shape[-1]), weights_n)
         signs_n, weights_n = noise.made_once(make, jnp.any(weights_n != 0))
+        scales_n = weights_n / math.sqrt(self.rank)
         of_leaf = lambda leaf, start: cut(signs_n, start, self.words_shape(leaf), 32)
-        return [
-            (of_leaf(*placed), weights_n / math.sqrt(self.rank))
-            for placed in zip(leaves, starts, strict=True)
-        ]
+        return [(of_leaf(*placed), scales_n) for placed in zip(leaves, starts, strict=True)]
 
     def total_of(self, leaf, prepared, weights_n):
         signs_n, scales_n = prepared

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 from jax import lax
-import jax.numpy as jnp
+import numpy as np
 
 from zo_jax import noise
 from zo_jax.trees import is_floating
@@ -80,7 +80,9 @@ def cut(x: jax.Array, start: Any, shape: tuple[int, ...], per_word: int = 1) -> 
     *rows, width = shape
     size = math.prod(shape) * per_word
     if x.shape[-1] != size:
-        x = lax.dynamic_slice_in_dim(x, start * per_word, size, axis=-1)
+        if per_word != 1:
+            start = start * per_word
+        x = lax.dynamic_slice_in_dim(x, start, size, axis=-1)
     return x.reshape(*x.shape[:-1], *rows, width * per_word)
 
 
@@ -215,7 +217,7 @@ def _opaque_where_alike(leaves: list[Leaf], places: list[int]) -> list[Any]:
     bases = noise.opaque([places[part[0]] for part in parts])
     return [
         # Places begin again with each span.
-        base + jnp.uint32((places[i] - places[part[0]]) % 2**32)
+        lax.add(base, np.uint32((places[i] - places[part[0]]) % 2**32))
         for part, base in zip(parts, bases, strict=True)
         for i in part
     ]
