@@ -25,7 +25,7 @@ from zo_jax.models.weights import product, rows
 from zo_jax.train import experiment
 from zo_jax.train.data.corpus import batch_indices, load_corpus
 from zo_jax.train.evaluate import choose_blocks, make_evaluate
-from zo_jax.train.losses import head_losses, next_token_loss
+from zo_jax.train.losses import next_token_loss, next_token_losses
 from zo_jax.train.model import make_model
 from zo_jax.train.subject import load_sources, make_subject
 from zo_jax.train.tasks import encode
@@ -128,11 +128,7 @@ class Character(Task):
 
     def token_losses(self, frozen, params, tokens_BT, checkpoint=False):
         model = dataclasses.replace(self.model, checkpoint_activations=checkpoint)
-        hidden_BTC = model.hidden(params, tokens_BT[:, :-1])
-        B, T, C = hidden_BTC.shape
-        targets_N = tokens_BT[:, 1:].reshape(B * T)
-        losses_N = head_losses(hidden_BTC.reshape(B * T, C), model.head(params), targets_N)
-        return losses_N.reshape(B, T)
+        return next_token_losses(model, params, tokens_BT)
 
     def loss(self, frozen, params, tokens_BT):
         return next_token_loss(self.model, params, tokens_BT)

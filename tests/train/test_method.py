@@ -216,6 +216,13 @@ def test_a_method_makes_the_steps_of_the_library_and_takes_them_again(tiny_confi
     jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
+def test_a_method_without_anything_to_move_is_refused(tiny_config):
+    config = without_ledger(tiny_config, "agzo")
+    config.scope = "ln_|^w"
+    with pytest.raises(ConfigError, match=r"matrices of layers, and scope=ln_\|\^w trains none"):
+        begin(config)
+
+
 def test_a_step_without_a_finite_loss_leaves_the_memory_as_it_is(tiny_config):
     config, _, model, state = begin(with_method(tiny_config, "conmezo"))
     update = steps.make_update(config, model)
@@ -252,8 +259,12 @@ def test_a_run_with_a_memory_goes_on_and_is_rebuilt_from_its_ledger(tiny_config,
 
 # (zo.method_options, forward passes in three steps of four queries, of what the run says).
 WITHOUT_LEDGER = {
-    "agzo": ('{"num_iterations": 2}', 3 * 9, "forward passes, and the transposes of products: 4 "),
-    "dizo": ('{"period": 2, "num_iterations": 3}', 3 * 8 + 6, "forward passes only: 4 "),
+    "agzo": (
+        '{"num_iterations": 2}',
+        3 * 9,
+        "the transposes of products: 4 directions a step",
+    ),
+    "dizo": ('{"period": 2, "num_iterations": 3}', 3 * 8 + 6, "forward passes only: 4 rademacher"),
     "addax": ('{"alpha": 0.1, "small_batch": 1}', 3 * 9, "backprop for the first examples of each"),
 }
 

@@ -70,7 +70,7 @@ def unrecorded_method(
     """The method of a run whose steps no numbers tell, if it has one."""
     if config.mode != "zo":
         return None
-    return make_unrecorded(config, make_estimator(config, layout), model and model.stack)
+    return make_unrecorded(config, make_estimator(config, layout), model)
 
 
 def num_numbers(config: Config) -> int:

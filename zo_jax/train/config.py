@@ -326,6 +326,8 @@ METHODS = (
     *("spsa15", "evolution", "eggroll", "lozo", "subzero", "tezo"),
     *("mopi", "zo_muon", "hizoo", "conmezo", "sparse_mezo", "svrg", "grzo"),
 )
+# Those whose directions are their own, whatever zo.perturbation would draw.
+OWN_DIRECTIONS = ("lozo", "subzero", "tezo", "mopi", "zo_muon", "agzo")
 # Those whose steps look at their data in ways that no numbers tell.
 UNRECORDED = ("agzo", "dizo", "addax")
 

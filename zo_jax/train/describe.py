@@ -15,6 +15,7 @@ from zo_jax.estimators import Estimator
 from zo_jax.layout import Layout
 from zo_jax.train.config import (
     GRADIENT_MODES,
+    OWN_DIRECTIONS,
     QUERY_MODES,
     UNRECORDED,
     Config,
@@ -243,8 +244,9 @@ def describe(
         "layers": ", each of one layer or other entry, shared out by what their projections tell",
         "leaves": ", each of one leaf, shared out by what their projections tell",
     }[zo.groups]
+    kind = "" if zo.method in OWN_DIRECTIONS else f"{zo.perturbation} "
     queries = (
-        f"{zo.num_queries} {zo.perturbation} directions a step{of_groups}, "
+        f"{zo.num_queries} {kind}directions a step{of_groups}, "
         f"{ways[zo.difference]}{method}, "
         f"{evaluations} loss evaluations; {batch}{per_query}"
     )

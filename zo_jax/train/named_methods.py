@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from zo_jax import methods
 from zo_jax.estimators import Estimator
 from zo_jax.methods import Method
-from zo_jax.train.config import KEPT, UNRECORDED, Config, ConfigError, ZOConfig
+from zo_jax.train.config import KEPT, OWN_DIRECTIONS, UNRECORDED, Config, ConfigError, ZOConfig
 
 Made = TypeVar("Made")
 
@@ -26,8 +26,6 @@ def _eggroll(estimator: Estimator, **options: Any) -> Method:
     return methods.eggroll(estimator=estimator, **sizes, **own | options)
 
 
-# Those whose directions are their own, whatever those of the estimator are.
-_OWN_DIRECTIONS = (methods.Lozo, methods.SubZero, methods.Tezo, methods.Mopi, methods.ZoMuon)
 # FZOO is plain but for the weights of its directions, so its runs are plain ones.
 _MADE: dict[str, Callable[..., Method]] = {
     "spsa15": methods.CurvatureSpsa,
@@ -71,7 +69,7 @@ def make_method(config: Config, estimator: Estimator) -> Method | None:
         if isinstance(method, methods.MezoSvrg):
             _check_small_batch(config, method.small_batch)
         by_flipout = isinstance(method, methods.Grzo) and method.use_flipout
-        if by_flipout or isinstance(method, _OWN_DIRECTIONS):
+        if by_flipout or name in OWN_DIRECTIONS:
             check_directions(config)
         return method
 

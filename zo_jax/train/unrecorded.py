@@ -5,6 +5,7 @@ AGZO, DiZO and Addax. Their runs have no ledger, and go on from checkpoints.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import optax
 
 from zo_jax import methods
@@ -12,6 +13,7 @@ from zo_jax.estimators import Estimator
 from zo_jax.methods.method import FIRST
 from zo_jax.train.config import UNRECORDED, Config
 from zo_jax.train.named_methods import check_directions, made
+from zo_jax.train.scopes import make_scope
 
 
 class Unrecorded(NamedTuple):
@@ -30,35 +32,41 @@ class Unrecorded(NamedTuple):
     reads_tokens: bool = False
 
 
-def make_unrecorded(
-    config: Config, estimator: Estimator, stack: str | None = None
-) -> Unrecorded | None:
+def make_unrecorded(config: Config, estimator: Estimator, model: Any = None) -> Unrecorded | None:
     """The method of a run, of its estimator; None for all others.
 
     Args:
       config: with its name and options.
       estimator: as of `make_estimator`.
-      stack: the name of the layers in the parameters of the model, which AGZO reads.
+      model: as of `make_scope`; AGZO reads where its layers are. None where no step is taken.
 
     Raises:
-      ConfigError: the method has no such option, or not these values.
+      ConfigError: the method has no such option, or not these values, or nothing to move.
     """
     name = config.zo.method
     if name not in UNRECORDED:
         return None
     makers = {"agzo": _agzo, "dizo": _dizo, "addax": _addax}
-    return made(config, lambda **options: makers[name](config, estimator, stack, **options))
+    return made(config, lambda **options: makers[name](config, estimator, model, **options))
 
 
-def _agzo(config: Config, estimator: Estimator, stack: str | None, **options: Any) -> Unrecorded:
+def _agzo(config: Config, estimator: Estimator, model: Any, **options: Any) -> Unrecorded:
     """Of the matrices of layers; what is looked up, and the head, have normal numbers."""
     check_directions(config)
+    stack = model and model.stack
     method = methods.Agzo(
         estimator,
         input_axis=-1 if config.model.path else -2,
         is_matrix=lambda path, leaf: path.startswith(f"{stack}/"),
         **options,
     )
+    if model:
+        trained = jax.eval_shape(make_scope(config.scope, model).select, model.shapes())
+        if not jax.tree.leaves(jax.eval_shape(method.init, trained)):
+            raise ValueError(
+                f"its directions are those of the matrices of layers, and scope={config.scope} "
+                "trains none of them; choose another scope"
+            )
     until = lambda count: count * method.num_evaluations
     return Unrecorded(method.transformation, until, reads_tokens=True)
 
@@ -66,13 +74,13 @@ def _agzo(config: Config, estimator: Estimator, stack: str | None, **options: An
 def _dizo(
     config: Config,
     estimator: Estimator,
-    stack: str | None,
+    model: Any,
     period: int = 50,
     num_iterations: int = 5,
     **options: Any,
 ) -> Unrecorded:
     """Behind the optimiser, of plain estimates."""
-    del config, stack
+    del config, model
     make = lambda key: methods.dizo(key, period, num_iterations, **options)
     # The options are looked at before the first step.
     make(FIRST.key)
@@ -81,9 +89,9 @@ def _dizo(
     return Unrecorded(make, until, is_last=True)
 
 
-def _addax(config: Config, estimator: Estimator, stack: str | None, **options: Any) -> Unrecorded:
+def _addax(config: Config, estimator: Estimator, model: Any, **options: Any) -> Unrecorded:
     """The gradient of the first examples of a batch, and an estimate on the others."""
-    del stack
+    del model
     chunks, whole = config.zo.batch_chunks, config.train.batch_size
     small = options.setdefault("small_batch", whole // 2 or None)
     if small is not None and (small >= whole or (whole - small) % chunks):
