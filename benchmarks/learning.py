@@ -177,12 +177,12 @@ def make_config(method: str, depth: int, seed: int, num_steps: int) -> Config:
 class Trainer:
     """A configuration with its compiled step."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, eval_blocks: int = EVAL_BLOCKS):
         corpus = load_corpus(config.data)
         self.config = resolve(config, len(corpus.train_NT))
         self.model = make_model(config.model, corpus.tokenizer.vocab_size)
         self.evaluate, self.train_NT = make_evaluate(self.model), corpus.train_NT
-        self.held_out = choose_blocks(corpus.validation_NT, EVAL_BLOCKS)
+        self.held_out = choose_blocks(corpus.validation_NT, eval_blocks)
         self.train_step = steps.make_train_step(self.config, self.model)
         self.take(run_state.init_state(self.config, self.model), 0, 1)  # compiles
 
