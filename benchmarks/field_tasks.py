@@ -19,7 +19,7 @@ import numpy as np
 
 from zo_jax.models import decoder, lora
 from zo_jax.models.config import Config
-from zo_jax.models.layers import as_it_is, checkpointed, rms_norm
+from zo_jax.models.layers import AS_IT_IS, CHECKPOINTED, rms_norm
 from zo_jax.models.model import Model
 from zo_jax.models.weights import product, rows
 from zo_jax.train import experiment
@@ -212,7 +212,7 @@ class Reviews(Task):
     def _scores(self, frozen, params, x_BTC, length_B, checkpoint=False):
         """The logits of the labels after each prompt, [B, K]."""
         layers = (lora.attach(frozen, params) if self.has_factors else params)["layers"]
-        around = checkpointed if checkpoint else as_it_is
+        around = CHECKPOINTED if checkpoint else AS_IT_IS
         x_BC = decoder.stream_at(self.config, layers, x_BTC, length_B - 1, around)
         hidden_BC = rms_norm(x_BC, frozen["norm"], self.config.norm_epsilon)
         return product(hidden_BC, frozen["labels"])

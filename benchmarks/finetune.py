@@ -127,6 +127,11 @@ METHODS = {
         "finetune",
         _of_weights(2e-5, mode="block_local", feedback__matrix="random"),
     ),
+    "feedback": Method(
+        "residual feedback, forward passes only, all weights",
+        "finetune",
+        _of_weights(2e-5, mode="feedback", feedback__attention="closed_form"),
+    ),
     "fo_norms": Method("backprop, norms alone", "finetune", _of_weights(1e-3, scope="norm")),
     "fo_last": Method(
         "backprop, last block alone",
@@ -190,7 +195,9 @@ def run(method: str, seed: int, num_steps: int, folder: Path) -> dict[str, Any]:
     best = next(x for name, x in reversed(tested.items()) if re.match("best|last", name))
     with (path / "metrics.csv").open() as file:
         stamps = [datetime.datetime.fromisoformat(row["timestamp"]) for row in csv.DictReader(file)]
-    passes = {"zo": 2 * config.zo.num_queries, "fo": 3, "block_local": 4}[config.mode]
+    passes = {"zo": 2 * config.zo.num_queries, "fo": 3, "block_local": 4, "feedback": 4}[
+        config.mode
+    ]
     return dict(
         accuracy=best["eval_accuracy"],
         seconds=(stamps[-1] - stamps[0]).total_seconds(),

@@ -36,9 +36,7 @@ METHODS = (
     "zo",
 )
 EVAL_BLOCKS, TIMED_STEPS, NUM_POINTS = 64, 4, 6
-HEADER = (
-    "| method | rates x | steps | tokens | seconds | validation loss, nats a token | along the run |"
-)
+HEADER = "| method | rates x | steps | tokens | seconds | loss, nats a token | along the run |"
 
 
 def make_config(method: str, seed: int, factor: float, tokenizer: str, num_steps: int) -> Config:
@@ -73,9 +71,7 @@ def steps_in(seconds: float, *settings) -> int:
 
 
 def run(method: str, seed: int, factor: float, tokenizer: str, num_steps: int):
-    trainer = learning.Trainer(
-        make_config(method, seed, factor, tokenizer, num_steps), EVAL_BLOCKS
-    )
+    trainer = learning.Trainer(make_config(method, seed, factor, tokenizer, num_steps), EVAL_BLOCKS)
     state = run_state.init_state(trainer.config, trainer.model)
     ends = np.linspace(0, num_steps, NUM_POINTS + 1).astype(int).tolist()
     seconds, losses = 0.0, [float(trainer.evaluate(state.params, trainer.held_out))]

@@ -11,7 +11,7 @@ import safetensors.numpy
 import zo_jax
 from zo_jax import models
 from zo_jax.models import checkpoint, config, decoder
-from zo_jax.models.layers import as_it_is, checkpointed
+from zo_jax.models.layers import AS_IT_IS, CHECKPOINTED
 
 
 @pytest.mark.parametrize("name", reference.CASES)
@@ -24,7 +24,7 @@ def test_logits_are_those_of_transformers(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in reference.CASES if "gpt2" not in name])
-@pytest.mark.parametrize("around", [as_it_is, checkpointed])
+@pytest.mark.parametrize("around", [AS_IT_IS, CHECKPOINTED])
 def test_the_stream_at_one_place_of_each_row(name, around):
     m = models.create(reference.CASES[name], jax.random.key(0))
     layers, places = m.params["layers"], jnp.array([0, 9, 4])

@@ -1,5 +1,5 @@
-"""Mode block_local on a pretrained model: the output error at every layer, against layers that are
-differentiated one by one.
+"""Modes block_local and feedback on a pretrained model: the output error at every layer, against
+layers that are differentiated one by one.
 """
 
 import csv
@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from zo_jax.models import decoder
-from zo_jax.models.layers import layer_slices, rms_norm
+from zo_jax.models.layers import AS_IT_IS, layer_slices, rms_norm
 from zo_jax.models.weights import rows
 from zo_jax.train import feedback, run_state
-from zo_jax.train.config import FeedbackConfig, LoraConfig, ZOConfig
+from zo_jax.train.config import ConfigError, FeedbackConfig, LoraConfig, ZOConfig
 from zo_jax.train.run import train_and_evaluate
 from zo_jax.train.subject import load_sources, make_subject
 from zo_jax.train.validation import resolve, validate
@@ -46,9 +46,8 @@ def layer_by_layer(config, subject, params, batch):
     """The gradient with each layer's own derivative of what it is handed, in one loop."""
     model = subject.model.model
     c, layers = model.config, params["layers"]
-    around = lambda layer: layer
     x_BTC = rows(params["embed_tokens"]["weight"], batch.tokens, jnp.float32)
-    layer = decoder._layer(c, x_BTC, None, around)
+    layer = decoder._layer(c, x_BTC, None, AS_IT_IS)
     below = [x_BTC]
     slices = [jax.tree.map(lambda x, i=i: x[i], layer_slices(c, layers)) for i in range(LAYERS)]
     for one in slices:
@@ -102,6 +101,46 @@ def test_loss_and_top_layer_are_those_of_backprop_and_the_rest_is_not(folder):
     )
     np.testing.assert_allclose(of_layer(gradient, -1), of_layer(expected, -1), atol=1e-6, rtol=1e-4)
     assert not np.allclose(of_layer(gradient, 0), of_layer(expected, 0), rtol=0.1, atol=1e-8)
+
+
+@pytest.mark.parametrize("fields", [dict(num_hidden_layers=LAYERS), "gpt2"])
+def test_feedback_is_block_local_with_differences_of_units(folder, tmp_path, fields):
+    """The error of the units is of second order in sigma; with nothing through attention what is
+    below it has no gradient."""
+    fields = dict(GPT2, n_layer=LAYERS) if fields == "gpt2" else fields
+    fine_tune.write_base(tmp_path / "base", **fields)
+    shutil.copy(folder / "examples.jsonl", tmp_path)
+
+    def gradient(*args, **options):
+        _, subject, params = make(tmp_path, *args, **options)
+        params = jax.tree.map(lambda x: 4 * x if x.ndim == 3 else x, params)  # units off zero
+        batch = subject.task.batches(0)[1]
+        loss, found = jax.jit(jax.value_and_grad(subject.task.loss))(params, batch)
+        return loss, found
+
+    loss, exact = gradient("block_local")
+    closed = dict(attention="closed_form")
+    flat = lambda tree: np.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
+    gap = {}
+    for sigma in (0.03, 0.12):
+        own_loss, found = gradient("feedback", sigma=sigma, **closed)
+        assert float(own_loss) == float(loss)
+        gap[sigma] = np.linalg.norm(flat(found) - flat(exact)) / np.linalg.norm(flat(exact))
+    assert 0 < gap[0.03] < 0.01
+    assert 8 < gap[0.12] / gap[0.03] < 32  # 16
+
+    _, none = gradient("feedback", attention="none", sigma=0.1)
+    paths = jax.tree.leaves_with_path(none)
+    is_in = lambda path, *parts: any(part in jax.tree_util.keystr(path) for part in parts)
+    read = [x for path, x in paths if is_in(path, "q_proj", "v_proj", "c_attn")]
+    assert read and not any(map(jnp.any, read))
+    assert any(jnp.any(x) for path, x in paths if is_in(path, "mlp"))
+
+
+@pytest.mark.parametrize("attention", ["weights", "qkv"])
+def test_draws_are_of_the_GPT_from_scratch(folder, attention):
+    with pytest.raises(ConfigError, match="attention=closed_form, or none"):
+        make(folder, "feedback", attention=attention)
 
 
 GPT2 = dict(model_type="gpt2", n_embd=32, n_head=4, n_layer=1, n_positions=80)

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from zo_jax.models import rope
 from zo_jax.models.config import Config
 from zo_jax.models.layers import (
+    AS_IT_IS,
     Around,
     Cache,
-    as_it_is,
     at_places,
     attend,
     attention,
@@ -87,7 +87,7 @@ def hidden(
     dtype: Any,
     start_B: jax.Array | None = None,
     cache: Cache | None = None,
-    around: Around = as_it_is,
+    around: Around = AS_IT_IS,
 ) -> tuple[jax.Array, Cache | None]:
     """Final hidden states [B, T, C] in `dtype`, and the cache.
 
@@ -98,8 +98,8 @@ def hidden(
       dtype: of the activations; norms, angles and softmax are computed in float32.
       start_B: int32, the position of each row's first token; None for 0.
       cache: keys and values of the positions before.
-      around: what each layer is evaluated in: a function of the layer, ((stream below it, cache),
-        (its parameters, window, number)) -> (stream above it, cache), like it.
+      around: what layers and their parts are evaluated in. A layer is a function ((stream below
+        it, cache), (its parameters, window, number)) -> (stream above it, cache).
     """
     x_BTC = rows(params["embed_tokens"]["weight"], tokens_BT, dtype)
     x_BTC, cache = stream(config, params["layers"], x_BTC, start_B, cache, around)
@@ -112,7 +112,7 @@ def stream(
     x_BTC: jax.Array,
     start_B: jax.Array | None = None,
     cache: Cache | None = None,
-    around: Around = as_it_is,
+    around: Around = AS_IT_IS,
 ) -> tuple[jax.Array, Cache | None]:
     """The residual stream above the layers, and the cache; the other arguments are those of
     `hidden`.
@@ -142,10 +142,10 @@ def _layer(config: Config, x_BTC: jax.Array, start_B: jax.Array | None, around: 
         attn = p["self_attn"]
         q, k = (_turned(config, attn, h_BTC, cos_sin, name) for name in "qk")
         v = _heads(config, attn, h_BTC, "v")
-        y_BTC, cache = attention(q, k, v, positions_BT, window, cache, i)
-        return _after_attention(config, p, x_BTC, y_BTC), cache
+        y_BTC, cache = attention(q, k, v, positions_BT, window, cache, i, around)
+        return _after_attention(config, p, x_BTC, y_BTC, around), cache
 
-    return around(layer)
+    return around.layer(layer)
 
 
 def hidden_at(
@@ -154,7 +154,7 @@ def hidden_at(
     tokens_BT: jax.Array,
     places_B: jax.Array,
     dtype: Any,
-    around: Around = as_it_is,
+    around: Around = AS_IT_IS,
 ) -> jax.Array:
     """`hidden` at one place of each row, [B, C].
 
@@ -169,7 +169,7 @@ def hidden_at(
 
 
 def stream_at(
-    config: Config, layers: Any, x_BTC: jax.Array, places_B: jax.Array, around: Around = as_it_is
+    config: Config, layers: Any, x_BTC: jax.Array, places_B: jax.Array, around: Around = AS_IT_IS
 ) -> jax.Array:
     """`stream` at one place of each row, [B, C]: of the last layer, whose output is read there
     alone, only keys and values are evaluated everywhere.
@@ -190,10 +190,10 @@ def stream_at(
         q = _turned(config, attn, at_places(h_BTC, places_B), turns(places_B1), "q")
         k = _turned(config, attn, h_BTC, turns(positions_BT), "k")
         v = _heads(config, attn, h_BTC, "v")
-        y_B1C = attend(q, k, v, places_B1, positions_BT, config.windows[-1])
-        return _after_attention(config, p, at_places(x_BTC, places_B), y_B1C)
+        y_B1C = around.attend(attend)(q, k, v, places_B1, positions_BT, config.windows[-1])
+        return _after_attention(config, p, at_places(x_BTC, places_B), y_B1C, around)
 
-    return around(last)(jax.tree.map(lambda x: x[-1], layers), x_BTC)[:, 0]
+    return around.layer(last)(jax.tree.map(lambda x: x[-1], layers), x_BTC)[:, 0]
 
 
 def _heads(config, p, h_BTC, name):
@@ -209,14 +209,14 @@ def _turned(config, p, h_BTC, cos_sin, name):
     return rope.turn(heads, *cos_sin)
 
 
-def _after_attention(config, p, x_BTC, y_BTC):
+def _after_attention(config, p, x_BTC, y_BTC, around):
     """The residual stream above a layer, from that below it and what the heads read."""
     x_BTC = x_BTC + linear(y_BTC, p["self_attn"]["o_proj"])
     h_BTC = rms_norm(x_BTC, p["post_attention_layernorm"], config.norm_epsilon)
-    return x_BTC + _swiglu(p["mlp"], h_BTC)
+    return x_BTC + _swiglu(p["mlp"], h_BTC, around.unit(jax.nn.silu))
 
 
-def _swiglu(p, h_BTC):
+def _swiglu(p, h_BTC, silu):
     """down(silu(gate h) · up h) (Shazeer, 2020)."""
-    gate_BTF = jax.nn.silu(linear(h_BTC, p["gate_proj"]))
+    gate_BTF = silu(linear(h_BTC, p["gate_proj"]))
     return linear(gate_BTF * linear(h_BTC, p["up_proj"]), p["down_proj"])

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from zo_jax.models.config import Config
 from zo_jax.models.layers import (
+    AS_IT_IS,
     Around,
     Cache,
-    as_it_is,
     at_places,
     attend,
     attention,
@@ -75,7 +75,7 @@ def hidden(
     dtype: Any,
     start_B: jax.Array | None = None,
     cache: Cache | None = None,
-    around: Around = as_it_is,
+    around: Around = AS_IT_IS,
 ) -> tuple[jax.Array, Cache | None]:
     """Final hidden states [B, T, C] in `dtype`, and the cache; the arguments are those of
     `decoder.hidden`.
@@ -100,7 +100,7 @@ def hidden_at(
     tokens_BT: jax.Array,
     places_B: jax.Array,
     dtype: Any,
-    around: Around = as_it_is,
+    around: Around = AS_IT_IS,
 ) -> jax.Array:
     """`hidden` at one place of each row, [B, C]: of the last layer, whose output is read there
     alone, only its first product is evaluated everywhere. The arguments are those of
@@ -117,12 +117,12 @@ def hidden_at(
 
     def last(p: Any, x_BTC: jax.Array) -> jax.Array:
         q, k, v = _heads(config, p, x_BTC)
-        y_B1C = attend(
+        y_B1C = around.attend(attend)(
             at_places(q, places_B), k, v, places_B[:, None], positions_BT, config.windows[-1]
         )
-        return _after_attention(config, p, at_places(x_BTC, places_B), y_B1C)
+        return _after_attention(config, p, at_places(x_BTC, places_B), y_B1C, around)
 
-    x_B1C = around(last)(jax.tree.map(lambda x: x[-1], params["h"]), x_BTC)
+    x_B1C = around.layer(last)(jax.tree.map(lambda x: x[-1], params["h"]), x_BTC)
     return layer_norm(x_B1C, params["ln_f"], config.norm_epsilon)[:, 0]
 
 
@@ -150,10 +150,10 @@ def _layer(config: Config, positions_BT: jax.Array, around: Around) -> Any:
         x_BTC, cache = carry
         p, window, i = slices
         q, k, v = _heads(config, p, x_BTC)
-        y_BTC, cache = attention(q, k, v, positions_BT, window, cache, i)
-        return _after_attention(config, p, x_BTC, y_BTC), cache
+        y_BTC, cache = attention(q, k, v, positions_BT, window, cache, i, around)
+        return _after_attention(config, p, x_BTC, y_BTC, around), cache
 
-    return around(layer)
+    return around.layer(layer)
 
 
 def _heads(config, p, x_BTC):
@@ -163,8 +163,9 @@ def _heads(config, p, x_BTC):
     return [y.reshape(*y.shape[:2], config.num_heads, config.head_dim) for y in qkv]
 
 
-def _after_attention(config, p, x_BTC, y_BTC):
+def _after_attention(config, p, x_BTC, y_BTC, around):
     """The residual stream above a layer, from that below it and what the heads read."""
     x_BTC = x_BTC + linear(y_BTC, p["attn"]["c_proj"])
     h_BTC = linear(layer_norm(x_BTC, p["ln_2"], config.norm_epsilon), p["mlp"]["c_fc"])
-    return x_BTC + linear(_ACTIVATIONS[config.activation](h_BTC), p["mlp"]["c_proj"])
+    activation = around.unit(_ACTIVATIONS[config.activation])
+    return x_BTC + linear(activation(h_BTC), p["mlp"]["c_proj"])

@@ -5,6 +5,7 @@ keys and values, D width of a head, L layers.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,18 +16,31 @@ import numpy as np
 from zo_jax.models.config import Config
 from zo_jax.models.weights import is_weight, product
 
-# What a layer is evaluated in, by backprop or else: a function of it, like itself.
-Around = Callable[[Callable[..., Any]], Callable[..., Any]]
+# A function of a function, which returns one like it.
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def as_it_is(layer: Callable[..., Any]) -> Callable[..., Any]:
-    """The layer."""
-    return layer
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
 
 
-def checkpointed(layer: Callable[..., Any]) -> Callable[..., Any]:
-    """The layer, of which backprop keeps the inputs alone and computes the rest again."""
-    return jax.checkpoint(layer, prevent_cse=False)
+class Around(NamedTuple):
+    """What the parts of a model are evaluated in; values stay what they are, derivatives may not.
+
+    Attributes:
+      layer: of every layer.
+      unit: of what an MLP does to each of its units.
+      attend: of `attend`.
+    """
+
+    layer: Wrapper = _as_it_is
+    unit: Wrapper = _as_it_is
+    attend: Wrapper = _as_it_is
+
+
+AS_IT_IS = Around()
+# Of a layer backprop keeps the inputs alone, and computes the rest again.
+CHECKPOINTED = Around(layer=functools.partial(jax.checkpoint, prevent_cse=False))
 
 
 def layer_slices(config: Config, layers: Any) -> tuple[Any, ...]:
@@ -109,6 +123,7 @@ def attention(
     window: jax.Array,
     cache: Cache | None,
     layer: jax.Array,
+    around: Around = AS_IT_IS,
 ) -> tuple[jax.Array, Cache | None]:
     """softmax(q kᵀ / √D) v over the positions up to a query's own and within its window, and the
     cache with k and v in it.
@@ -121,6 +136,7 @@ def attention(
       window: int32 scalar, positions that a query sees, its own among them.
       cache: what came before, or None where the positions are 0..T − 1.
       layer: int32 scalar, whose part of the cache this is.
+      around: what `attend` is evaluated in.
 
     Returns:
       ([B, T, H D], the cache).
@@ -131,7 +147,8 @@ def attention(
         cache = Cache(cache.keys.at[index].set(k_BTKD), cache.values.at[index].set(v_BTKD))
         k_BTKD, v_BTKD = cache.keys[layer], cache.values[layer]
         key_positions_BS = jnp.arange(k_BTKD.shape[1])[None]
-    return attend(q_BTHD, k_BTKD, v_BTKD, positions_BT, key_positions_BS, window), cache
+    attended = around.attend(attend)
+    return attended(q_BTHD, k_BTKD, v_BTKD, positions_BT, key_positions_BS, window), cache
 
 
 def attend(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from zo_jax.atomic import write_atomic
 from zo_jax.models import checkpoint, config, decoder, gguf, gguf_tokenizer, gpt2, tokenizer
 from zo_jax.models.config import Config
-from zo_jax.models.layers import Around, as_it_is
+from zo_jax.models.layers import AS_IT_IS, Around
 from zo_jax.models.quantized import quantize as to_quantized
 from zo_jax.models.weights import is_weight, product
 from zo_jax.trees import path_name
@@ -63,7 +63,7 @@ class Model:
     tokenizer: Any = None
     folder: Path | None = None
 
-    def hidden(self, params: Any, tokens_BT: jax.Array, around: Around = as_it_is) -> jax.Array:
+    def hidden(self, params: Any, tokens_BT: jax.Array, around: Around = AS_IT_IS) -> jax.Array:
         """Final hidden states [B, T, C] in the model's dtype, from int32 tokens; `around` is as of
         `decoder.hidden`.
         """
@@ -71,7 +71,7 @@ class Model:
         return functions.hidden(self.config, params, tokens_BT, self.dtype, around=around)[0]
 
     def hidden_at(
-        self, params: Any, tokens_BT: jax.Array, places_B: jax.Array, around: Around = as_it_is
+        self, params: Any, tokens_BT: jax.Array, places_B: jax.Array, around: Around = AS_IT_IS
     ) -> jax.Array:
         """Final hidden states at one place of each row, [B, C] in the model's dtype, from int32
         tokens and places: the last layer is evaluated there alone, but for keys and values.

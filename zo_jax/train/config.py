@@ -10,7 +10,8 @@ from zo_jax.train.settings import ConfigError, declared, section, setting
 # Modes whose steps evaluate the loss along directions, and modes whose every step is along some
 # gradient of its batch.
 QUERY_MODES = ("zo", "calibrate", "instruct")
-GRADIENT_MODES = ("fo", "feedback", "block_local")
+FEEDBACK_MODES = ("feedback", "block_local")
+GRADIENT_MODES = ("fo", *FEEDBACK_MODES)
 MODES = ("zo", "fo", "calibrate", "instruct", "feedback", "block_local")
 SIZES = ("custom", "20M", "200M", "500M", "1B", "gpt2", "gpt2-medium", "gpt2-large")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -544,14 +545,15 @@ class FeedbackConfig:
     )
     errors: str = setting(
         "all",
-        "layers that get it: all, or (a control) the last MLP alone, in mode block_local the last "
-        "block",
+        "layers that get it: all, or (a control) the last MLP alone, in mode block_local and of a "
+        "pretrained model the last block",
         choices=("all", "last"),
     )
     attention: str = setting(
         "weights",
         "credit inside attention: by draws on its weights, or on queries, keys and values "
-        "(qkv); by the derivative of its softmax (closed_form); or none, a control",
+        "(qkv); by the derivative of its softmax (closed_form); or none, a control; a pretrained "
+        "model has closed_form and none",
         choices=("weights", "qkv", "closed_form", "none"),
         only_if="mode is feedback",
     )

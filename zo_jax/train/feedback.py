@@ -10,12 +10,14 @@ layers.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from zo_jax.models.layers import Around, checkpointed
+from zo_jax.models.layers import AS_IT_IS, CHECKPOINTED, Around
+from zo_jax.train import credit
 from zo_jax.train.config import Config, FeedbackConfig
 from zo_jax.train.model import GPT, Block
 from zo_jax.train.sublayers import (
@@ -111,9 +113,11 @@ def _make_block_local(config: Config, model: GPT) -> Gradient:
 
 
 def make_around(config: Config, num_layers: int) -> Around:
-    """What each layer of a pretrained model is evaluated in, for backprop to go the way of mode
-    block_local: what it hands a layer is the error of the output, which below that layer goes on
-    beside it; the first layer hands the embeddings its own.
+    """What the layers of a pretrained model and their parts are evaluated in, for backprop to go
+    the way of residual feedback: what it hands a layer is the error of the output, which below that
+    layer goes on beside it; the first layer hands the embeddings its own. In mode feedback the
+    units of an MLP have differences in the place of a derivative, as `credit.unit_error` takes
+    them, so that what is left of derivatives are closed forms of single layers.
 
     Values stay what they are, to the bit; of a layer backprop keeps the input alone.
 
@@ -135,7 +139,7 @@ def make_around(config: Config, num_layers: int) -> Around:
     )
 
     def around(layer: Callable[..., Any]) -> Callable[..., Any]:
-        layer = checkpointed(layer)
+        layer = CHECKPOINTED.layer(layer)
 
         def handed(carry: Any, slices: Any) -> Any:
             (x_BTC, cache), i = carry, slices[-1]
@@ -150,7 +154,29 @@ def make_around(config: Config, num_layers: int) -> Around:
 
         return handed
 
-    return around
+    if config.mode == "block_local":
+        return Around(around)
+    attend = _without_error if feedback.attention == "none" else AS_IT_IS.attend
+    return Around(around, functools.partial(_by_differences, feedback.sigma), attend)
+
+
+def _by_differences(size: float, function: Callable[[jax.Array], jax.Array]) -> Any:
+    """The function of single units, whose derivative is `credit.unit_error`."""
+
+    @jax.custom_vjp
+    def unit(u: jax.Array) -> jax.Array:
+        return function(u)
+
+    unit.defvjp(
+        lambda u: (function(u), u),
+        lambda u, error: (credit.unit_error(function, u, error, size),),
+    )
+    return unit
+
+
+def _without_error(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The function, which hands nothing backwards."""
+    return lambda *args: jax.lax.stop_gradient(function(*args))
 
 
 def embed(params: Any, tokens_BT: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from zo_jax.layout import Layout
-from zo_jax.train.config import GRADIENT_MODES, QUERY_MODES, Config, blocks_per_step
+from zo_jax.train.config import FEEDBACK_MODES, GRADIENT_MODES, QUERY_MODES, Config, blocks_per_step
 from zo_jax.train.settings import ConfigError
 from zo_jax.train.signals import RunStopped
 
@@ -72,9 +72,9 @@ def least_memory(config: Config, model: Any, layout: Layout | None = None) -> di
         activations = rows * layer
     if config.mode != "zo":
         rows = (config.fo.batch_size or train.batch_size) // config.fo.gradient_accumulation_steps
-        checkpointed = config.mode == "block_local" or config.model.checkpoint_activations
+        checkpointed = config.mode in FEEDBACK_MODES or config.model.checkpoint_activations
         kept = stream if checkpointed else 12 * stream + scores
-        if config.mode == "feedback":
+        if config.mode == "feedback" and not config.model.path:
             kept = 2 * stream
         activations = max(activations, rows * (model.num_layers * kept + layer))
     needs["activations"] = activations // mesh["data"]
@@ -149,7 +149,7 @@ def _remedy(config: Config, needs: dict[str, int]) -> str:
     most = max(needs, key=lambda what: needs[what])
     if most == "activations" and config.mode == "zo":
         return f"{batch}, or raise zo.batch_chunks={zo.batch_chunks}"
-    if most == "activations" and config.mode in ("feedback", "block_local"):
+    if most == "activations" and config.mode in FEEDBACK_MODES:
         return batch
     if most == "activations":
         parts = config.fo.gradient_accumulation_steps

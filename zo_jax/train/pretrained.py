@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from zo_jax.fingerprint import fingerprint
 from zo_jax.layout import Layout
 from zo_jax.models import lora
-from zo_jax.models.layers import Around, as_it_is, at_places, checkpointed
+from zo_jax.models.layers import AS_IT_IS, CHECKPOINTED, Around, at_places
 from zo_jax.models.model import Files, Model, architecture, open_files
 from zo_jax.train import feedback
-from zo_jax.train.config import Config, ConfigError
+from zo_jax.train.config import FEEDBACK_MODES, Config, ConfigError
 
 # What is split over the devices of the axis `model`: the outputs of what reads the residual stream
 # or a hidden layer's inputs, the inputs of what writes into it, and the width of embeddings.
@@ -163,16 +163,21 @@ class Pretrained:
 
     def hidden_at(self, params: Any, tokens_BT: jax.Array, places_B: jax.Array) -> jax.Array:
         """Final hidden states at one place of each row, [B, C]."""
-        if self.settings.mode == "block_local":  # whose layers hand errors on everywhere
+        if self._hands_errors:  # everywhere
             return at_places(self.hidden(params, tokens_BT), places_B)[:, 0]
         return self.model.hidden_at(self.weights(params), tokens_BT, places_B, self._around)
 
     @property
     def _around(self) -> Around:
-        """What each layer is evaluated in."""
-        if self.settings.mode == "block_local":
+        """What layers and their parts are evaluated in."""
+        if self._hands_errors:
             return feedback.make_around(self.settings, self.num_layers)
-        return checkpointed if self.settings.model.checkpoint_activations else as_it_is
+        return CHECKPOINTED if self.settings.model.checkpoint_activations else AS_IT_IS
+
+    @property
+    def _hands_errors(self) -> bool:
+        """Whether backprop goes the way of residual feedback."""
+        return self.settings.mode in FEEDBACK_MODES
 
     def head(self, params: Any) -> Any:
         """The output head [V, C]."""

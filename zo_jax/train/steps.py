@@ -29,7 +29,7 @@ from zo_jax.train.choices import (
     step_of,
     unrecorded_method,
 )
-from zo_jax.train.config import KEPT, QUERY_MODES, Config, keeps_ledger
+from zo_jax.train.config import FEEDBACK_MODES, KEPT, QUERY_MODES, Config, keeps_ledger
 from zo_jax.train.losses import next_token_loss, next_token_losses
 from zo_jax.train.optimizers import make_schedule
 from zo_jax.train.run_state import RunState, StepMetrics, StepRecord
@@ -288,9 +288,9 @@ def make_train_step(
     parts = config, model, layout
     # A pretrained model hands errors to its layers by itself: `Pretrained.hidden`.
     is_pretrained = bool(config.model.path)
-    if config.mode in ("fo", "calibrate") or (config.mode == "block_local" and is_pretrained):
+    if config.mode in ("fo", "calibrate") or (config.mode in FEEDBACK_MODES and is_pretrained):
         fo_step = make_fo_step(*parts, loss_fn)
-    elif config.mode in ("feedback", "block_local"):
+    elif config.mode in FEEDBACK_MODES:
         fo_step = make_feedback_step(*parts)
     if config.mode == "instruct":
         guided_step = make_guided_step(*parts, loss_fn)

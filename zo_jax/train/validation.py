@@ -171,10 +171,10 @@ def _check_combinations(config: Config) -> None:
 
 def _check_pretrained(config: Config) -> None:
     model = config.model
-    if model.path and config.mode == "feedback":
+    if model.path and config.mode == "feedback" and config.feedback.attention in ("weights", "qkv"):
         raise ConfigError(
-            "mode feedback trains the GPT from scratch; with model.path set mode=zo, fo, "
-            "calibrate, instruct or block_local"
+            f"feedback.attention={config.feedback.attention} has draws, which only the GPT from "
+            "scratch has; with model.path set feedback.attention=closed_form, or none"
         )
     if config.scope == "lora" and not model.path:
         raise ConfigError(
