@@ -25,9 +25,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from zo_jax import models
 from zo_jax.models.model import open_files
 from zo_jax.train.config import Config, LoraConfig, OptimizerConfig, ZOConfig
 from zo_jax.train.experiment import load
+from zo_jax.train.export import load_run
 from zo_jax.train.run import train_and_evaluate
 from zo_jax.train.subject import load_sources, make_subject
 from zo_jax.train.tasks import encode
@@ -49,11 +51,13 @@ class Method(NamedTuple):
       label: what it is.
       config: the experiment that it begins with, or "" for what is measured without a run.
       change: makes it that of the row.
+      after: the row whose model it begins with; "" for the pretrained one.
     """
 
     label: str
     config: str
     change: Callable[[Config], None] = lambda config: None
+    after: str = ""
 
 
 def _set(**fields: Any) -> Callable[[Config], None]:
@@ -89,6 +93,16 @@ METHODS = {
     "ridge": Method("ridge regression on the last hidden state", ""),
     "zo_lora": Method("zo, LoRA", "finetune_lora"),
     "zo_full": Method("zo, all weights", "finetune"),
+    "zo_full_after_norm": Method(
+        "zo, all weights, after the last norm",
+        "finetune",
+        _set(
+            optimizer__learning_rate=1e-5,
+            train__num_steps=300,
+            train__eval_interval=100,
+        ),
+        after="zo_last_norm",
+    ),
     "zo_quantized": Method(
         "zo, LoRA beside 4-bit weights", "finetune_lora", _set(model__quantized="file")
     ),
@@ -175,7 +189,7 @@ def write_examples(path: Path) -> None:
 
 def make_config(method: str, seed: int, num_steps: int, examples: Path) -> Config:
     row = METHODS[method]
-    config = load(f"{row.config or 'finetune'}:{find_model()}")
+    config = load(f"{row.config or 'finetune'}:{base_of(row, seed, examples.parent)}")
     config.seed, config.task.path, config.task.max_tokens = seed, str(examples), MAX_TOKENS
     row.change(config)
     if config.scope != "lora":
@@ -183,6 +197,19 @@ def make_config(method: str, seed: int, num_steps: int, examples: Path) -> Confi
     config.train.num_steps = num_steps or config.train.num_steps
     validate(config)
     return config
+
+
+def base_of(row: Method, seed: int, folder: Path) -> Path:
+    """The model that a row begins with, which is trained and written if it is not there."""
+    if not row.after:
+        return find_model()
+    base = folder / f"{row.after}_{seed}_model"
+    if not (base / "config.json").exists():
+        run(row.after, seed, 0, folder)
+        before = make_config(row.after, seed, 0, folder / "reviews.jsonl")
+        trained = load_run(folder / f"{row.after}_{before.train.num_steps}_{seed}")
+        models.save(base, trained, trained.params)
+    return base
 
 
 def run(method: str, seed: int, num_steps: int, folder: Path) -> dict[str, Any]:
