@@ -3,6 +3,7 @@ alone and beside their backprop steps alone.
 
   python benchmarks/hybrids.py                    the table of docs/modes.md, an hour on a core
   python benchmarks/hybrids.py --intervals=10 --methods=zo,calibrate --seeds=0
+  python benchmarks/hybrids.py --fo-batch=64      gradients of 64 blocks, where estimates have 4
 
 The character GPT of configs/calibrate.py, Adam with cosine decay. Every method has the same steps,
 of which every interval-th has a backprop gradient; "nothing between" has these steps and no others.
@@ -58,16 +59,19 @@ METHODS = {
 }
 
 
-def make_config(method: Method, interval: int, rate: float, relative: float, num_steps: int):
+def make_config(
+    method: Method, interval: int, rate: float, relative: float, num_steps: int, fo_batch: int
+) -> Config:
     config = experiment.load("calibrate" if method.mode != "instruct" else "instruct")
     config.mode = method.mode
     config.zo.num_queries = 16
     config.optimizer.learning_rate, config.optimizer.min_learning_rate = rate, 0.02 * rate
     config.train.num_steps = num_steps
-    config.fo = FOConfig(bp_interval=interval, relative_rate=relative)
+    config.fo = FOConfig(bp_interval=interval, relative_rate=relative, batch_size=fo_batch)
     if method.mode in ("zo", "fo"):
         config.fo = FOConfig()
     if method.mode == "fo":
+        config.train.batch_size = fo_batch or config.train.batch_size
         config.zo, config.train.num_steps = ZOConfig(), num_steps // interval
     if method.mode != "instruct":
         config.instruct = InstructConfig()
@@ -105,15 +109,17 @@ class Runner:
         return run
 
 
-def tell(name: str, interval: int, num_steps: int, seeds: list[int], runner: Runner) -> str:
-    method = METHODS[name]
+def tell(
+    name: str, interval: int, num_steps: int, fo_batch: int, seeds: list[int], runner: Runner
+) -> str:
+    method, length = METHODS[name], (num_steps, fo_batch)
     settings = list(itertools.product(method.rates, method.relative_rates))
     tried: dict[tuple[float, float], tuple[float, float]] = {}
     for rate, relative in settings:
-        run = runner.programs(make_config(method, interval, rate, relative, num_steps))
+        run = runner.programs(make_config(method, interval, rate, relative, *length))
         tried[rate, relative] = run(seeds[0])
     best = min(settings, key=lambda x: np.nan_to_num(tried[x][0], nan=np.inf))
-    run = runner.programs(make_config(method, interval, *best, num_steps))
+    run = runner.programs(make_config(method, interval, *best, *length))
     found = [tried[best], *(run(seed) for seed in seeds[1:])]
     losses = [loss for loss, _ in found]
     spread = f" ± {np.std(losses, ddof=1):.3f}" if len(losses) > 1 else ""
@@ -133,6 +139,9 @@ def main() -> None:
     parser.add_argument("--intervals", type=split(int), default=[10, 50])
     parser.add_argument("--seeds", type=split(int), default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument(
+        "--fo-batch", type=int, default=0, help="blocks of a backprop gradient (0: as an estimate)"
+    )
     args = parser.parse_args()
     if unknown := set(args.methods) - set(METHODS):
         parser.error(f"--methods must be of {', '.join(METHODS)}; got {', '.join(unknown)}")
@@ -141,7 +150,9 @@ def main() -> None:
     for i, interval in enumerate(args.intervals):
         for name in args.methods:
             if name != "zo" or i == 0:
-                print(tell(name, interval, args.steps, args.seeds, runner), flush=True)
+                print(
+                    tell(name, interval, args.steps, args.fo_batch, args.seeds, runner), flush=True
+                )
 
 
 if __name__ == "__main__":
