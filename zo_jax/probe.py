@@ -78,14 +78,14 @@ def probe(
     """Finds an epsilon and a learning rate for a run of so many steps.
 
     epsilon is that of `zo_jax.lines.best_epsilon`. For the rate, trials of n steps with the run's
-    own estimator and optimiser, at rates that differ by factors of two, find the best rate η_n of n
-    steps. Without minibatch noise it is the best of the run's T steps too; with nothing else
-    η_n √(n/T) is, as for any stochastic gradient descent (Nemirovski et al., "Robust stochastic
-    approximation approach to stochastic programming", 2009). In between, with s the fourth root of
-    the share of minibatch noise in the squares of projections after the best trial, and the mean f
-    of a schedule (`zo_jax.trials.for_longer_run`),
+    own estimator and optimiser, and its schedule in n steps, at rates that differ by factors of
+    two, find the best rate η_n of n steps. Without minibatch noise it is the best of the run's T
+    steps too; with nothing else η_n √(n/T) is, as for any stochastic gradient descent (Nemirovski
+    et al., "Robust stochastic approximation approach to stochastic programming", 2009). In between,
+    with s the fourth root of the share of minibatch noise in the squares of projections after the
+    best trial (`zo_jax.trials.for_longer_run`),
 
-        η_T = 2 η_n / ((1 - s) + √((1 - s)² + 4 s f² T/n)).
+        η_T = 2 η_n / ((1 - s) + √((1 - s)² + 4 s T/n)).
 
     Steps that an optimiser brings to one size do not shrink with the gradient, which is s = 1.
 
@@ -146,6 +146,7 @@ def probe(
     a_step = estimator.num_evaluations
     fewest = max(_FEWEST_STEPS, math.ceil(_FEWEST_QUERIES / estimator.num_queries))
     steps = max(fewest, round(budget * num_steps / _TRIALS))
+    course = _course(schedule, num_steps, steps)
     num_directions = _between(_FOR_DIRECTIONS * num_steps * estimator.num_queries, _DIRECTIONS)
     num_groups = math.ceil(num_directions / estimator.num_queries)
     num_held_out = _between(_FOR_DECREASE * steps * a_step, _BATCHES) if batch_fn else 1
@@ -158,12 +159,13 @@ def probe(
 
     start = measure(params, 0)
     size = math.sqrt(start.square / estimator.num_queries)  # of an entry of an estimate
-    guess, in_long_run = (bench.response(size, n).best_rate(start) for n in (steps, _LONG))
+    mean = sum(course) / steps
+    guess, in_long_run = (bench.response(size, n).best_rate(start) / mean for n in (steps, _LONG))
     before = bench.mean_loss(params, held_out)
     report(f"slope and curvature along {num_groups * estimator.num_queries} directions")
 
     def run(rate: float) -> trials.Trial:
-        trial = bench.trial(params, trial_key, rate, steps, batches, held_out, before)
+        trial = bench.trial(params, trial_key, rate, course, batches, held_out, before)
         found = f"{trial.decrease:.3g} less loss" if trial.decrease > 0 else "no less loss"
         report(f"learning rate {rate:.2g}: {found} in {steps} steps")
         return trial
@@ -174,12 +176,10 @@ def probe(
     noise_share = 1.0 if bench.normalizes(size, steps) else 0.0
     if batch_fn and not noise_share:
         noise_share = measure(best.params, steps).noise_share
-    mean_factor = 1.0 if schedule is None else _mean(schedule, num_steps)
-    times = mean_factor**2 * num_steps / steps
     # Momentum takes some steps until it is there, so trials stand larger rates than a run. Where
     # the first steps are the noisiest, as Adam's are, trials say too little; it is left at that,
     # since too small a rate costs less than too large a one.
-    rate *= min(in_long_run / guess, 1.0) * trials.for_longer_run(noise_share, times)
+    rate *= min(in_long_run / guess, 1.0) * trials.for_longer_run(noise_share, num_steps / steps)
     found = Probe(
         epsilon=float(estimator.epsilon),
         learning_rate=rate,
@@ -228,10 +228,15 @@ def _between(number: float, limits: tuple[int, int]) -> int:
     return min(max(round(number), limits[0]), limits[1])
 
 
-def _mean(schedule: Callable[[Any], Any], num_steps: int) -> float:
-    """Of a schedule over a run."""
-    steps = np.unique(np.linspace(0, num_steps - 1, 200).round().astype(np.int32))
-    return float(np.mean([schedule(step) for step in steps]))
+def _course(
+    schedule: Callable[[Any], Any] | None, num_steps: int, num_parts: int
+) -> tuple[float, ...]:
+    """A schedule over a run in so many parts, the mean over four steps of each."""
+    if schedule is None:
+        return (1.0,) * num_parts
+    steps = np.linspace(0, num_steps, 4 * num_parts, endpoint=False).astype(int)
+    values = [float(schedule(int(step))) for step in steps]
+    return tuple(np.reshape(values, (num_parts, 4)).mean(axis=1).tolist())
 
 
 def _reasons(found: Probe, line: lines.Line, estimator: Estimator, num_steps: int) -> str:

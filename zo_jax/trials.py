@@ -159,21 +159,22 @@ class Bench:
         params: Any,
         key: jax.Array,
         rate: float,
-        num_steps: int,
+        course: Sequence[float],
         batches: Batches,
         held_out: Sequence[Any],
         before: float,
     ) -> Trial:
-        """A run of so many steps from `params`, given up at a quarter of them if it has not brought
-        the loss on held-out batches below what it was `before`.
+        """A run from `params`, at `rate` times a number of `course` each step, given up at a
+        quarter of them if it has not brought the loss on held-out batches below what it was
+        `before`.
         """
         state = self._update_at(rate).init(jax.tree.map(jnp.copy, params))
-        decrease = -math.inf
+        decrease, num_steps = -math.inf, len(course)
         for step in range(num_steps):
             own = jax.random.fold_in(key, step)
             record = self._project(state.params, own, *batches(step))
             self.num_evaluations += self._estimator.num_evaluations
-            state = self._update(np.float32(rate), state, own, *record)
+            state = self._update(np.float32(rate * course[step]), state, own, *record)
             if step + 1 in (-(-num_steps // 4), num_steps):
                 decrease = before - self.mean_loss(state.params, held_out)
                 if not decrease > 0:

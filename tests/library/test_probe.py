@@ -150,10 +150,11 @@ def test_the_same_again_and_longer_and_with_a_schedule():
     adam = of_quadratic(optimizer="adam")
     again = of_quadratic(optimizer=optax.adam)
     assert again == adam
-    # As many steps of a trial in a run half as long, with half the rate in the mean.
+    # As many steps of a trial in a run half as long. A decrease a η Σ f - b η² Σ f² over the course
+    # f is largest at (1/2) / (3/8) times the rate of a constant one.
     cosine = optax.cosine_decay_schedule(1.0, 200)
     other = of_quadratic(optimizer="adam", num_steps=200, schedule=cosine, epsilon=0.02)
-    np.testing.assert_allclose(other.learning_rate, 2 * 2**0.5 * adam.learning_rate, rtol=0.1)
+    np.testing.assert_allclose(other.learning_rate, 4 / 3 * 2**0.5 * adam.learning_rate, rtol=0.3)
     assert other.epsilon == 0.02 and other.trial_steps == adam.trial_steps
 
 
