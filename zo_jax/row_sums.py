@@ -14,6 +14,9 @@ import numpy as np
 
 # Entries of a block: it and the words of its directions stay in cache.
 _BLOCK_ENTRIES = 2**18
+# Blocks of an array of bfloat16 at most: XLA has no such writes on CPUs, and makes each a pass over
+# the whole array.
+_MOST_BLOCKS = 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,6 +68,9 @@ def map_rows(
     """
     shape = arrays[0].shape
     num_rows = math.prod(shape[:-1])
+    entries = _BLOCK_ENTRIES
+    if jax.default_backend() == "cpu" and any(x.dtype == jnp.bfloat16 for x in arrays):
+        entries = max(entries, arrays[0].size // _MOST_BLOCKS)
 
     def step(first: Any, count: int, carry: Any) -> Any:
         arrays, total = carry
@@ -82,15 +88,21 @@ def map_rows(
         return list(map(put, arrays, parts)), total + number
 
     flat = [x.reshape(num_rows, shape[-1]) for x in arrays]
-    flat, total = over_blocks(num_rows, shape[-1], step, (flat, jnp.float32(0)))
+    flat, total = over_blocks(num_rows, shape[-1], step, (flat, jnp.float32(0)), entries)
     return [x.reshape(shape) for x in flat], total
 
 
-def over_blocks(num_rows: int, width: int, step: Callable[[Any, int, Any], Any], carry: Any) -> Any:
-    """carry = step(first row, number of rows, carry) for each block of rows, one after the
-    other.
+def over_blocks(
+    num_rows: int,
+    width: int,
+    step: Callable[[Any, int, Any], Any],
+    carry: Any,
+    entries: int = _BLOCK_ENTRIES,
+) -> Any:
+    """carry = step(first row, number of rows, carry) for each block of rows of so many entries, one
+    after the other.
     """
-    size = block_rows(num_rows, width)
+    size = block_rows(num_rows, width, entries)
     num_whole = num_rows // size
     whole = lambda i, carry: step(i * np.uint32(size), size, carry)
     carry = lax.fori_loop(np.uint32(0), np.uint32(num_whole), whole, carry)
@@ -98,8 +110,8 @@ def over_blocks(num_rows: int, width: int, step: Callable[[Any, int, Any], Any],
     return step(np.uint32(num_whole * size), rest, carry) if rest else carry
 
 
-def block_rows(num_rows: int, width: int) -> int:
+def block_rows(num_rows: int, width: int, entries: int = _BLOCK_ENTRIES) -> int:
     """Rows of a block: even, and such as leave no rest if there are any near."""
-    most = max(2, min(num_rows, _BLOCK_ENTRIES // width) // 2 * 2)
+    most = max(2, min(num_rows, entries // width) // 2 * 2)
     divisors = (n for n in range(most, most // 2, -2) if num_rows % n == 0)
     return next(divisors, most)
