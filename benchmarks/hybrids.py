@@ -41,12 +41,14 @@ class Method(NamedTuple):
       mode: of the program.
       relative_rates: of steps of backprop, that are tried; 0 is one optimiser for both.
       rates: learning rates that are tried.
+      cosine: of guided directions to the gradient.
     """
 
     label: str
     mode: str
     relative_rates: tuple[float, ...] = (0.0,)
     rates: tuple[float, ...] = RATES
+    cosine: float = 0.9
 
 
 METHODS = {
@@ -56,6 +58,9 @@ METHODS = {
     "instruct_one": Method("instruct, one optimiser", "instruct"),
     "calibrate": Method("calibrate, moments and rates of their own", "calibrate", RELATIVE_RATES),
     "instruct": Method("instruct, moments and rates of their own", "instruct", RELATIVE_RATES),
+    "instruct_near": Method(
+        "the same, guided directions of cosine 0.999", "instruct", RELATIVE_RATES, cosine=0.999
+    ),
 }
 
 
@@ -73,8 +78,9 @@ def make_config(
     if method.mode == "fo":
         config.train.batch_size = fo_batch or config.train.batch_size
         config.zo, config.train.num_steps = ZOConfig(), num_steps // interval
-    if method.mode != "instruct":
-        config.instruct = InstructConfig()
+    config.instruct = InstructConfig()
+    if method.mode == "instruct":
+        config.instruct = InstructConfig(method="gram_schmidt", cosine_target=method.cosine)
     validate(config)
     return config
 

@@ -14,9 +14,6 @@ import numpy as np
 
 # Entries of a block: it and the words of its directions stay in cache.
 _BLOCK_ENTRIES = 2**18
-# Blocks of an array of bfloat16 at most: XLA has no such writes on CPUs, and makes each a pass over
-# the whole array.
-_MOST_BLOCKS = 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,17 +65,14 @@ def map_rows(
     """
     shape = arrays[0].shape
     num_rows = math.prod(shape[:-1])
-    entries = _BLOCK_ENTRIES
-    if jax.default_backend() == "cpu" and any(x.dtype == jnp.bfloat16 for x in arrays):
-        entries = max(entries, arrays[0].size // _MOST_BLOCKS)
 
     def step(first: Any, count: int, carry: Any) -> Any:
         arrays, total = carry
         cut = lambda arrays: [lax.dynamic_slice_in_dim(x, first, count) for x in arrays]
 
         def changed(arrays):
-            parts, number = function(cut(arrays), first)
-            return parts, jnp.float32(number)
+            parts, number = function(list(map(_of_bits, cut(arrays), dtypes)), first)
+            return list(map(_bits, parts)), jnp.float32(number)
 
         def same(arrays):
             return cut(arrays), jnp.float32(0)
@@ -87,22 +81,31 @@ def map_rows(
         put = lambda x, part: lax.dynamic_update_slice_in_dim(x, part, first, 0)
         return list(map(put, arrays, parts)), total + number
 
-    flat = [x.reshape(num_rows, shape[-1]) for x in arrays]
-    flat, total = over_blocks(num_rows, shape[-1], step, (flat, jnp.float32(0)), entries)
-    return [x.reshape(shape) for x in flat], total
+    dtypes = [x.dtype for x in arrays]
+    flat = [_bits(x).reshape(num_rows, shape[-1]) for x in arrays]
+    flat, total = over_blocks(num_rows, shape[-1], step, (flat, jnp.float32(0)))
+    return [_of_bits(x.reshape(shape), dtype) for x, dtype in zip(flat, dtypes, strict=True)], total
 
 
-def over_blocks(
-    num_rows: int,
-    width: int,
-    step: Callable[[Any, int, Any], Any],
-    carry: Any,
-    entries: int = _BLOCK_ENTRIES,
-) -> Any:
-    """carry = step(first row, number of rows, carry) for each block of rows of so many entries, one
-    after the other.
+def _bits(x: jax.Array) -> jax.Array:
+    """On CPUs bfloat16 as its bits: XLA has no write of it there, and would convert the whole array
+    to float32 and back for every block. The bits are a copy, which an evaluation in bfloat16, whose
+    weights XLA converts as well, has room for.
     """
-    size = block_rows(num_rows, width, entries)
+    if x.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
+        return x
+    return lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def _of_bits(x: jax.Array, dtype: Any) -> jax.Array:
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
+
+
+def over_blocks(num_rows: int, width: int, step: Callable[[Any, int, Any], Any], carry: Any) -> Any:
+    """carry = step(first row, number of rows, carry) for each block of rows, one after the
+    other.
+    """
+    size = block_rows(num_rows, width)
     num_whole = num_rows // size
     whole = lambda i, carry: step(i * np.uint32(size), size, carry)
     carry = lax.fori_loop(np.uint32(0), np.uint32(num_whole), whole, carry)
@@ -110,8 +113,8 @@ def over_blocks(
     return step(np.uint32(num_whole * size), rest, carry) if rest else carry
 
 
-def block_rows(num_rows: int, width: int, entries: int = _BLOCK_ENTRIES) -> int:
+def block_rows(num_rows: int, width: int) -> int:
     """Rows of a block: even, and such as leave no rest if there are any near."""
-    most = max(2, min(num_rows, entries // width) // 2 * 2)
+    most = max(2, min(num_rows, _BLOCK_ENTRIES // width) // 2 * 2)
     divisors = (n for n in range(most, most // 2, -2) if num_rows % n == 0)
     return next(divisors, most)

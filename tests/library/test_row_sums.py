@@ -129,3 +129,17 @@ def test_adam_needs_no_gradient_and_no_words(family):
     stats = step.lower(state, key, number, c).compile().memory_analysis()
     assert stats.alias_size_in_bytes >= 3 * 4 * 4096**2
     assert stats.temp_size_in_bytes < 16e6
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends write bfloat16")
+def test_bfloat16_is_never_float32_as_a_whole():
+    """XLA would convert the whole array for every block of rows."""
+    shape = (1024, 1536)
+    state = zo_jax.Update(optax.sgd(1e-2)).init(jnp.ones(shape, jnp.bfloat16))
+    update = jax.jit(
+        lambda *x: zo_jax.Update(optax.sgd(1e-2)).from_projections(zo_jax.rademacher(), *x)[0],
+        donate_argnums=0,
+    )
+    text = update.lower(state, jax.random.key(0), jnp.float32(1), jnp.ones(2)).compile().as_text()
+    assert f"u16[{shape[0]},{shape[1]}]" in text
+    assert f"f32[{shape[0]},{shape[1]}]" not in text
