@@ -4,6 +4,7 @@ alone and beside their backprop steps alone.
   python benchmarks/hybrids.py                    the table of docs/modes.md, an hour on a core
   python benchmarks/hybrids.py --intervals=10 --methods=zo,calibrate --seeds=0
   python benchmarks/hybrids.py --fo-batch=64      gradients of 64 blocks, where estimates have 4
+  python benchmarks/hybrids.py --cosines          what gradients of few blocks are worth
 
 The character GPT of configs/calibrate.py, Adam with cosine decay. Every method has the same steps,
 of which every interval-th has a backprop gradient; "nothing between" has these steps and no others.
@@ -19,12 +20,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from zo_jax.train import experiment, run_state, steps
 from zo_jax.train.config import Config, FOConfig, InstructConfig, ZOConfig
 from zo_jax.train.data.batches import read_batches
 from zo_jax.train.data.corpus import load_corpus
 from zo_jax.train.evaluate import choose_blocks, make_evaluate
+from zo_jax.train.losses import next_token_loss
 from zo_jax.train.model import make_model
 from zo_jax.train.validation import resolve, validate
 
@@ -115,6 +118,30 @@ class Runner:
         return run
 
 
+def tell_cosines(runner: Runner, num_steps: int, interval: int = 50) -> None:
+    """Along a run of zeroth order, the cosine of the gradient of some blocks to that of 256."""
+    config = make_config(METHODS["zo"], interval, 1e-2, 0.0, num_steps, 0)
+    config = resolve(config, len(runner.corpus.train_NT))
+    loss_fn = lambda params, tokens_BT: next_token_loss(runner.model, params, tokens_BT)
+    gradient = jax.jit(jax.grad(loss_fn))
+    take = steps.make_train_step(config, runner.model)
+    state: Any = run_state.init_state(config, runner.model)
+    sizes = (4, 16, 64)
+    print(f"| step | {' | '.join(f'{size} blocks' for size in sizes)} |\n|{'---|' * 4}")
+    for step in range(num_steps):
+        if step % interval == 0:
+            chosen = np.random.default_rng([1, step]).permutation(len(runner.corpus.train_NT))
+            of = lambda first, end, chosen=chosen, params=state.params: gradient(
+                params, runner.corpus.train_NT[chosen[first:end]]
+            )
+            true = of(-256, None)
+            norm = lambda tree: float(optax.global_norm(tree))
+            found = [of(0, size) for size in sizes]
+            dots = [optax.tree.vdot(one, true) / norm(one) / norm(true) for one in found]
+            print(f"| {step} | {' | '.join(f'{float(dot):.2f}' for dot in dots)} |", flush=True)
+        state, *_ = take(state, step, *read_batches(config, runner.corpus.train_NT, step))
+
+
 def tell(
     name: str, interval: int, num_steps: int, fo_batch: int, seeds: list[int], runner: Runner
 ) -> str:
@@ -148,10 +175,13 @@ def main() -> None:
     parser.add_argument(
         "--fo-batch", type=int, default=0, help="blocks of a backprop gradient (0: as an estimate)"
     )
+    parser.add_argument("--cosines", action="store_true", help="gradients of few blocks instead")
     args = parser.parse_args()
     if unknown := set(args.methods) - set(METHODS):
         parser.error(f"--methods must be of {', '.join(METHODS)}; got {', '.join(unknown)}")
     runner = Runner()
+    if args.cosines:
+        return tell_cosines(runner, args.steps)
     print(f"{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}", flush=True)
     for i, interval in enumerate(args.intervals):
         for name in args.methods:
