@@ -186,14 +186,16 @@ class Trainer:
         self.train_step = steps.make_train_step(self.config, self.model)
         self.take(run_state.init_state(self.config, self.model), 0, 1)  # compiles
 
-    def take(self, state: Any, first: int, end: int) -> tuple[Any, float]:
+    def take(
+        self, state: Any, first: int, end: int, clock: Callable[[], float] = time.perf_counter
+    ) -> tuple[Any, float]:
         """The state after the steps from `first` to before `end`, and their seconds."""
-        start = time.perf_counter()
+        start = clock()
         for step in range(first, end):
             batches = read_batches(self.config, self.train_NT, step)
             state, _, _ = self.train_step(state, step, *batches)
         jax.block_until_ready(state)
-        return state, time.perf_counter() - start
+        return state, clock() - start
 
     def run(self) -> dict[str, Any]:
         """Steps, forward passes, seconds and validation losses along a run."""

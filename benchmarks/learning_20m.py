@@ -8,12 +8,14 @@ FOLDER has GPT-2's vocab.json (or encoder.json) and merges.txt (or vocab.bpe); w
 from the Hub. The head is the token embedding. Batches, optimiser and schedule are those of
 configs/default.py, of zeroth order those of configs/gpt2_20m.py. The rates of every row are those
 times the factor of --factors that has the lowest validation loss after a tenth of the seconds,
-first seed. Seconds are those of the steps, without compilation and evaluation. The rows are printed
-as soon as they are known.
+first seed. Seconds are those of the steps, without compilation and evaluation, and of all cores
+together, so that other work beside a run does not shorten it. The rows are printed as soon as they
+are known.
 """
 
 import argparse
 import itertools
+import time
 
 import jax
 import learning
@@ -36,7 +38,7 @@ METHODS = (
     "zo",
 )
 EVAL_BLOCKS, TIMED_STEPS, NUM_POINTS = 64, 4, 6
-HEADER = "| method | rates x | steps | tokens | seconds | loss, nats a token | along the run |"
+HEADER = "| method | rates x | steps | tokens | core seconds | loss, nats a token | along the run |"
 
 
 def make_config(method: str, seed: int, factor: float, tokenizer: str, num_steps: int) -> Config:
@@ -66,7 +68,7 @@ def steps_in(seconds: float, *settings) -> int:
     """How many steps that takes, by the time of a few."""
     trainer = learning.Trainer(make_config(*settings, TIMED_STEPS), EVAL_BLOCKS)
     state = run_state.init_state(trainer.config, trainer.model)
-    _, spent = trainer.take(state, 0, TIMED_STEPS)
+    _, spent = trainer.take(state, 0, TIMED_STEPS, time.process_time)
     return max(1, round(seconds * TIMED_STEPS / spent))
 
 
@@ -76,7 +78,7 @@ def run(method: str, seed: int, factor: float, tokenizer: str, num_steps: int):
     ends = np.linspace(0, num_steps, NUM_POINTS + 1).astype(int).tolist()
     seconds, losses = 0.0, [float(trainer.evaluate(state.params, trainer.held_out))]
     for first, end in itertools.pairwise(ends):
-        state, spent = trainer.take(state, first, end)
+        state, spent = trainer.take(state, first, end, time.process_time)
         seconds += spent
         losses.append(float(trainer.evaluate(state.params, trainer.held_out)))
     batch = next(b for b in read_batches(trainer.config, trainer.train_NT, 0) if b is not None)
