@@ -64,6 +64,12 @@ def _feedback(**fields: Any) -> Callable[[Config], None]:
     return change
 
 
+def _feedback_upper(config: Config) -> None:
+    feedback = config.feedback
+    _mode("feedback", upper_half=True)(config)
+    config.feedback = feedback
+
+
 def _scope(pattern: str) -> Callable[[Config], None]:
     def change(config: Config) -> None:
         config.scope = pattern
@@ -129,6 +135,10 @@ METHODS = {
         "feedback, draws on the weights of attention (the default run)", _feedback()
     ),
     "closed_form": Method("the same, softmax in closed form", _feedback(attention="closed_form")),
+    "sublayers": Method(
+        "the same, the output error for every sublayer", _feedback(handed_to="sublayers")
+    ),
+    "feedback_upper": Method("control: lower half frozen", _feedback_upper),
     "qkv": Method("the same, draws on queries, keys and values", _feedback(attention="qkv")),
     "none": Method("control: nothing through attention", _feedback(attention="none")),
     "last": Method(

@@ -136,6 +136,27 @@ def test_block_local_is_exact_in_the_last_block_alone(feedback_config):
         assert_close(layer(gradient, 0, *names), layer(expected, 0, *names))
 
 
+@pytest.mark.parametrize("matrix", ["identity", "random"])
+def test_errors_inside_blocks_are_their_derivatives(feedback_config, matrix):
+    """But for the square of sigma; by draws in the mean of many, whose variance falls so."""
+    feedback_config.mode, feedback_config.feedback = "block_local", FeedbackConfig(matrix=matrix)
+    flat = lambda config, key=0: np.concatenate(
+        [np.ravel(x) for x in jax.tree.leaves(gradient_of(config, key)[1])]
+    )
+    expected = flat(feedback_config)
+    gap = lambda found: np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    feedback_config.mode, misses = "feedback", []
+    for sigma in (0.2, 0.1):
+        options = FeedbackConfig(attention="closed_form", sigma=sigma, matrix=matrix)
+        feedback_config.feedback = options
+        misses.append(gap(flat(feedback_config)))
+    assert 3 < misses[0] / misses[1] < 5 and misses[1] < 1e-2
+    feedback_config.feedback = FeedbackConfig(num_draws=32, matrix=matrix)
+    found = np.array([flat(feedback_config, key) for key in range(64)])
+    one, mean = np.mean([gap(x) ** 2 for x in found]), gap(found.mean(0)) ** 2
+    assert mean < 2 * one / 64 + misses[1] ** 2
+
+
 def output_error(model, params, tokens):
     """d loss / d the end of the residual stream, by jax.grad of all that comes after it."""
     block = Block(model.num_layers, model.num_heads, model.dtype, model.param_dtype)
@@ -162,6 +183,7 @@ def sums_of_errors(gradient, length):
 
 
 def test_every_writer_gets_the_output_error(feedback_config):
+    feedback_config.feedback.handed_to = "sublayers"
     error_BTC = output_error(*setup(feedback_config))
     _, _, tokens = setup(feedback_config)
     _, gradient = gradient_of(feedback_config)
@@ -178,6 +200,7 @@ def test_random_feedback_and_errors_of_the_last_layer_alone(feedback_config):
     error_BTC = output_error(*setup(feedback_config))
     total_C = error_BTC.sum((0, 1))
     feedback_config.feedback.matrix = "random"
+    feedback_config.feedback.handed_to = "sublayers"
     biases, positions = sums_of_errors(gradient_of(feedback_config)[1], 7)
     again, _ = sums_of_errors(gradient_of(feedback_config, key=5)[1], 7)
     np.testing.assert_allclose(biases[-1], total_C, rtol=1e-4, atol=1e-6)
@@ -293,6 +316,7 @@ def test_mode_feedback_differentiates_nothing(monkeypatch, feedback_config):
         ("discount", 0.5, {"attention": "qkv"}),
         ("errors", "last", {}),
         ("matrix", "random", {}),
+        ("handed_to", "sublayers", {}),
     ],
 )
 def test_every_setting_has_an_effect(feedback_config, name, value, others):

@@ -157,6 +157,7 @@ IN_PROGRAMS = {
     "model.embedding_std": Case(0.5),
     "feedback.matrix": Case("random", FEEDBACK),
     "feedback.errors": Case("last", FEEDBACK),
+    "feedback.handed_to": Case("sublayers", FEEDBACK),
     "feedback.attention": Case("none", FEEDBACK),
     "feedback.num_draws": Case(2, FEEDBACK),
     "feedback.sigma": Case(0.1, FEEDBACK),

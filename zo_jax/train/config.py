@@ -549,6 +549,13 @@ class FeedbackConfig:
         "pretrained model the last block",
         choices=("all", "last"),
     )
+    handed_to: str = setting(
+        "blocks",
+        "what gets it: blocks, whose MLP hands its attention, and the first block the embeddings, "
+        "what it finds for its own input; or every sublayer as it is",
+        choices=("blocks", "sublayers"),
+        only_if=f"mode is feedback and feedback.errors is all and {_SCRATCH}",
+    )
     attention: str = setting(
         "weights",
         "credit inside attention: by draws on its weights, or on queries, keys and values "

@@ -36,11 +36,12 @@ def make_gradient(config: Config, model: GPT) -> Gradient:
     """What a step of the configured mode takes for the gradient: (params, key, tokens [B, T]) ->
     (loss, gradient).
 
-    With e = d loss / d (end of the residual stream), every writer into the stream takes e, or e
-    times a fixed random matrix, as the error of its output. Mode feedback has no derivative but
-    closed forms of single layers; mode block_local differentiates every block by itself
-    (`jax.vjp`), the first together with the embeddings. Neither hands an error from one block to
-    the next.
+    With e = d loss / d (end of the residual stream), every block takes e, or e times a fixed random
+    matrix, as the error of its output. Mode feedback evaluates attention and MLP alone, to find the
+    error of what lies inside them and, unless every sublayer takes e, of what goes in; it has no
+    derivative but closed forms of single layers. Mode block_local differentiates every block by
+    itself (`jax.vjp`), the first together with the embeddings. Neither hands an error from one
+    block to the next.
 
     Args:
       config: validated; its section `feedback` says how.
@@ -56,7 +57,12 @@ def make_gradient(config: Config, model: GPT) -> Gradient:
 
 
 def _make_feedback(config: Config, model: GPT) -> Gradient:
-    error_at = _make_error_at(config, model.num_layers)
+    error_at, options = _make_error_at(config, model.num_layers), config.feedback
+    by_blocks = options.handed_to == "blocks" and options.errors == "all"
+
+    def error_of(site: Any, output_BTC: jax.Array, found_BTC: jax.Array) -> jax.Array:
+        """Of a site inside a block: what was found there, or the output's."""
+        return found_BTC if by_blocks else error_at(output_BTC, site)
 
     def gradient(params: Any, key: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, Any]:
         inputs_BT = tokens_BT[:, :-1]
@@ -70,17 +76,20 @@ def _make_feedback(config: Config, model: GPT) -> Gradient:
 
         def of_block(args):
             layer, block, (x_BTC, middle_BTC) = args
-            errors = [error_at(end.error_BTC, 2 * layer + i) for i in (1, 2)]
+            error_BTC = error_at(end.error_BTC, 2 * layer + 2)
+            own, more_BTC = feed_forward_gradient(block, middle_BTC, error_BTC, options)
+            error_BTC = error_of(2 * layer + 1, end.error_BTC, error_BTC + more_BTC)
             own_key = jax.random.fold_in(key, layer)
-            return attend_gradient(
-                block, x_BTC, errors[0], own_key, model.num_heads, config.feedback
-            ) | feed_forward_gradient(block, middle_BTC, errors[1], config.feedback)
+            others, more_BTC = attend_gradient(
+                block, x_BTC, error_BTC, own_key, model.num_heads, options
+            )
+            return own | others, error_BTC + more_BTC
 
         layers = jnp.arange(model.num_layers)
-        gradient = {
-            "blocks": jax.lax.map(of_block, (layers, params["blocks"], kept)),
-            "ln_f": end.norm,
-        } | _embeddings_gradient(params, inputs_BT, error_at(end.error_BTC, 0))
+        blocks, below = jax.lax.map(of_block, (layers, params["blocks"], kept))
+        gradient = {"blocks": blocks, "ln_f": end.norm}
+        first_BTC = error_of(0, end.error_BTC, below[0])
+        gradient |= _embeddings_gradient(params, inputs_BT, first_BTC)
         return end.loss, _add_head(gradient, end.head_VC, model.tied_head)
 
     return gradient
@@ -203,7 +212,7 @@ def _add_head(gradient: Any, head_VC: jax.Array, tied: bool) -> Any:
 
 def _make_error_at(config: Config, num_layers: int) -> Callable[[jax.Array, Any], jax.Array]:
     """(output error, site) -> error of a site: 0 the embeddings, 2 l + 1 the attention and 2 l + 2
-    the MLP of layer l.
+    the MLP of layer l, which is that of the block.
     """
     feedback: FeedbackConfig = config.feedback
     last = 2 * num_layers

@@ -1,7 +1,8 @@
 """The parts of the GPT as functions of arrays, each with the gradient of its parameters from the
 error of its own output.
 
-No part is differentiated with another: what leaves a part is the gradient of its parameters alone.
+No part is differentiated with another: what leaves a part is the gradient of its parameters and
+the error of its input.
 Linear maps and the scales of LayerNorm have it in closed form; attention and the MLP's units as
 `credit.py` finds it. Axes: B blocks, T tokens, C width of the residual stream, H heads, D width of
 a head, U units of the MLP, N tokens of all blocks, V vocabulary.
@@ -59,12 +60,7 @@ def output(params: Any, head_VC: jax.Array, x_BTC: jax.Array, targets_BT: jax.Ar
         h_BTC.reshape(N, C), head_VC, targets_BT.reshape(N), 1 / N
     )
     d_h_BTC = d_hidden_NC.reshape(x_BTC.shape)
-    d_normed_BTC = d_h_BTC * params["scale"][None, None]
-    mean = lambda y_BTC: jnp.mean(y_BTC, axis=-1, keepdims=True)
-    along_BT1 = mean(d_normed_BTC * normed_BTC)
-    error_BTC = (d_normed_BTC - mean(d_normed_BTC) - normed_BTC * along_BT1) * _inverse_deviation(
-        x_BTC
-    )
+    error_BTC = _norm_error(params, x_BTC, normed_BTC, d_h_BTC)
     gradient = _norm_gradient(normed_BTC, d_h_BTC)
     return Output(jnp.sum(losses_N) / N, error_BTC, gradient, d_head_VC)
 
@@ -76,8 +72,10 @@ def attend_gradient(
     key: jax.Array,
     num_heads: int,
     config: FeedbackConfig,
-) -> dict[str, Any]:
-    """The gradient of ln_1, qkv and proj from the error of what `attend` adds."""
+) -> tuple[dict[str, Any], jax.Array]:
+    """From the error of what `attend` adds, the gradient of ln_1, qkv and proj, and the error of
+    x_BTC through it.
+    """
     B, T, C = x_BTC.shape
     h_BTC, normed_BTC = _norm(params["ln_1"], x_BTC)
     qkv = _qkv(params, h_BTC, num_heads)
@@ -93,26 +91,32 @@ def attend_gradient(
         discount=config.discount,
     )
     d_qkv_BTC = jnp.concatenate([d.reshape(B, T, C) for d in d_qkv], axis=-1)
-    return {
-        "ln_1": _norm_gradient(normed_BTC, d_qkv_BTC @ params["qkv"]["kernel"].T),
+    d_h_BTC = d_qkv_BTC @ params["qkv"]["kernel"].T
+    gradient = {
+        "ln_1": _norm_gradient(normed_BTC, d_h_BTC),
         "qkv": _linear_gradient(h_BTC, d_qkv_BTC),
         "proj": _linear_gradient(z_BTC, error_BTC),
     }
+    return gradient, _norm_error(params["ln_1"], x_BTC, normed_BTC, d_h_BTC)
 
 
 def feed_forward_gradient(
     params: Any, x_BTC: jax.Array, error_BTC: jax.Array, config: FeedbackConfig
-) -> dict[str, Any]:
-    """The gradient of ln_2, fc and fc_proj from the error of what `feed_forward` adds."""
+) -> tuple[dict[str, Any], jax.Array]:
+    """From the error of what `feed_forward` adds, the gradient of ln_2, fc and fc_proj, and the
+    error of x_BTC through it.
+    """
     h_BTC, normed_BTC = _norm(params["ln_2"], x_BTC)
     u_BTU = _linear(params["fc"], h_BTC)
     d_units_BTU = error_BTC @ params["fc_proj"]["kernel"].T
     d_u_BTU = credit.unit_error(_gelu, u_BTU, d_units_BTU, config.sigma)
-    return {
-        "ln_2": _norm_gradient(normed_BTC, d_u_BTU @ params["fc"]["kernel"].T),
+    d_h_BTC = d_u_BTU @ params["fc"]["kernel"].T
+    gradient = {
+        "ln_2": _norm_gradient(normed_BTC, d_h_BTC),
         "fc": _linear_gradient(h_BTC, d_u_BTU),
         "fc_proj": _linear_gradient(_gelu(u_BTU), error_BTC),
     }
+    return gradient, _norm_error(params["ln_2"], x_BTC, normed_BTC, d_h_BTC)
 
 
 def _norm(params: Any, x_BTC: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -123,6 +127,16 @@ def _norm(params: Any, x_BTC: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _inverse_deviation(x_BTC: jax.Array) -> jax.Array:
     return jax.lax.rsqrt(jnp.var(x_BTC, axis=-1, keepdims=True) + _EPSILON)
+
+
+def _norm_error(
+    params: Any, x_BTC: jax.Array, normed_BTC: jax.Array, error_BTC: jax.Array
+) -> jax.Array:
+    """The error of what goes into LayerNorm, from that of what comes out."""
+    d_normed_BTC = error_BTC * params["scale"][None, None]
+    mean = lambda y_BTC: jnp.mean(y_BTC, axis=-1, keepdims=True)
+    along_BT1 = mean(d_normed_BTC * normed_BTC)
+    return (d_normed_BTC - mean(d_normed_BTC) - normed_BTC * along_BT1) * _inverse_deviation(x_BTC)
 
 
 def _norm_gradient(normed_BTC: jax.Array, error_BTC: jax.Array) -> dict[str, jax.Array]:
