@@ -535,7 +535,7 @@ class InstructConfig:
 
 @dataclasses.dataclass
 class FeedbackConfig:
-    """The output error, handed to every layer as its own."""
+    """The output error, handed to every block as its own."""
 
     matrix: str = setting(
         "identity",
@@ -808,7 +808,7 @@ class Config:
         "zo (forward passes only), fo (backprop), calibrate (zo, and every fo.bp_interval steps fo "
         "instead), instruct (zo, and every fo.bp_interval steps along guided directions), feedback "
         "(forward "
-        "passes only: the output error handed to every layer, local credit inside) or block_local "
+        "passes only: the output error handed to every block, local credit inside) or block_local "
         "(the "
         "same, with backprop inside every block)",
         choices=MODES,
@@ -838,7 +838,7 @@ class Config:
     )
     feedback: FeedbackConfig = section(
         FeedbackConfig,
-        "the output error, handed to every layer",
+        "the output error, handed to every block",
         only_if="mode is feedback or block_local",
     )
     optimizer: OptimizerConfig = section(OptimizerConfig, "optimiser and learning rate")

@@ -175,7 +175,8 @@ def _describe_feedback(config: Config, batch: str) -> str:
         "identity": "as it is (residual feedback)",
         "random": "through fixed random matrices (a control)",
     }[feedback.matrix]
-    whom = {"all": "every layer", "last": "the last one alone (a control)"}[feedback.errors]
+    whom = {"blocks": "every block", "sublayers": "every sublayer"}[feedback.handed_to]
+    whom = {"all": whom, "last": "the last one alone (a control)"}[feedback.errors]
     of_output = "" if config.model.path else " in closed form"
     start = f"the output error{of_output}, handed to {whom} {way}"
     end = f"a biased direction, no zeroth-order estimate of the gradient; {batch}"
@@ -188,9 +189,9 @@ def _describe_feedback(config: Config, batch: str) -> str:
         "none": "nothing through attention (a control)",
     }[feedback.attention]
     return (
-        f"forward passes only, no backprop from layer to layer: {start}; inside a layer "
+        f"forward passes only, no backprop and nothing from block to block: {start}; inside a block "
         f"differences of {feedback.sigma:g}, "
-        f"{attention}, and linear maps in closed form; {end}"
+        f"{attention}, and linear maps and norms in closed form; {end}"
     )
 
 

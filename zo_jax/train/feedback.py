@@ -1,9 +1,9 @@
 """Modes feedback and block_local: the error of the output, known in closed form, is handed to every
-layer as its own.
+block as its own.
 
-A layer that writes into the residual stream has its output added to what the layers above read and
-write. If these changed little, the error of the stream's end would be the error of every layer's
-output: residual feedback takes it so. It is exact for the last layer alone, and biased below.
+A block adds to the residual stream what the blocks above read and write. If these changed little,
+the error of the stream's end would be the error of every block's output: residual feedback takes it
+so. It is exact for the last block alone, and biased below.
 Relatives: feedback alignment (Lillicrap et al., 2016) and its direct form (Nøkland, 2016), which
 hand errors down by random matrices. Axes: B blocks, T tokens, C width of the residual stream, L
 layers.

@@ -1,8 +1,8 @@
 """A character GPT of 0.11 million parameters learns Shakespeare with forward passes only, past what
 pairs of characters tell.
 
-The error of the output, known in closed form, is handed to every layer as its own (residual
-feedback); inside a layer the credit comes from evaluating that layer alone. A biased direction, no
+The error of the output, known in closed form, is handed to every block as its own (residual
+feedback); inside a block the credit comes from evaluating its layers alone. A biased direction, no
 zeroth-order estimate of the gradient: that is configs/zo.py.
 
 Command: python main.py
