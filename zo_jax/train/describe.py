@@ -189,7 +189,7 @@ def _describe_feedback(config: Config, batch: str) -> str:
         "none": "nothing through attention (a control)",
     }[feedback.attention]
     return (
-        f"forward passes only, no backprop and nothing from block to block: {start}; inside a block "
+        f"forward passes only, no backprop, nothing from block to block: {start}; inside a block "
         f"differences of {feedback.sigma:g}, "
         f"{attention}, and linear maps and norms in closed form; {end}"
     )
