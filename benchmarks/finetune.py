@@ -142,7 +142,7 @@ METHODS = {
         _of_weights(2e-5, mode="block_local", feedback__matrix="random"),
     ),
     "feedback": Method(
-        "residual feedback, forward passes only, all weights",
+        "residual feedback, no derivatives of units, all weights",
         "finetune",
         _of_weights(2e-5, mode="feedback", feedback__attention="closed_form"),
     ),

@@ -62,7 +62,7 @@ METHODS = {
     "calibrate": Method("calibrate, moments and rates of their own", "calibrate", RELATIVE_RATES),
     "instruct": Method("instruct, moments and rates of their own", "instruct", RELATIVE_RATES),
     "instruct_near": Method(
-        "the same, guided directions of cosine 0.999", "instruct", RELATIVE_RATES, cosine=0.999
+        "instruct, guided directions of cosine 0.999", "instruct", RELATIVE_RATES, cosine=0.999
     ),
 }
 

@@ -136,7 +136,7 @@ METHODS = {
     ),
     "closed_form": Method("the same, softmax in closed form", _feedback(attention="closed_form")),
     "sublayers": Method(
-        "the same, the output error for every sublayer", _feedback(handed_to="sublayers")
+        "feedback, the output error for every sublayer", _feedback(handed_to="sublayers")
     ),
     "feedback_upper": Method("control: lower half frozen", _feedback_upper),
     "qkv": Method("the same, draws on queries, keys and values", _feedback(attention="qkv")),

@@ -5,12 +5,12 @@ row for the same seconds of steps.
   python benchmarks/learning_20m.py --tokenizer=FOLDER --methods=feedback,backprop --seconds=60
 
 FOLDER has GPT-2's vocab.json (or encoder.json) and merges.txt (or vocab.bpe); without it they come
-from the Hub. The head is the token embedding. Batches, optimiser and schedule are those of
-configs/default.py, of zeroth order those of configs/gpt2_20m.py. The rates of every row are those
-times the factor of --factors that has the lowest validation loss after a tenth of the seconds,
-first seed. Seconds are those of the steps, without compilation and evaluation, and of all cores
-together, so that other work beside a run does not shorten it. The rows are printed as soon as they
-are known.
+from the Hub. The head is the token embedding. Batches are 8 blocks of 64 tokens. Optimiser and
+schedule are those of configs/default.py, of zeroth order those of configs/gpt2_20m.py. The rates of
+every row are those times the factor of --factors that has the lowest validation loss after a tenth
+of the seconds, first seed. Seconds are those of the steps, without compilation and evaluation, and
+of all cores together, so that other work beside a run does not shorten it. The rows are printed as
+soon as they are known.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from zo_jax.train.data.batches import read_batches
 from zo_jax.train.model import SIZES
 from zo_jax.train.validation import validate
 
-# The errors of all but the last MLP and the head at zero; the tied head learns with the embedding.
 METHODS = (
     "feedback",
     "last",

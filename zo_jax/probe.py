@@ -41,8 +41,8 @@ class Probe(NamedTuple):
       noise_share: of the squares of projections after the best trial, the part that is minibatch
         noise; 1 with an optimiser that brings its steps to one size.
       trial_steps: steps of a trial.
-      trials: (learning rate, decrease of the loss), by rate; the decrease is -inf where a trial was
-        given up.
+      trials: (learning rate, with a schedule its peak; decrease of the loss), by rate; the decrease
+        is -inf where a trial was given up.
       num_evaluations: of the loss, all in all.
       reasons: a few lines for people.
     """
@@ -90,8 +90,9 @@ def probe(
     Steps that an optimiser brings to one size do not shrink with the gradient, which is s = 1.
 
     The first trial is at the rate where a quadratic model of the loss falls most in a step,
-    q ‖∇L‖² / (E[c²] tr ∇²L) for SGD. In ‖∇L‖² = E[c c'] the two projections are of different
-    batches along the same direction, so that their minibatch noise leaves it alone.
+    q ‖∇L‖² / (E[c²] tr ∇²L) for SGD, over the mean of a schedule. In ‖∇L‖² = E[c c'] the two
+    projections are of different batches along the same direction, so that their minibatch noise
+    leaves it alone.
 
     Numbers decide how it goes on, so it is called outside `jax.jit`. The same arguments give the
     same proposal. It holds the parameters three times, and the state of the optimiser once.
@@ -103,7 +104,7 @@ def probe(
       *batch: the batch of every step, if it is always the same.
       num_steps: T, of the run.
       optimizer: "sgd", "adam", or a function from a learning rate, a traced scalar, to an optax
-        transformation or an `Update`.
+        transformation or an `Update`; with a schedule it is given each step's rate anew.
       schedule: function of the step from 0, the course of the rate as parts of `learning_rate`;
         None: constant.
       batch_fn: in the place of `batch`: `batch_fn(step)` -> the batch of a step, a tuple.

@@ -12,6 +12,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from zo_jax.estimators import Estimator
 from zo_jax.update import Update
@@ -167,8 +168,16 @@ class Bench:
         """A run from `params`, at `rate` times a number of `course` each step, given up at a
         quarter of them if it has not brought the loss on held-out batches below what it was
         `before`.
+
+        Raises:
+          ValueError: the optimiser keeps its rate in its state, and the course is not constant.
         """
         state = self._update_at(rate).init(jax.tree.map(jnp.copy, params))
+        if len(set(course)) > 1 and optax.tree.get_all_with_path(state.opt_state, "hyperparams"):
+            raise ValueError(
+                "an optimizer is given its rate anew at every step of a schedule, and one of "
+                "optax.inject_hyperparams keeps the first; take the transformation itself"
+            )
         decrease, num_steps = -math.inf, len(course)
         for step in range(num_steps):
             own = jax.random.fold_in(key, step)
@@ -211,7 +220,9 @@ def _feed(update_at: Callable[[Any], Update], size: Any, num_steps: Any) -> tupl
 
 
 def search(run: Callable[[float], Trial], guess: float) -> dict[float, Trial]:
-    """Trials by their rates, factors of two apart, as far as they lower the loss more.
+    """Trials by their rates, factors of two apart, until the best has a worse one above it and two
+    below, and the lowest was not given up: rates that are far too large may lower the loss too, and
+    some of them more than their neighbours.
 
     Raises:
       ValueError: none lowers it, or none is too large.
@@ -223,7 +234,9 @@ def search(run: Callable[[float], Trial], guess: float) -> dict[float, Trial]:
     trials = {0: run(guess)}
     while len(trials) < _MOST:
         best = max(trials, key=lambda i: (trials[i].decrease, -i))
-        missing = [i for i in (best - 1, best + 1) if i not in trials]
+        missing = [i for i in (best - 1, best + 1, best - 2) if i not in trials]
+        if not missing and trials[lowest := min(trials)].decrease == -math.inf:
+            missing = [lowest - 1]
         if not missing:
             return {guess * _RATIO**i: trial for i, trial in trials.items()}
         new = run(guess * _RATIO ** missing[0])

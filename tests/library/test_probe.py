@@ -158,6 +158,24 @@ def test_the_same_again_and_longer_and_with_a_schedule():
     assert other.epsilon == 0.02 and other.trial_steps == adam.trial_steps
 
 
+def test_search_goes_below_rates_that_are_far_too_large():
+    """Above those that were given up there are some that lower the loss a little."""
+    found = {4: -1.0, 2: 0.34, 1: 0.45, 1 / 2: 0.43, 1 / 4: -1.0, 1 / 8: 0.58, 1 / 16: 0.55}
+    run = lambda rate: trials.Trial(
+        found.get(rate, 0.1) if found.get(rate, 1) > 0 else -math.inf, None
+    )
+    done = trials.search(run, 4.0)
+    assert max(done, key=lambda rate: done[rate].decrease) == 1 / 8
+    assert sorted(done) == [1 / 32, *sorted(found)]
+
+
+def test_a_rate_that_an_optimizer_keeps_has_no_schedule():
+    kept = optax.inject_hyperparams(optax.sgd)
+    with pytest.raises(ValueError, match="inject_hyperparams keeps the first"):
+        of_quadratic(optimizer=kept, schedule=optax.cosine_decay_schedule(1.0, 400))
+    assert of_quadratic(optimizer=kept).learning_rate == of_quadratic().learning_rate
+
+
 def test_minibatch_noise_is_told_from_the_gradient():
     """Linear regression: batches of 4 have nine tenths and more of their squares from noise."""
     rng = np.random.default_rng(4)

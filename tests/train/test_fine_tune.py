@@ -217,7 +217,7 @@ def test_scopes_of_a_pretrained_model(folder):
         ({"model.path": "none"}, "model.path=none: none must be a folder with a config.json"),
         ({"model.quantized": "file"}, "keeps the blocks of a .gguf file"),
         ({"lora.targets": "nothing"}, "lora: targets must find one of"),
-        ({"mode": "feedback"}, "mode feedback trains the GPT from scratch"),
+        ({"mode": "feedback"}, "attention=closed_form, or none"),
         ({"task.labels": ""}, "needs either task.labels.* or task.target"),
         ({"task.template": ""}, "needs task.template"),
         ({"task.path": ""}, "needs task.path"),

@@ -539,13 +539,13 @@ class FeedbackConfig:
 
     matrix: str = setting(
         "identity",
-        "what an error passes on its way to a layer: nothing, or a fixed random matrix, a control",
+        "what an error passes on its way to a block: nothing, or a fixed random matrix, a control",
         choices=("identity", "random"),
         only_if="feedback.errors is all",
     )
     errors: str = setting(
         "all",
-        "layers that get it: all, or (a control) the last MLP alone, in mode block_local and of a "
+        "blocks that get it: all, or (a control) the last MLP alone, in mode block_local and of a "
         "pretrained model the last block",
         choices=("all", "last"),
     )

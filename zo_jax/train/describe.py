@@ -176,7 +176,8 @@ def _describe_feedback(config: Config, batch: str) -> str:
         "random": "through fixed random matrices (a control)",
     }[feedback.matrix]
     whom = {"blocks": "every block", "sublayers": "every sublayer"}[feedback.handed_to]
-    whom = {"all": whom, "last": "the last one alone (a control)"}[feedback.errors]
+    last = "block" if config.mode == "block_local" or config.model.path else "MLP"
+    whom = {"all": whom, "last": f"the last {last} alone (a control)"}[feedback.errors]
     of_output = "" if config.model.path else " in closed form"
     start = f"the output error{of_output}, handed to {whom} {way}"
     end = f"a biased direction, no zeroth-order estimate of the gradient; {batch}"
@@ -188,8 +189,10 @@ def _describe_feedback(config: Config, batch: str) -> str:
         "closed_form": "the derivative of attention in closed form",
         "none": "nothing through attention (a control)",
     }[feedback.attention]
+    # A pretrained model's linear maps and norms are taken backwards layer by layer.
+    what = "no backprop between blocks" if config.model.path else "forward passes only, no backprop"
     return (
-        f"forward passes only, no backprop, nothing from block to block: {start}; inside a block "
+        f"{what}, nothing from block to block: {start}; inside a block "
         f"differences of {feedback.sigma:g}, "
         f"{attention}, and linear maps and norms in closed form; {end}"
     )

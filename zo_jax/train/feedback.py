@@ -49,8 +49,8 @@ def make_gradient(config: Config, model: GPT) -> Gradient:
 
     Returns:
       A function of the parameters, a key (of the draws; unused without them) and int32 tokens [B,
-      T], whose gradient is like the
-      parameters: exact for the head and the last layer's writer, biased below.
+      T], whose gradient is like the parameters: exact for the head and, but for draws and
+      differences, the last block (of sublayers that all take e, its MLP alone); biased below.
     """
     make = {"feedback": _make_feedback, "block_local": _make_block_local}[config.mode]
     return make(config, model)
@@ -74,7 +74,7 @@ def _make_feedback(config: Config, model: GPT) -> Gradient:
         x_BTC, kept = jax.lax.scan(forward, embed(params, inputs_BT), params["blocks"])
         end = output(params["ln_f"], model.head(params), x_BTC, tokens_BT[:, 1:])
 
-        def of_block(args):
+        def of_block(_, args):
             layer, block, (x_BTC, middle_BTC) = args
             error_BTC = error_at(end.error_BTC, 2 * layer + 2)
             own, more_BTC = feed_forward_gradient(block, middle_BTC, error_BTC, options)
@@ -83,12 +83,13 @@ def _make_feedback(config: Config, model: GPT) -> Gradient:
             others, more_BTC = attend_gradient(
                 block, x_BTC, error_BTC, own_key, model.num_heads, options
             )
-            return own | others, error_BTC + more_BTC
+            return error_BTC + more_BTC, own | others
 
-        layers = jnp.arange(model.num_layers)
-        blocks, below = jax.lax.map(of_block, (layers, params["blocks"], kept))
+        # From the last block to the first, whose error alone goes on, to the embeddings.
+        layers = jnp.arange(model.num_layers), params["blocks"], kept
+        below_BTC, blocks = jax.lax.scan(of_block, end.error_BTC, layers, reverse=True)
         gradient = {"blocks": blocks, "ln_f": end.norm}
-        first_BTC = error_of(0, end.error_BTC, below[0])
+        first_BTC = error_of(0, end.error_BTC, below_BTC)
         gradient |= _embeddings_gradient(params, inputs_BT, first_BTC)
         return end.loss, _add_head(gradient, end.head_VC, model.tied_head)
 
@@ -106,16 +107,15 @@ def _make_block_local(config: Config, model: GPT) -> Gradient:
         x_BTC, kept = jax.lax.scan(forward, embed(params, inputs_BT), params["blocks"])
         end = output(params["ln_f"], model.head(params), x_BTC, tokens_BT[:, 1:])
 
-        def of_block(args):
+        def of_block(_, args):
             layer, block, x_BTC = args
             _, derivative = jax.vjp(apply, block, x_BTC)
-            return derivative(error_at(end.error_BTC, 2 * layer + 2))
+            return derivative(error_at(end.error_BTC, 2 * layer + 2))[::-1]
 
-        blocks, below = jax.lax.map(
-            of_block, (jnp.arange(model.num_layers), params["blocks"], kept)
-        )
+        layers = jnp.arange(model.num_layers), params["blocks"], kept
+        below_BTC, blocks = jax.lax.scan(of_block, end.error_BTC, layers, reverse=True)
         gradient = {"blocks": blocks, "ln_f": end.norm}
-        gradient |= _embeddings_gradient(params, inputs_BT, below[0])
+        gradient |= _embeddings_gradient(params, inputs_BT, below_BTC)
         return end.loss, _add_head(gradient, end.head_VC, model.tied_head)
 
     return gradient
@@ -134,7 +134,7 @@ def make_around(config: Config, num_layers: int) -> Around:
       config: validated; its section `feedback` says how.
       num_layers: of the model.
     """
-    error_at, feedback = _make_error_at(config, num_layers), config.feedback
+    error_at, options = _make_error_at(config, num_layers), config.feedback
 
     @jax.custom_vjp
     def at_site(y_BTC: jax.Array, site: jax.Array) -> jax.Array:
@@ -147,7 +147,7 @@ def make_around(config: Config, num_layers: int) -> Around:
         lambda site, error_BTC: (error_at(error_BTC, site).astype(error_BTC.dtype), None),
     )
 
-    def around(layer: Callable[..., Any]) -> Callable[..., Any]:
+    def of_layer(layer: Callable[..., Any]) -> Callable[..., Any]:
         layer = CHECKPOINTED.layer(layer)
 
         def handed(carry: Any, slices: Any) -> Any:
@@ -155,18 +155,18 @@ def make_around(config: Config, num_layers: int) -> Around:
             # The first layer is differentiated together with the embeddings.
             still_BTC = jnp.where(i == 0, x_BTC, jax.lax.stop_gradient(x_BTC))
             y_BTC, cache = layer((still_BTC, cache), slices)
-            if feedback.errors == "last":  # and nothing goes on
+            if options.errors == "last":  # and nothing goes on
                 return (y_BTC, cache)
-            if feedback.matrix == "random":
+            if options.matrix == "random":
                 y_BTC = at_site(y_BTC, 2 * i + 2)
             return y_BTC + (x_BTC - still_BTC), cache
 
         return handed
 
     if config.mode == "block_local":
-        return Around(around)
-    attend = _without_error if feedback.attention == "none" else AS_IT_IS.attend
-    return Around(around, functools.partial(_by_differences, feedback.sigma), attend)
+        return Around(of_layer)
+    of_attention = _without_error if options.attention == "none" else AS_IT_IS.attend
+    return Around(of_layer, functools.partial(_by_differences, options.sigma), of_attention)
 
 
 def _by_differences(size: float, function: Callable[[jax.Array], jax.Array]) -> Any:

@@ -140,7 +140,10 @@ def _make_optimizer(
         return mudamw(
             schedule, **moments, **decay, cautious=config.cautious, matrix_mask=orthogonalized
         )
-    ratio = (config.adam_learning_rate or config.learning_rate) / config.learning_rate
+    rest = schedule  # of what Muon leaves to Adam
+    if config.adam_learning_rate:
+        ratio = config.adam_learning_rate / config.learning_rate
+        rest = lambda step: ratio * schedule(step)
     dimensions = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 
     def dimensions_of(params: Any) -> Any:
@@ -148,7 +151,7 @@ def _make_optimizer(
 
     return optax.contrib.muon(
         schedule,
-        adam_learning_rate=lambda step: ratio * schedule(step),
+        adam_learning_rate=rest,
         adam_b1=config.b1,
         adam_b2=config.b2,
         eps=config.eps,

@@ -387,6 +387,11 @@ def _check_optimizer(config: Config) -> None:
             f"optimizer.learning_rate=auto is found by trials whose shares of zo.groups="
             f"{config.zo.groups} stay what they are at the start; set a number, or zo.groups=none"
         )
+    if rate == "auto" and optimizer.adam_learning_rate:
+        raise ConfigError(
+            f"optimizer.learning_rate=auto finds one rate, and optimizer.adam_learning_rate="
+            f"{optimizer.adam_learning_rate} is another; set a number, or adam_learning_rate=0"
+        )
     is_number = rate != "auto"
     if optimizer.schedule == "cosine" and is_number and optimizer.min_learning_rate > rate:
         raise ConfigError(

@@ -2,7 +2,7 @@
 pairs of characters tell.
 
 The error of the output, known in closed form, is handed to every block as its own (residual
-feedback); inside a block the credit comes from evaluating its layers alone. A biased direction, no
+feedback); inside a block the credit comes from evaluating its parts alone. A biased direction, no
 zeroth-order estimate of the gradient: that is configs/zo.py.
 
 Command: python main.py
