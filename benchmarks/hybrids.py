@@ -45,6 +45,7 @@ class Method(NamedTuple):
       relative_rates: of steps of backprop, that are tried; 0 is one optimiser for both.
       rates: learning rates that are tried.
       cosine: of guided directions to the gradient.
+      normalize: whether estimates along them are at its scale.
     """
 
     label: str
@@ -52,6 +53,7 @@ class Method(NamedTuple):
     relative_rates: tuple[float, ...] = (0.0,)
     rates: tuple[float, ...] = RATES
     cosine: float = 0.9
+    normalize: bool = False
 
 
 METHODS = {
@@ -63,6 +65,13 @@ METHODS = {
     "instruct": Method("instruct, moments and rates of their own", "instruct", RELATIVE_RATES),
     "instruct_near": Method(
         "instruct, guided directions of cosine 0.999", "instruct", RELATIVE_RATES, cosine=0.999
+    ),
+    "instruct_scale": Method(
+        "instruct, cosine 0.999, at the gradient's scale",
+        "instruct",
+        RELATIVE_RATES,
+        cosine=0.999,
+        normalize=True,
     ),
 }
 
@@ -83,7 +92,9 @@ def make_config(
         config.zo, config.train.num_steps = ZOConfig(), num_steps // interval
     config.instruct = InstructConfig()
     if method.mode == "instruct":
-        config.instruct = InstructConfig(method="gram_schmidt", cosine_target=method.cosine)
+        config.instruct = InstructConfig(
+            method="gram_schmidt", cosine_target=method.cosine, normalize=method.normalize
+        )
     validate(config)
     return config
 

@@ -62,8 +62,16 @@ def central(loss, start, directions, epsilon):
     )
 
 
-@pytest.mark.parametrize("method, num_guided", [("hybrid", 0), ("hybrid", 2), ("gram_schmidt", 0)])
-def test_guided_step_equals_numpy(tiny_config, method, num_guided):
+@pytest.mark.parametrize(
+    "method, num_guided, normalize",
+    [
+        ("hybrid", 0, False),
+        ("hybrid", 2, False),
+        ("hybrid", 2, True),
+        ("gram_schmidt", 0, False),
+    ],
+)
+def test_guided_step_equals_numpy(tiny_config, method, num_guided, normalize):
     q = 3
     tiny_config.mode, tiny_config.fo.bp_interval = "instruct", 1
     tiny_config.zo.epsilon = 1e-2
@@ -74,6 +82,7 @@ def test_guided_step_equals_numpy(tiny_config, method, num_guided):
         blend_ratio=0.25,
         grad_clip_norm=0.5,
         cosine_target=0.6,
+        normalize=normalize,
     )
     tiny_config.optimizer.name, tiny_config.scope = "sgd", FEW
     config, model, corpus, state = setup(tiny_config)
@@ -102,7 +111,9 @@ def test_guided_step_equals_numpy(tiny_config, method, num_guided):
         else []
     )
     c = central(loss, start, z, 1e-2)
-    estimate = sum(ci * zi for ci, zi in zip(c, z, strict=True)) / q
+    parts = [ci * zi for ci, zi in zip(c, z, strict=True)]
+    guided = sum(parts[:k]) / (g @ g if normalize else 1)
+    estimate = (guided + sum(parts[k:])) / q
     estimate = estimate * min(1, 0.5 / np.linalg.norm(estimate))
     mixed = 0.75 * estimate + 0.25 * g
     np.testing.assert_allclose(info.grad_norm, np.linalg.norm(mixed), rtol=1e-3)

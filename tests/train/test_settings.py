@@ -130,6 +130,7 @@ IN_PROGRAMS = {
     "instruct.noise_scale": Case(0.7, INSTRUCT),
     "instruct.num_guided": Case(2, INSTRUCT),
     "instruct.blend_ratio": Case(0.3, INSTRUCT),
+    "instruct.normalize": Case(True, INSTRUCT),
     "instruct.grad_clip_norm": Case(0.3, INSTRUCT),
     "instruct.adaptive": Case(True, INSTRUCT),
     "instruct.adaptive_start": Case(3.0, ADAPTIVE),

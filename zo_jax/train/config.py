@@ -503,6 +503,11 @@ class InstructConfig:
     blend_ratio: float = setting(
         0.0, "part of the backprop gradient in the update", allowed="from 0 to 1"
     )
+    normalize: bool = setting(
+        False,
+        "bring estimates along guided directions, which are as long as the gradient, to its scale; "
+        "else they go with its third power",
+    )
     grad_clip_norm: float = setting(
         0.0, "largest global norm of the estimate (0: any)", allowed=_NOT_NEGATIVE
     )

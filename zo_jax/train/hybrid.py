@@ -68,12 +68,14 @@ class Part(NamedTuple):
       family: of their directions.
       key: of their keys.
       first, end: their range among all queries of the step.
+      factor: of their estimate.
     """
 
     family: Family
     key: jax.Array
     first: int
     end: int
+    factor: Any = 1.0
 
 
 # (part) -> (mean loss of its finite queries, projections [n]).
@@ -106,9 +108,13 @@ def estimate_guided(
     cosine, noise_scale = adaptive_schedule(config, history)
     num_guided = min(config.num_guided or num_queries, num_queries)
 
+    norm = jnp.sqrt(tree_dot(backprop, backprop))
+    # Along a direction as long as the gradient, c z goes with its third power.
+    factor = 1 / jnp.maximum(norm, MIN_NORM) ** 2 if config.normalize else 1.0
+
     def along_guided():
         family = guided(backprop, cosine, noise_scale, config.method)
-        parts = [Part(family, jax.random.fold_in(key, 0), 0, num_guided)]
+        parts = [Part(family, jax.random.fold_in(key, 0), 0, num_guided, factor)]
         if num_guided < num_queries:
             parts.append(Part(random, jax.random.fold_in(key, 1), num_guided, num_queries))
         return _mean_of(parts, backprop, project_part)
@@ -116,7 +122,6 @@ def estimate_guided(
     def along_random():
         return _mean_of([Part(random, key, 0, num_queries)], backprop, project_part)
 
-    norm = jnp.sqrt(tree_dot(backprop, backprop))
     loss, gradient = jax.lax.cond(norm > MIN_NORM, along_guided, along_random)
     gradient = clip(gradient, config.grad_clip_norm)
     b = config.blend_ratio
@@ -135,7 +140,9 @@ def _mean_of(parts: list[Part], like: Any, project_part: ProjectPart) -> tuple[j
         for (loss, _), f in zip(projected, finite, strict=True)
     ]
     sums = [
-        part.family.combine(like, jax.random.split(part.key, len(c)), jnp.where(f, c, 0) / total)
+        part.family.combine(
+            like, jax.random.split(part.key, len(c)), part.factor * jnp.where(f, c, 0) / total
+        )
         for part, (_, c), f in zip(parts, projected, finite, strict=True)
     ]
     loss = jnp.where(count > 0, sum(losses) / total, jnp.nan)
