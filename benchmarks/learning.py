@@ -207,13 +207,15 @@ class Trainer:
         jax.block_until_ready(state)
         return state, clock() - start
 
-    def run(self) -> dict[str, Any]:
+    def run(
+        self, num_points: int = NUM_POINTS, clock: Callable[[], float] = time.perf_counter
+    ) -> dict[str, Any]:
         """Steps, forward passes, seconds and validation losses along a run."""
         state = run_state.init_state(self.config, self.model)
-        ends = np.linspace(0, self.config.train.num_steps, NUM_POINTS + 1).astype(int)
+        ends = np.linspace(0, self.config.train.num_steps, num_points + 1).astype(int)
         seconds, losses = [0.0], [float(self.evaluate(state.params, self.held_out))]
         for first, end in itertools.pairwise(ends.tolist()):
-            state, spent = self.take(state, first, end)
+            state, spent = self.take(state, first, end, clock)
             seconds.append(seconds[-1] + spent)
             losses.append(float(self.evaluate(state.params, self.held_out)))
         passes = ends * passes_of_a_step(self.config)
@@ -234,13 +236,18 @@ def tell(rows: list[dict], method: str, depth: int, num_steps: int) -> str:
     """A row of the table, of all its seeds that are there."""
     mine = [row for row in rows if row["key"][:2] + row["key"][3:] == [method, depth, num_steps]]
     losses, seconds = ([row[name][-1] for row in mine] for name in ("loss", "seconds"))
-    spread = f" ± {np.std(losses, ddof=1):.3f}" if len(mine) > 1 else ""
     last = mine[-1]
     return (
         f"| {METHODS[method].label} | {depth} | {len(mine)} | {last['steps'][-1]:,} | "
         f"{last['passes'][-1]:,} "
-        f"| {np.mean(seconds):.0f} | {np.mean(losses):.3f}{spread} |"
+        f"| {np.mean(seconds):.0f} | {mean_and_spread(losses)} |"
     )
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Of a column of the table: the mean, and the standard deviation if there are several."""
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
 
 
 def draw(rows: list[dict], depth: int, num_steps: int, path: Path) -> None:

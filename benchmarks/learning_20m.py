@@ -14,8 +14,8 @@ soon as they are known.
 """
 
 import argparse
-import itertools
 import time
+from typing import Any
 
 import jax
 import learning
@@ -23,7 +23,6 @@ import numpy as np
 
 from zo_jax.train import experiment, run_state
 from zo_jax.train.config import Config, FeedbackConfig
-from zo_jax.train.data.batches import read_batches
 from zo_jax.train.model import SIZES
 from zo_jax.train.validation import validate
 
@@ -71,17 +70,14 @@ def steps_in(seconds: float, *settings) -> int:
     return max(1, round(seconds * TIMED_STEPS / spent))
 
 
-def run(method: str, seed: int, factor: float, tokenizer: str, num_steps: int):
+def run(
+    method: str, seed: int, factor: float, tokenizer: str, num_steps: int
+) -> tuple[dict[str, Any], int]:
+    """What a run reaches, as `learning.Trainer.run` has it, and the tokens that it reads."""
     trainer = learning.Trainer(make_config(method, seed, factor, tokenizer, num_steps), EVAL_BLOCKS)
-    state = run_state.init_state(trainer.config, trainer.model)
-    ends = np.linspace(0, num_steps, NUM_POINTS + 1).astype(int).tolist()
-    seconds, losses = 0.0, [float(trainer.evaluate(state.params, trainer.held_out))]
-    for first, end in itertools.pairwise(ends):
-        state, spent = trainer.take(state, first, end, time.process_time)
-        seconds += spent
-        losses.append(float(trainer.evaluate(state.params, trainer.held_out)))
-    batch = next(b for b in read_batches(trainer.config, trainer.train_NT, 0) if b is not None)
-    return losses, seconds, num_steps * np.asarray(batch).size
+    config = trainer.config
+    tokens = num_steps * config.train.batch_size * config.data.block_size
+    return trainer.run(NUM_POINTS, time.process_time), tokens
 
 
 def tell(method: str, options: argparse.Namespace) -> str:
@@ -89,19 +85,18 @@ def tell(method: str, options: argparse.Namespace) -> str:
     num_steps = steps_in(options.seconds, method, first, 1.0, options.tokenizer)
     tried = {}
     for factor in options.factors if len(options.factors) > 1 else ():
-        losses, _, _ = run(method, first, factor, options.tokenizer, max(1, num_steps // 10))
-        tried[factor] = losses[-1]
+        row, _ = run(method, first, factor, options.tokenizer, max(1, num_steps // 10))
+        tried[factor] = row["loss"][-1]
     factor = min(options.factors, key=lambda f: np.nan_to_num(tried.get(f, 0.0), nan=np.inf))
     found = [run(method, seed, factor, options.tokenizer, num_steps) for seed in options.seeds]
-    ends = [losses[-1] for losses, _, _ in found]
-    spread = f" ± {np.std(ends, ddof=1):.3f}" if len(ends) > 1 else ""
+    column = lambda name: [row[name][-1] for row, _ in found]
     label = "zeroth order on all weights" if method == "zo" else learning.METHODS[method].label
     is_edge = len(tried) > 1 and factor in (min(options.factors), max(options.factors))
-    along = " ".join(f"{loss:.2f}" for loss in found[0][0])
+    along = " ".join(f"{loss:.2f}" for loss in found[0][0]["loss"])
     return (
         f"| {label} | {factor:g}{' (edge)' if is_edge else ''} | {num_steps:,} | "
-        f"{found[0][2]:,} | {np.mean([s for _, s, _ in found]):.0f} | "
-        f"{np.mean(ends):.3f}{spread} | {along} |"
+        f"{found[0][1]:,} | {np.mean(column('seconds')):.0f} | "
+        f"{learning.mean_and_spread(column('loss'))} | {along} |"
     )
 
 

@@ -56,6 +56,14 @@ def test_epsilon_alone(auto_config, tmp_path, capsys):
     assert list(read_config(tmp_path / "run/config.json")["found"]) == ["zo.epsilon"]
 
 
+def test_a_rate_beside_another_is_not_found(auto_config):
+    auto_config.optimizer.name, auto_config.optimizer.adam_learning_rate = "muon", 1e-3
+    with pytest.raises(ConfigError, match="auto finds one rate, and"):
+        validate(auto_config)
+    auto_config.optimizer.adam_learning_rate = 0.0
+    validate(auto_config)
+
+
 def test_a_rate_of_backprop_is_not_found(auto_config):
     tiny.to_backprop(auto_config)
     with pytest.raises(ConfigError, match="learning_rate=auto is found by zeroth-order trials"):
