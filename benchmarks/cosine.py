@@ -148,10 +148,13 @@ def per_second(name: str) -> None:
     norm = float(optax.global_norm(gradient))
     options = dict(num_queries=num_queries, epsilon=epsilon)
     costs = below(config, model.num_layers)
+    common = np.bincount(np.ravel(corpus.train_NT), minlength=vocab_size)
+    counts = {path: common for path in model.tables}
     families = {
         "signs of all parameters": "rademacher",
         "signs of a layer": zo_jax.grouped(),
         "signs of a layer, costs told": zo_jax.grouped(costs=costs),
+        "signs of a layer, or of tokens as common": zo_jax.grouped(counts=counts),
     }
     ways = [
         Way(label, loss_fn, params, gradient, options | dict(perturbation=family))

@@ -189,7 +189,7 @@ class Trainer:
 
     def __init__(self, config: Config, eval_blocks: int = EVAL_BLOCKS):
         corpus = load_corpus(config.data)
-        self.config = resolve(config, len(corpus.train_NT))
+        self.config = resolve(config, len(corpus.train_NT), corpus.count_tokens)
         self.model = make_model(config.model, corpus.tokenizer.vocab_size)
         self.evaluate, self.train_NT = make_evaluate(self.model), corpus.train_NT
         self.held_out = choose_blocks(corpus.validation_NT, eval_blocks)

@@ -24,6 +24,7 @@ from zo_jax import families
 from zo_jax.family import Family
 from zo_jax.layout import Layout
 from zo_jax.rules import is_perturbed
+from zo_jax.tiers import Tiers, sort_into_tiers
 from zo_jax.trees import ALL, Subset, is_floating, path_name, stacked_leaves
 
 # "layers", "leaves", or (path, leaf) -> a name, or the names of the layers of a stack.
@@ -62,6 +63,7 @@ class Grouped(Family):
       base: the family of the directions of a group.
       norms: what is learned; None before `start`.
       groups, costs, memory: as in `grouped`.
+      tiers: of the rows of leaves that `counts` of `grouped` names.
     """
 
     base: Family
@@ -69,6 +71,7 @@ class Grouped(Family):
     groups: Groups = dataclasses.field(metadata={"static": True})
     costs: tuple[tuple[str, float], ...] = dataclasses.field(metadata={"static": True})
     memory: float = dataclasses.field(metadata={"static": True})
+    tiers: Tiers = dataclasses.field(default=(), metadata={"static": True})
 
     def start(self, params: Any) -> "Grouped":
         return dataclasses.replace(self, norms=self._first(params))
@@ -89,11 +92,11 @@ class Grouped(Family):
 
     def shares(self, params: Any) -> dict[str, jax.Array]:
         """The part of the queries that each group has, by its name, float32 scalars."""
-        names = [name for name, _ in find_groups(self.groups, params)]
+        names = [name for name, _ in self._found(params)]
         return dict(zip(names, _probabilities(self._norms(params).ends), strict=True))
 
     def parts(self, params: Any) -> list[Subset]:
-        return [subset for _, subset in find_groups(self.groups, params)]
+        return [subset for _, subset in self._found(params)]
 
     def part_of(self, params: Any, key: jax.Array) -> jax.Array:
         return _choose(self._norms(params).ends, key)
@@ -142,6 +145,9 @@ class Grouped(Family):
     def on(self, layout: Layout | None) -> "Grouped":
         return dataclasses.replace(self, base=self.base.on(layout))
 
+    def _found(self, params: Any) -> list[tuple[str, Subset]]:
+        return find_groups(self.groups, params, self.tiers)
+
     def _weights(
         self, params: Any, keys: jax.Array, weights: jax.Array
     ) -> list[tuple[Subset, jax.Array]]:
@@ -160,7 +166,7 @@ class Grouped(Family):
 
     def _norms(self, params: Any) -> Norms:
         norms = self.norms if self.norms is not None else self._first(params)
-        count = len(find_groups(self.groups, params))
+        count = len(self._found(params))
         if norms.ends.shape != (count,):
             raise ValueError(
                 f"the family learned the norms of {norms.ends.shape[0]} groups, but the parameters "
@@ -169,7 +175,7 @@ class Grouped(Family):
         return norms
 
     def _sizes_and_costs(self, params: Any) -> tuple[np.ndarray, np.ndarray]:
-        found = find_groups(self.groups, params)
+        found = self._found(params)
         costs = dict(self.costs)
         if unknown := costs.keys() - {name for name, _ in found}:
             raise ValueError(
@@ -205,6 +211,7 @@ def grouped(
     groups: Groups = "layers",
     perturbation: Family | str = "rademacher",
     *,
+    counts: Mapping[str, Any] | None = None,
     costs: Mapping[str, float] | None = None,
     memory: float = 50.0,
 ) -> Grouped:
@@ -231,12 +238,18 @@ def grouped(
         (path, leaf) -> the name of the group of a leaf, or the names of those of the layers of a
         stack [L, ...].
       perturbation: the family of directions inside a group, or its name.
+      counts: of leaves whose rows have groups of their own, by how often each row is used: the path
+        of a leaf [R, ...] -> [R] numbers. Its groups are the 64 rows that are used most, the next
+        up to 512, to 4,096, and so on, named path/0, path/1, ... Of an embedding of many tokens
+        nearly all of the gradient is in the first: `{"wte/embedding": np.bincount(tokens,
+        minlength=R)}`, tokens those of the training text.
       costs: of an evaluation along a direction of a group, by the group's name; 1 for the others.
       memory: steps that what is learned reaches back.
 
     Raises:
-      ValueError: an argument is out of range; or, from any use, `costs` names no group, or `groups`
-        returns another number of names than a stack has layers.
+      ValueError: an argument is out of range; or, from any use, `costs` names no group, `counts` no
+        leaf or another number of rows than it has, or `groups` returns another number of names than
+        a stack has layers.
 
     >>> import jax, jax.numpy as jnp, zo_jax
     >>> params = {"blocks": {"w": jnp.zeros((2, 3, 3))}, "head": jnp.zeros((3, 4))}
@@ -263,11 +276,11 @@ def grouped(
     if not 1 < memory < float("inf"):
         raise ValueError(f"memory must be finite and above 1 step, got {memory!r}")
     pairs = tuple(sorted((name, float(cost)) for name, cost in costs.items()))
-    return Grouped(base, None, groups, pairs, float(memory))
+    return Grouped(base, None, groups, pairs, float(memory), sort_into_tiers(counts or {}))
 
 
-def find_groups(groups: Groups, params: Any) -> list[tuple[str, Subset]]:
-    """(name, leaves and layers) of each group, in order of their first leaves.
+def find_groups(groups: Groups, params: Any, tiers: Tiers = ()) -> list[tuple[str, Subset]]:
+    """(name, leaves and layers or rows) of each group, in order of their first leaves.
 
     >>> import jax.numpy as jnp
     >>> params = {"blocks": {"w": jnp.zeros((2, 3, 3))}, "head": jnp.zeros((3, 4))}
@@ -276,8 +289,21 @@ def find_groups(groups: Groups, params: Any) -> list[tuple[str, Subset]]:
     """
     flat = jax.tree.leaves_with_path(params)
     rows: dict[str, list[Any]] = {}
+    tier_of = {path: np.frombuffer(own, np.uint8) for path, own in tiers}
     for i, ((path, leaf), is_stack) in enumerate(zip(flat, stacked_leaves(params), strict=True)):
         if not is_floating(leaf):
+            continue
+        tier = tier_of.pop(path_name(path), None)
+        if tier is not None:
+            if leaf.ndim == 0 or len(tier) != leaf.shape[0]:
+                raise ValueError(
+                    f"counts must have a number for each row of {path_name(path)} "
+                    f"{list(leaf.shape)}, got {len(tier)}"
+                )
+            for t in range(tier.max() + 1):
+                name = f"{path_name(path)}/{t}"
+                rows[name] = [None] * len(flat)
+                rows[name][i] = np.flatnonzero(tier == t) if tier.any() else ALL
             continue
         names = _names_of(groups, path_name(path), leaf, is_stack)
         for name in [names] if isinstance(names, str) else dict.fromkeys(names):
@@ -286,6 +312,11 @@ def find_groups(groups: Groups, params: Any) -> list[tuple[str, Subset]]:
                 own = np.flatnonzero([other == name for other in names])
                 own = ALL if len(own) == len(names) else own
             rows.setdefault(name, [None] * len(flat))[i] = own
+    if tier_of:
+        raise ValueError(
+            f"counts must name leaves that have directions, got {min(tier_of)!r}; they are "
+            f"{', '.join(path_name(p) for p, x in flat if is_floating(x)):.200}"
+        )
     return [(name, Subset(tuple(own))) for name, own in rows.items()]
 
 

@@ -6,6 +6,7 @@ no data, every optimiser.
 """
 
 import contextlib
+import dataclasses
 from pathlib import Path
 import platform
 from typing import Any
@@ -22,6 +23,7 @@ from zo_jax.grouped import grouped
 from zo_jax.layout import Layout
 from zo_jax.ledger import BACKPROP, Ledger, LedgerError, same_run
 from zo_jax.methods.fzoo import weights_of
+from zo_jax.tiers import Tiers, pack, unpack
 from zo_jax.trees import WHOLE, Subset
 from zo_jax.update import TrainState, Update, make_update
 
@@ -33,6 +35,7 @@ def make_header(
     perturbation: str = "rademacher",
     rank: int = 1,
     groups: str = "none",
+    tiers: Tiers = (),
     scope: str = "full",
     clip_norm: float = 0.0,
     rounding: str = "stochastic",
@@ -46,6 +49,7 @@ def make_header(
       num_queries: q.
       perturbation, rank: the family of directions, as `families.by_name` knows it.
       groups: of `zo_jax.grouped`, "layers" or "leaves"; "none" for directions of all parameters.
+      tiers: of that family, where it was given counts.
       scope: a name for the parameters that are trained, "full" for all.
       clip_norm, rounding: as in `make_update`.
       method: what makes weights of projections where it is not their mean, as
@@ -65,6 +69,7 @@ def make_header(
         "fingerprint": int(fingerprint(start)),
         "probe": float(likeness(start)),
         "versions": versions(),
+        **({"tiers": {path: pack(rows) for path, rows in tiers}} if tiers else {}),
         **({} if method is None else {"method": method}),
         **info,
     }
@@ -152,11 +157,13 @@ def replay(
     try:
         family = families.by_name(header["perturbation"], header["rank"])
         learns = header.get("groups", "none") != "none"
-        family = grouped(header["groups"], family) if learns else family
+        if learns:
+            tiers = tuple((path, unpack(text)) for path, text in header.get("tiers", {}).items())
+            family = dataclasses.replace(grouped(header["groups"], family), tiers=tiers)
         parts: dict[str, Any] = {name: header[name] for name in ("clip_norm", "rounding")}
         parts["weights"] = weights_of(header.get("method"))
         update = make_update(optimizer, family, subset=subset, **parts)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise LedgerError(f"the header does not say how to replay: {error!r}") from None
     state = start
     if not is_state:

@@ -1,5 +1,6 @@
 """Directions of one group each: unbiased, learned from projections, and cheaper below nothing."""
 
+import contextlib
 import functools
 
 import jax
@@ -192,6 +193,77 @@ def test_a_run_replays_from_its_ledger_to_the_bit(tmp_path):
     assert np.any(state.family.norms.ends != start.family.norms.ends)
 
 
+COUNTS = [9, 0, 1] * 30
+
+
+def tabled():
+    """A loss of a table of 90 rows of which few are looked up, and of a matrix."""
+    params = {"table": values((90, 2), 6), "w": values((2, 3), 7)}
+    tokens = jnp.array([0, 3, 3, 6])
+    return params, lambda p: jnp.mean(jnp.tanh(p["table"][tokens] @ p["w"]) ** 2)
+
+
+def test_rows_have_tiers_by_how_often_they_are_used():
+    params, _ = tabled()
+    family = zo_jax.grouped(counts={"table": COUNTS}).start(params)
+    assert list(family.shares(params)) == ["table/0", "table/1", "w"]
+    first, rest, _ = family.parts(params)
+    # All of 9, all of 1, and the first four that are not used.
+    used = [i for i in range(90) if COUNTS[i]] + [1, 4, 7, 10]
+    np.testing.assert_array_equal(first.select(params)["table"], params["table"][np.sort(used)])
+    assert rest.select(params)["table"].shape == (26, 2)
+    few = zo_jax.grouped(counts={"table": COUNTS[:60]})
+    assert list(few.start({"table": jnp.ones((60, 2))}).shares({"table": jnp.ones((60, 2))})) == [
+        "table/0"
+    ]
+
+
+def test_tiers_are_unbiased_and_of_less_variance():
+    params, loss = tabled()
+    g = flat(jax.grad(loss)(params))
+    plain = zo_jax.grouped().start(params)
+    tiers = zo_jax.grouped(counts={"table": COUNTS}).start(params)
+    errors = []
+    for family in (plain, tiers):
+        for i in range(20):
+            key = jax.random.key(i)
+            _, c = zo_jax.project(
+                loss, params, key, num_queries=64, perturbation=family, difference="jvp"
+            )
+            family = family.learn(params, jax.random.split(key, 64), c)
+        est = zo_jax.estimate_gradient(
+            loss, params, KEY, num_queries=4000, perturbation=family, difference="jvp"
+        )
+        error = np.sum((flat(est.gradient) - g) ** 2)
+        bound = sum(
+            flat(part.select(params)).size
+            * np.sum(flat(part.select(jax.grad(loss)(params))) ** 2)
+            / float(p)
+            for part, p in zip(family.parts(params), family.shares(params).values(), strict=True)
+        )
+        np.testing.assert_allclose(error, bound / 4000, rtol=0.5)
+        errors.append(bound)
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_a_run_with_tiers_replays_from_its_ledger(tmp_path):
+    params, loss = tabled()
+    family = zo_jax.grouped(counts={"table": COUNTS}).start(params)
+    start = zo_jax.Update(optax.sgd(0.1)).init(params, family)
+    header = make_header(start, num_queries=4, groups="layers", tiers=family.tiers)
+    update = zo_jax.make_update(optax.sgd(0.1), zo_jax.rademacher())
+    state = jax.tree.map(jnp.copy, start)
+    with contextlib.closing(ledger.Writer(tmp_path / "ledger.bin", header)) as writer:
+        for step in range(1, 5):
+            key = jax.random.fold_in(KEY, step)
+            told = zo_jax.project(loss, state.params, key, num_queries=4, perturbation=state.family)
+            writer.append(step, ledger.REPLAYABLE, jax.random.key_data(key), *told)
+            state, _ = update(state, key, *told)
+    again = replay(params, ledger.read(tmp_path / "ledger.bin"), optax.sgd(0.1))
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_an_optax_chain_keeps_what_it_learns():
     loss = lambda p: (
         jnp.sum((p["a"] - 1) ** 2) + 1e-2 * jnp.sum((p["b"] - 1) ** 2) + jnp.sum(p["c"])
@@ -222,6 +294,15 @@ def test_bad_arguments():
             zo_jax.grouped(**options)
     with pytest.raises(ValueError, match="'heads', which is no group; the groups are embedding"):
         zo_jax.grouped(costs={"heads": 1.0}).start(PARAMS)
+    for counts, match in (
+        ({"head": [1, 2]}, "counts must have a number for each row of head"),
+        ({"heads": [1, 2]}, "got 'heads'; they are embedding, head"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            zo_jax.grouped(counts=counts).start(PARAMS)
+    for bad in ([-1, 2], [[1]], [np.inf], [], ["a"]):
+        with pytest.raises(ValueError, match="must be finite numbers of at least 0"):
+            zo_jax.grouped(counts={"head": bad})
     with pytest.raises(ValueError, match="one for each of its layers; got 2 for the shape"):
         zo_jax.grouped(lambda path, leaf: ["a", "b"]).start(PARAMS)
     with pytest.raises(

@@ -22,6 +22,7 @@ import tiny
 from zo_jax import estimators, families, ledger
 from zo_jax.evolution import SHAPINGS
 from zo_jax.guided import METHODS
+from zo_jax.tiers import pack
 from zo_jax.train import choices, describe, model, run_state, steps
 from zo_jax.train.config import HUB_SOURCES, KEPT, SETTINGS, SIZES, Config, ConfigError
 from zo_jax.train.data import batches, sources
@@ -123,6 +124,7 @@ IN_PROGRAMS = {
     "zo.exact": Case("^ln_f/"),
     "zo.relative_rate": Case(0.3, {"zo.exact": "^ln_f/"}),
     "zo.groups": Case("layers"),
+    "zo.tiers": Case(pack(bytes(10) + bytes([1] * 10)), {"zo.groups": "tokens", "scope": "wte"}),
     "fo.gradient_accumulation_steps": Case(2, BACKPROP),
     "fo.relative_rate": Case(3.0, INSTRUCT, {"fo.relative_rate": 1.0}),
     "instruct.method": Case("gram_schmidt", INSTRUCT),
@@ -292,6 +294,7 @@ BROKEN = {
     "fo.gradient_accumulation_steps is 1": {"mode": "fo", "fo.gradient_accumulation_steps": 2},
     "zo.method is plain or fzoo": {"zo.method": "hizoo"},
     "zo.groups is none": {"zo.groups": "layers"},
+    "zo.groups is tokens": {"zo.groups": "layers"},
     "zo.exact is none": {"zo.exact": "head"},
     "zo.batch_per_query is false": {"zo.batch_per_query": True},
     "zo.batch_chunks is 1": {"zo.batch_chunks": 2},
@@ -418,7 +421,7 @@ PROGRAMS = {}
 
 def program(config, name):
     """The text of the compiled function that reads a field, for a vocabulary of 20 words."""
-    config = resolve(config, 100)
+    config = resolve(config, 100, lambda: np.ones(20))
     is_init = name == "model.embedding_std"
     is_update = name.startswith("optimizer.") or name in UPDATED
     is_update = is_update and config.mode == "zo"

@@ -141,7 +141,7 @@ def test_cosine_schedule_is_logged_as_used(tiny_config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["zo", "fo", "exact", "groups", "exact groups"])
+@pytest.mark.parametrize("mode", ["zo", "fo", "exact", "groups", "exact groups", "tokens"])
 def test_run_resumes_bit_exactly(tiny_config, tmp_path, mode, capsys):
     if mode == "fo":
         tiny.to_backprop(tiny_config)
@@ -149,12 +149,14 @@ def test_run_resumes_bit_exactly(tiny_config, tmp_path, mode, capsys):
         tiny_config.zo.exact = "^(blocks/0/fc_proj|ln_f)/"
     if "groups" in mode:
         tiny_config.zo.groups = "layers"
+    if mode == "tokens":
+        tiny_config.zo.groups = "tokens"
     if mode not in ("zo", "fo"):
         tiny_config.scope = "/fc|ln_f|wte"  # a shorter program
     whole = train_and_evaluate(tiny_config, tmp_path / "whole")
     again = train_and_evaluate(tiny_config, tmp_path / "again")
     assert whole == again and losses_of(tmp_path / "whole") == losses_of(tmp_path / "again")
-    assert (tmp_path / "whole/ledger.bin").exists() is (mode in ("zo", "groups"))
+    assert (tmp_path / "whole/ledger.bin").exists() is (mode in ("zo", "groups", "tokens"))
 
     tiny_config.train.num_steps = 3
     train_and_evaluate(tiny_config, tmp_path / "part")

@@ -2,6 +2,7 @@
 and how they are updated.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,12 +14,13 @@ from zo_jax.family import Family
 from zo_jax.grouped import grouped
 from zo_jax.layout import Layout
 from zo_jax.methods import Method, Step, weights_of
-from zo_jax.train.config import KEPT, Config, method_of
+from zo_jax.tiers import Tiers, unpack
+from zo_jax.train.config import KEPT, Config, ConfigError, method_of
 from zo_jax.train.named_methods import make_method
 from zo_jax.train.optimizers import make_optimizer, make_optimizer_in_turns, scale_part
 from zo_jax.train.scopes import make_exact, make_scope
 from zo_jax.train.unrecorded import Unrecorded, make_unrecorded
-from zo_jax.trees import Subset
+from zo_jax.trees import Subset, path_name
 from zo_jax.update import Update
 
 
@@ -31,7 +33,8 @@ def make_estimator(config: Config, layout: Layout | None = None, model: Any = No
     name = "gaussian" if zo.perturbation in KEPT else zo.perturbation
     family = families.by_name(name, zo.rank)
     if zo.groups != "none":
-        family = grouped(zo.groups, family)
+        family = grouped("layers" if zo.groups == "tokens" else zo.groups, family)
+        family = dataclasses.replace(family, tiers=tiers_of(config, model))
     return Estimator(
         num_queries=zo.num_queries,
         epsilon=zo.epsilon,
@@ -43,6 +46,23 @@ def make_estimator(config: Config, layout: Layout | None = None, model: Any = No
         mesh=None if layout is None else layout.mesh,
         exact=exact_of(config, model) if model else None,
     )
+
+
+def tiers_of(config: Config, model: Any) -> Tiers:
+    """Those of the tables of tokens that have directions; none without a model."""
+    if config.zo.groups != "tokens" or model is None:
+        return ()
+    trained = scope_of(config, model).floating(model.shapes()).select(model.shapes())
+    exact = exact_of(config, model)
+    directed = exact.rest(trained).select(trained) if exact else trained
+    paths = {path_name(path) for path, _ in jax.tree.leaves_with_path(directed)}
+    rows = unpack(config.zo.tiers)
+    if len(rows) != model.vocab_size:
+        raise ConfigError(
+            f"zo.tiers tells the tiers of {len(rows)} tokens, and the model has "
+            f"{model.vocab_size}; leave it empty"
+        )
+    return tuple((path, rows) for path in sorted(model.tables) if path in paths)
 
 
 def kept_directions(config: Config, trained: Any, step: Any) -> Family:

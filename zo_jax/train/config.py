@@ -409,9 +409,16 @@ class ZOConfig:
         "none",
         "none: a direction moves all parameters; layers (each layer, and each other top-level "
         "entry) or leaves: one group of them, with queries shared out by what the projections tell "
-        "of the groups' gradients; the loss is compiled once for each group",
-        choices=("none", "layers", "leaves"),
+        "of the groups' gradients; tokens: layers, and of the token embedding, or a head of its "
+        "own, the rows of tokens that the training text has about as often. The loss is compiled "
+        "once for each group",
+        choices=("none", "layers", "leaves", "tokens"),
         only_if=f"mode is zo and {_LOSS}",
+    )
+    tiers: str = setting(
+        "",
+        "tier of every token, packed; empty: counted in the training text, and recorded",
+        only_if="zo.groups is tokens",
     )
     exact: str = setting(
         "none",

@@ -247,6 +247,8 @@ def describe(
         "none": "",
         "layers": ", each of one layer or other entry, shared out by what their projections tell",
         "leaves": ", each of one leaf, shared out by what their projections tell",
+        "tokens": ", each of one layer, or of tokens that are about as common, shared out by what "
+        "their projections tell",
     }[zo.groups]
     kind = "" if zo.method in OWN_DIRECTIONS else f"{zo.perturbation} "
     queries = (

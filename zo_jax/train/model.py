@@ -144,6 +144,11 @@ class GPT:
         """Regular expression of the last norm and the output head, if it has one of its own."""
         return "" if self.tied_head else "^(ln_f|head)/"
 
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The paths of the leaves that have a row for each token."""
+        return ("wte/embedding",) if self.tied_head else ("head/embedding", "wte/embedding")
+
     def start(self, key: jax.Array, layout: Layout | None = None) -> Any:
         """The parameters that a run begins with, each where it belongs: fresh ones."""
         if layout is None:

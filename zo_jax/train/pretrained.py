@@ -91,6 +91,13 @@ class Pretrained:
         return rf"^layers/{last}/(mlp|post_attention_layernorm)/|^(lm_head|{head})/"
 
     @property
+    def tables(self) -> tuple[str, ...]:
+        """The paths of the leaves that have a row for each token."""
+        embedding = "wte" if self.files.config.architecture == "gpt2" else "embed_tokens"
+        head = () if self.files.config.tied else ("lm_head/weight",)
+        return (f"{embedding}/weight", *head)
+
+    @property
     def output(self) -> str:
         """Regular expression of the last norm and the output head, if it has one of its own."""
         return "" if self.files.config.tied else "^(norm|ln_f|lm_head)/"

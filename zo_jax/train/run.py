@@ -112,7 +112,7 @@ def _prepare(config: Config, folder: Path, restart: bool) -> tuple[Config, Subje
         processes.say(
             f"zo.parallel_batch_size={queries[1]} is more than the queries: taken as {queries[0]}"
         )
-    resolved = resolve(config, found[0].num_examples)
+    resolved = resolve(config, found[0].num_examples, found[0].count_tokens)
     return resolved, make_subject(resolved, found[0])
 
 

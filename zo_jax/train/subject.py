@@ -1,6 +1,9 @@
 """What a run is about: the model that it trains, and the task that it learns."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from zo_jax.train.config import Config
 from zo_jax.train.data.batches import load_corpora
@@ -39,6 +42,11 @@ class Sources(NamedTuple):
         """Training blocks or examples."""
         data = self.data
         return len(data.train_NT if isinstance(data, Corpus) else data.train)
+
+    @property
+    def count_tokens(self) -> Callable[[], np.ndarray] | None:
+        """How often the training text has each token, where there is one."""
+        return self.data.count_tokens if isinstance(self.data, Corpus) else None
 
 
 class Subject(NamedTuple):

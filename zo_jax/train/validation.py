@@ -2,11 +2,14 @@
 settings, and their combinations.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import copy
 import difflib
 from typing import Any
 
+import numpy as np
+
+from zo_jax.tiers import pack, sort_into_tiers, unpack
 from zo_jax.train.choices import own_method, unrecorded_method
 from zo_jax.train.config import KEPT, SETTINGS, Config, blocks_per_step
 from zo_jax.train.model import SIZES
@@ -39,13 +42,16 @@ def fill_in(config: Config) -> Config:
     return config
 
 
-def resolve(config: Config, num_examples: int) -> Config:
+def resolve(
+    config: Config, num_examples: int, count_tokens: Callable[[], np.ndarray] | None = None
+) -> Config:
     """A copy of a valid configuration with everything that it leaves open filled in.
 
     Args:
       config: passed `validate`.
       num_examples: training blocks of the corpus, or training examples, from which epochs become
         steps.
+      count_tokens: () -> how often the training text has each token, where there is one.
 
     Raises:
       ConfigError: the warm-up is as long as the run, or the run longer than a run can be.
@@ -56,7 +62,25 @@ def resolve(config: Config, num_examples: int) -> Config:
         config.train.num_steps = max(1, blocks // blocks_per_step(config))
         _check_setting(SETTINGS["train.num_steps"], config.train.num_steps)
     _check_warmup(config)
+    if config.zo.groups == "tokens" and not config.zo.tiers:
+        assert count_tokens  # the task is text
+        ((_, rows),) = sort_into_tiers({"tokens": count_tokens()})
+        config.zo.tiers = pack(rows)
     return config
+
+
+def _check_groups(config: Config) -> None:
+    if config.zo.groups != "tokens":
+        return
+    if config.task.name != "text":
+        raise ConfigError(
+            "zo.groups=tokens counts the tokens of a training text: it needs task.name=text, got "
+            f"{config.task.name}; set zo.groups=layers"
+        )
+    try:
+        unpack(config.zo.tiers or pack(b""))
+    except ValueError as error:
+        raise ConfigError(f"zo.tiers must be empty, or what a run recorded: {error}") from error
 
 
 def validate(config: Any) -> None:
@@ -155,6 +179,7 @@ def _check_combinations(config: Config) -> None:
     _check_feedback(config)
     _check_sources(config)
     _check_batches(config)
+    _check_groups(config)
     _check_method(config)
     _check_optimizer(config)
     if config.mode in ("calibrate", "instruct") and not config.fo.bp_interval:

@@ -50,6 +50,10 @@ class Corpus(NamedTuple):
         """Tokens of all blocks."""
         return self.train_NT.size + self.validation_NT.size
 
+    def count_tokens(self) -> np.ndarray:
+        """How often the training blocks have each token, [vocabulary]."""
+        return np.bincount(np.ravel(self.train_NT), minlength=self.tokenizer.vocab_size)
+
     @property
     def digests(self) -> dict[str, Any]:
         """What makes this corpus and the order of its batches what they are; equal only for equal

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tqdm
 
 from zo_jax.train import choices, run_state, steps
@@ -122,9 +123,9 @@ def table(config: Config, vocab_size: int, sizes: Sequence[str]) -> Iterator[str
     yield "| model | step | GB | over inference | without optimiser state |"
     yield "|---|---|---|---|---|"
     for size in sizes:
-        plain = inference(_sized(config, size), vocab_size)
+        plain = inference(_sized(config, size, vocab_size), vocab_size)
         for name, (measure_step, mode, optimizer, checkpointed) in STEPS.items():
-            one = _sized(config, size)
+            one = _sized(config, size, vocab_size)
             one.mode, one.model.checkpoint_activations = mode or one.mode, checkpointed
             one.optimizer = dataclasses.replace(OptimizerConfig(), name=optimizer)
             need = measure_step(one, vocab_size) if mode else plain
@@ -134,12 +135,12 @@ def table(config: Config, vocab_size: int, sizes: Sequence[str]) -> Iterator[str
             yield f"| {size} | {name} | {need.total / 1e9:.3g} | {factor:.2f} | {without:.2f} |"
 
 
-def _sized(config: Config, size: str) -> Config:
+def _sized(config: Config, size: str, vocab_size: int) -> Config:
     one = copy.deepcopy(config)
     if size != "config":
         one.model.size = size
         one.model.num_layers = one.model.num_heads = one.model.width = 0
-    return resolve(one, 1)
+    return resolve(one, 1, lambda: np.ones(vocab_size))
 
 
 def _state(config: Config, vocab_size: int) -> Any:
