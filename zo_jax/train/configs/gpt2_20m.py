@@ -22,7 +22,7 @@ def get_config() -> Config:
         mode="zo",
         model=ModelConfig(size="20M"),
         data=DataConfig(source="shakespeare", tokenizer="gpt2", block_size=128),
-        zo=ZOConfig(num_queries=8, perturbation="rademacher", groups="tokens"),
+        zo=ZOConfig(num_queries=8, perturbation="rademacher"),
         optimizer=OptimizerConfig(
             name="adam", learning_rate=1e-3, schedule="cosine", warmup_steps=20
         ),
