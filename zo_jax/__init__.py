@@ -3,9 +3,11 @@
 from importlib import metadata as _metadata
 
 from zo_jax import methods
+from zo_jax.activation_feedback import ActivationFeedback
 from zo_jax.activations import (
     ActivationEstimate,
     ActivationState,
+    activation_feedback,
     activation_gradient,
     activation_zeroth_order,
 )
@@ -39,6 +41,7 @@ except _metadata.PackageNotFoundError:  # a checkout that is not installed
 
 __all__ = [
     "ActivationEstimate",
+    "ActivationFeedback",
     "ActivationState",
     "AnchorState",
     "Dense",
@@ -57,6 +60,7 @@ __all__ = [
     "Update",
     "UpdateMetrics",
     "ZerothOrderState",
+    "activation_feedback",
     "activation_gradient",
     "activation_zeroth_order",
     "anchor",

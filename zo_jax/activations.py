@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from zo_jax import exact as exactly
+from zo_jax.activation_feedback import ActivationFeedback, check_feedback, output_error
 from zo_jax.estimators import typed_key
 from zo_jax.noise import key_words, own_words
 from zo_jax.sites import trace_tokens
@@ -36,11 +37,13 @@ class ActivationEstimate(NamedTuple):
       gradient: like params.
       loss: float32 scalar, the mean loss of all tokens without noise.
       num_failed: int32 scalar, the draws with a loss that was not finite, which are left out.
+      feedback: that was given, with what these draws taught it; None if none was.
     """
 
     gradient: Any
     loss: jax.Array
     num_failed: jax.Array
+    feedback: ActivationFeedback | None = None
 
 
 def activation_gradient(
@@ -52,6 +55,7 @@ def activation_gradient(
     sigma: float = 0.05,
     discount: float = 1.0,
     exact: Rule | Subset | None = None,
+    feedback: ActivationFeedback | None = None,
 ) -> ActivationEstimate:
     """An estimate of the gradient of the mean of all tokens' losses by noise on activations.
 
@@ -72,6 +76,8 @@ def activation_gradient(
       discount: γ in [0, 1]; 0 gives each token its own loss alone, 1 all that come after.
       exact: parameters with an exact gradient instead, as of `Estimator`: those of an output head
         that is not applied token by token, such as a cross-entropy in chunks of tokens.
+      feedback: of `activation_feedback`, what earlier draws tell of the errors; the mean of the
+        estimate is the same with it, and the variance less, if it predicts anything.
 
     Raises:
       ValueError: an argument is out of range, the losses are not floating [B, T], or parameters
@@ -86,15 +92,8 @@ def activation_gradient(
     (True, 18.0)
     """
     _check(num_draws, sigma, discount)
-    params, key = as_arrays(params), typed_key(key)
-    whole = params
-    if exact is not None:
-        parts = exactly.split(exact, params)
-        params, losses_of = parts.rest.select(params), loss_of(parts.rest, token_loss_fn, params)
-    else:
-        losses_of = token_loss_fn
-    evaluate, found = trace_tokens(losses_of, params, batch)
-    _check_covered(found.uncovered, params, found.tokens)
+    whole, key = as_arrays(params), typed_key(key)
+    parts, params, evaluate, found = _trace(token_loss_fn, whole, batch, exact)
     sites, values = found.sites, [x for x in jax.tree.leaves(params) if is_floating(x)]
 
     def clean(values):
@@ -103,22 +102,81 @@ def activation_gradient(
 
     taps, pull, (losses_BT, of_tap) = jax.vjp(clean, values, has_aux=True)
     losses_with = lambda noises: evaluate(values, noises)[0]
-    errors, num_failed = _errors(
-        losses_with, sites, sigma, key, num_draws, discount, losses_BT.size
-    )
+    predicted = error_BTE = None
+    if feedback is not None:
+        _check_fits(feedback, sites)
+        error_BTE = output_error(feedback.error_fn, whole, batch, found.tokens)
+        predicted = feedback.predict(error_BTE, sites)
+    errors, num_failed = _errors(losses_with, sites, sigma, key, num_draws, discount, predicted)
+    if feedback is not None and error_BTE is not None:
+        feedback = feedback.learn(error_BTE, errors, sites)
+    errors = [error / losses_BT.size for error in errors]
     own = [errors[site].astype(tap.dtype) for site, tap in zip(of_tap, taps, strict=True)]
     (found,) = pull(own)
     found = iter(found)
     gradient = jax.tree.map(
         lambda p: next(found).astype(p.dtype) if is_floating(p) else jnp.zeros_like(p), params
     )
-    if exact is not None:
+    if parts is not None:
         gradient = parts.rest.merge(jax.tree.map(jnp.zeros_like, whole), gradient)
         mean = lambda own, batch: jnp.mean(loss_of(parts.exact, token_loss_fn, whole)(own, *batch))
         one = jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
         part = exactly.exact_gradient(mean, parts.exact.select(whole), one, 1)
         gradient = parts.exact.merge(gradient, part)
-    return ActivationEstimate(gradient, jnp.mean(losses_BT.astype(jnp.float32)), num_failed)
+    loss = jnp.mean(losses_BT.astype(jnp.float32))
+    return ActivationEstimate(gradient, loss, num_failed, feedback)
+
+
+def activation_feedback(
+    token_loss_fn: Callable[..., jax.Array],
+    error_fn: Callable[..., jax.Array],
+    params: Any,
+    *batch: Any,
+    exact: Rule | Subset | None = None,
+    memory: float = 50.0,
+    ridge: float = 0.1,
+) -> ActivationFeedback:
+    """Feedback that has learned nothing yet, for `activation_gradient` and
+    `activation_zeroth_order`.
+
+    Where a parameter acts it is a matrix: the ridge regression, over the tokens of earlier steps,
+    of the error's estimates on the output's error. It costs an evaluation of `error_fn` and
+    products of the width of that error a step.
+
+    Args:
+      token_loss_fn, params, batch, exact: as of `activation_gradient`; shapes alone are read.
+      error_fn: `error_fn(params, *batch)` -> [B, T, E], what predicts errors: that of a token's
+        last hidden state, softmax - onehot through the head. It is evaluated once a step.
+      memory: steps that the averages reach back.
+      ridge: of the regression, relative to the mean square of the output's error.
+
+    Raises:
+      ValueError: an argument is out of range, or as `activation_gradient`.
+
+    >>> import jax, jax.numpy as jnp, zo_jax
+    >>> params, x = {"w": jnp.ones((3, 2))}, jax.random.normal(jax.random.key(1), (4, 8, 3))
+    >>> losses = lambda params, x: jnp.sum((x @ params["w"]) ** 2, axis=-1)
+    >>> error_fn = lambda params, x: 2 * x @ params["w"]
+    >>> feedback = zo_jax.activation_feedback(losses, error_fn, params, x)
+    >>> estimate = jax.jit(lambda key, feedback: zo_jax.activation_gradient(
+    ...     losses, params, key, x, num_draws=4, discount=0.0, feedback=feedback))
+    >>> spread = lambda feedback: jnp.std(jnp.stack(
+    ...     [estimate(jax.random.key(i), feedback).gradient["w"] for i in range(8)]), axis=0).mean()
+    >>> before = spread(feedback)
+    >>> for i in range(50):
+    ...     feedback = estimate(jax.random.key(100 + i), feedback).feedback
+    >>> bool(spread(feedback) < 0.3 * before)
+    True
+    """
+    check_feedback(memory, ridge)
+    whole = as_arrays(params)
+    _, _, _, found = _trace(token_loss_fn, whole, batch, exact)
+    read = lambda params, *batch: output_error(error_fn, params, batch, found.tokens)
+    E = jax.eval_shape(read, whole, *batch).shape[-1]
+    of_token = lambda s: (*s.shape[: s.loops], *s.shape[s.loops + 2 :])
+    products = [jnp.zeros((*of_token(site), E), jnp.float32) for site in found.sites]
+    squares = jnp.zeros((E, E), jnp.float32)
+    return ActivationFeedback(squares, products, error_fn, float(memory), float(ridge))
 
 
 class ActivationState(NamedTuple):
@@ -128,11 +186,13 @@ class ActivationState(NamedTuple):
       key: uint32 [2], the words of the key that was given; that of a step is `fold_in(key, count)`.
       count: int32, steps taken.
       loss: float32, of the last step (inf before the first).
+      feedback: what it has learned, if one was given.
     """
 
     key: jax.Array
     count: jax.Array
     loss: jax.Array
+    feedback: Any = None
 
 
 def activation_zeroth_order(
@@ -145,7 +205,7 @@ def activation_zeroth_order(
 
     Args:
       key: a PRNG key of the threefry implementation.
-      **options: of `activation_gradient`.
+      **options: of `activation_gradient`; a `feedback` is what it begins with.
 
     Raises:
       ValueError: as `activation_gradient`; or, from `update`, `params` or `value_fn` is missing.
@@ -162,11 +222,14 @@ def activation_zeroth_order(
     True
     """
     words = key_words(typed_key(key))
+    feedback = options.pop("feedback", None)
 
     def init_fn(params: Any) -> ActivationState:
         del params
         loss = jnp.full((), jnp.inf, jnp.float32)
-        return ActivationState(own_words(words), jnp.zeros((), jnp.int32), loss)
+        # Of its own, for a state may be donated.
+        learned = jax.tree.map(jnp.copy, feedback)
+        return ActivationState(own_words(words), jnp.zeros((), jnp.int32), loss, learned)
 
     def update_fn(updates, state, params=None, *, value_fn=None, batch=(), **extra_args):
         del updates, extra_args
@@ -176,9 +239,11 @@ def activation_zeroth_order(
                 "update, as tx.update(None, state, params, value_fn=losses_of_tokens)"
             )
         step_key = jax.random.fold_in(typed_key(state.key), state.count)
-        estimate = activation_gradient(value_fn, params, step_key, *batch, **options)
+        own = options if state.feedback is None else {**options, "feedback": state.feedback}
+        estimate = activation_gradient(value_fn, params, step_key, *batch, **own)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return estimate.gradient, ActivationState(state.key, count, estimate.loss)
+        new = ActivationState(state.key, count, estimate.loss, estimate.feedback)
+        return estimate.gradient, new
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -192,6 +257,27 @@ def _check(num_draws: int, sigma: float, discount: float) -> None:
         raise ValueError(f"discount must be from 0 to 1, got {discount!r}")
 
 
+def _trace(token_loss_fn, params, batch, exact):
+    """(the two parts or None, what has noise, its evaluation, its sites)."""
+    parts, losses_of, noisy = None, token_loss_fn, params
+    if exact is not None:
+        parts = exactly.split(exact, params)
+        noisy, losses_of = parts.rest.select(params), loss_of(parts.rest, token_loss_fn, params)
+    evaluate, found = trace_tokens(losses_of, noisy, batch)
+    _check_covered(found.uncovered, noisy, found.tokens)
+    return parts, noisy, evaluate, found
+
+
+def _check_fits(feedback: ActivationFeedback, sites: list[Any]) -> None:
+    there = [x.shape[:-1] for x in feedback.products]
+    here = [(*s.shape[: s.loops], *s.shape[s.loops + 2 :]) for s in sites]
+    if there != here:
+        raise ValueError(
+            f"feedback was made for {len(there)} places {there}, and the losses have {len(here)} "
+            f"{here}; make it by activation_feedback of the same losses, parameters and exact"
+        )
+
+
 def _check_covered(uncovered: set[int], params: Any, tokens: tuple[int, ...]) -> None:
     if uncovered:
         paths = [p for p, x in jax.tree.leaves_with_path(params) if is_floating(x)]
@@ -202,8 +288,10 @@ def _check_covered(uncovered: set[int], params: Any, tokens: tuple[int, ...]) ->
         )
 
 
-def _errors(losses_with, sites, sigma, key, num_draws, discount, num_tokens):
-    """([for each site the error of its value in the mean loss], number of draws left out)."""
+def _errors(losses_with, sites, sigma, key, num_draws, discount, predicted):
+    """([for each site the error of its value in the losses' sum], number of draws left out);
+    `predicted` has for each site what is expected, or is None.
+    """
 
     def signs(key: jax.Array) -> list[jax.Array]:
         keys = jax.random.split(key, len(sites))
@@ -221,6 +309,9 @@ def _errors(losses_with, sites, sigma, key, num_draws, discount, num_tokens):
         # A loop over the two sides, so that the program is compiled once.
         both_2BT = lax.map(lambda side: losses_with(noise(side)), jnp.float32([sigma, -sigma]))
         change_BT = (both_2BT[0] - both_2BT[1]).astype(jnp.float32) / (2 * sigma)
+        if predicted is not None:
+            pairs = zip(draws, predicted, sites, strict=True)
+            change_BT -= sum(_by_token(a * p, site) for a, p, site in pairs)
         is_finite = jnp.all(jnp.isfinite(change_BT))
         credit_BT = jnp.where(is_finite, _discounted(change_BT, discount), 0)
         new = [
@@ -232,7 +323,9 @@ def _errors(losses_with, sites, sigma, key, num_draws, discount, num_tokens):
     zeros = [jnp.zeros(site.shape, jnp.float32) for site in sites]
     keys = jax.random.split(key, num_draws)
     (totals, count), _ = lax.scan(add_draw, (zeros, jnp.int32(0)), keys)
-    mean = [total / (jnp.maximum(count, 1) * num_tokens) for total in totals]
+    mean = [total / jnp.maximum(count, 1) for total in totals]
+    if predicted is not None:  # whose share of the draws' credit was taken out
+        mean = [jnp.where(count > 0, m + p, 0) for m, p in zip(mean, predicted, strict=True)]
     return mean, num_draws - count
 
 
@@ -242,6 +335,12 @@ def _discounted(x_BT: jax.Array, discount: float) -> jax.Array:
     ahead_TT = jnp.arange(T)[None] - jnp.arange(T)[:, None]
     weight_TT = jnp.where(ahead_TT >= 0, jnp.float32(discount) ** jnp.maximum(ahead_TT, 0), 0)
     return jnp.einsum("tu,bu->bt", weight_TT, x_BT)
+
+
+def _by_token(values: jax.Array, site: Any) -> jax.Array:
+    """The sum of a site's values over all but the tokens, [B, T]."""
+    own = (site.loops, site.loops + 1)
+    return jnp.sum(values, axis=[i for i in range(values.ndim) if i not in own])
 
 
 def _along(credit_BT: jax.Array, site: Any) -> jax.Array:

@@ -166,3 +166,100 @@ def test_bad_arguments():
             call(**options)
     with pytest.raises(ValueError, match="pass params and value_fn"):
         zo_jax.activation_zeroth_order(KEY).update(None, None)
+
+
+def output_error(params, x_BT):
+    """Of the last hidden state, in closed form."""
+    h_BTC = params["embedding"][x_BT] * params["scale"][None, None]
+    logits_BTV = h_BTC @ params["head"]
+    lse_BT1 = jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True)
+    return (2 * lse_BT1 * jax.nn.softmax(logits_BTV)) @ params["head"].T
+
+
+def first_feedback(**options):
+    return zo_jax.activation_feedback(losses, output_error, PARAMS, X_BT, **options)
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.7, 1.0])
+def test_feedback_changes_no_mean(discount):
+    """Whatever it has learned: here matrices of noise."""
+    feedback = first_feedback()
+    rng = np.random.default_rng(2)
+    noise = lambda x: jnp.array(rng.normal(size=x.shape), jnp.float32)
+    feedback = jax.tree.map(noise, feedback)
+    squares = feedback.squares @ feedback.squares.T
+    feedback = zo_jax.ActivationFeedback(
+        squares, feedback.products, output_error, feedback.memory, feedback.ridge
+    )
+    estimate = lambda key: (
+        zo_jax.activation_gradient(
+            losses,
+            PARAMS,
+            key,
+            X_BT,
+            num_draws=400,
+            sigma=0.02,
+            discount=discount,
+            feedback=feedback,
+        ).gradient
+    )
+    means = jax.jit(lambda keys: lax.map(estimate, keys))(jax.random.split(KEY, 20))
+    expected = exact_under_credit(discount)
+    del means["steps"]
+    for found, wanted in zip(jax.tree.leaves(means), jax.tree.leaves(expected), strict=True):
+        mean, error = np.mean(found, axis=0), np.std(found, axis=0, ddof=1) / np.sqrt(20)
+        assert np.all(np.abs(mean - wanted) <= 5 * error + 2e-3)
+
+
+def test_feedback_learns_the_regression_of_errors_on_the_output_s():
+    """One step's averages against sums over tokens, and what they predict against NumPy."""
+    from zo_jax.activations import _trace
+
+    feedback = first_feedback(memory=1.0, ridge=0.2)
+    sites = _trace(losses, PARAMS, (X_BT,), None)[3].sites
+    rng = np.random.default_rng(3)
+    e = rng.normal(size=(B, T, C)).astype(np.float32)
+    errors = [rng.normal(size=site.shape).astype(np.float32) for site in sites]
+    feedback = feedback.learn(e, errors, sites)
+    flat = e.reshape(-1, C).astype(np.float64)
+    squares = flat.T @ flat / len(flat)
+    np.testing.assert_allclose(feedback.squares, squares, rtol=1e-5)
+    inverse = np.linalg.inv(squares + 0.2 * np.trace(squares) / C * np.eye(C))
+    for site, g, p in zip(sites, errors, feedback.predict(e, sites), strict=True):
+        # Layers, tokens, width.
+        g = g.reshape((site.loops and g.shape[0]) or 1, B * T, -1)
+        predicted = np.stack([flat @ inverse @ (flat.T @ one / len(flat)) for one in g])
+        np.testing.assert_allclose(p.reshape(g.shape), predicted, rtol=2e-3, atol=1e-5)
+
+
+def test_an_optax_chain_keeps_its_feedback():
+    params = {k: v for k, v in PARAMS.items() if k != "steps"}
+    feedback = zo_jax.activation_feedback(losses, output_error, params, X_BT)
+    tx = zo_jax.activation_zeroth_order(KEY, num_draws=2, feedback=feedback)
+    state = tx.init(params)
+    step = jax.jit(lambda state: tx.update(None, state, params, value_fn=losses, batch=(X_BT,)))
+    for _ in range(3):
+        _, state = step(state)
+    assert float(jnp.trace(state.feedback.squares)) > 0
+    assert all(float(jnp.max(jnp.abs(x))) > 0 for x in state.feedback.products)
+    # What was given is what another run begins with.
+    assert float(jnp.trace(tx.init(params).feedback.squares)) == 0
+
+
+def test_bad_feedback():
+    for options, match in (
+        ({"memory": 0.5}, "memory must be finite and at least 1 step"),
+        ({"ridge": 0.0}, "ridge must be finite and above 0"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            first_feedback(**options)
+    with pytest.raises(ValueError, match=r"an error of every token, \[2, 4, 'E'\], got \[2, 4\]"):
+        zo_jax.activation_feedback(losses, lambda p, x: jnp.zeros((B, T)), PARAMS, X_BT)
+    other = zo_jax.activation_feedback(
+        lambda p, x: jnp.sum(p["embedding"][x], axis=-1),
+        lambda p, x: p["embedding"][x],
+        {"embedding": PARAMS["embedding"]},
+        X_BT,
+    )
+    with pytest.raises(ValueError, match="feedback was made for 1 places"):
+        zo_jax.activation_gradient(losses, PARAMS, KEY, X_BT, feedback=other)

@@ -1,0 +1,94 @@
+"""Learned feedback: where a parameter acts, the error that the output's error lets expect.
+
+The error g_t of a value of token t is predicted by B e_t, e_t the error of the output, with B the
+ridge regression of earlier estimates of g on e. What the prediction explains of a draw's losses is
+taken out of them and added to the mean instead, so that it lowers the variance and has no part in
+the mean, whatever B is. A learned form of feedback alignment (Lillicrap et al., 2016), after Apical
+(an ablation of Dust, 2026). Axes: B sequences, T tokens, E width of the output's error.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Of a sum of squares, so that nothing is divided by nothing before the first step.
+_TINY = 1e-20
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ActivationFeedback:
+    """What was learned: moving averages over steps, of all tokens.
+
+    Attributes:
+      squares: float32 [E, E], of e eᵀ.
+      products: for each place where a parameter acts, in the order of the program, float32
+        [..., E] of g eᵀ: after the lengths of the loops that it stands in the axes of a token.
+      error_fn, memory, ridge: as in `activation_feedback`.
+    """
+
+    squares: jax.Array
+    products: list[jax.Array]
+    error_fn: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
+    memory: float = dataclasses.field(metadata={"static": True})
+    ridge: float = dataclasses.field(metadata={"static": True})
+
+    def predict(self, error_BTE: jax.Array, sites: Sequence[Any]) -> list[jax.Array]:
+        """B e at every site, float32 of its shape."""
+        E = len(self.squares)
+        size = self.ridge * jnp.trace(self.squares) / E + _TINY
+        inverse_EE = jnp.linalg.inv(self.squares + size * jnp.eye(E))
+        return [
+            jnp.moveaxis(
+                jnp.tensordot(error_BTE, product @ inverse_EE, (2, product.ndim - 1)),
+                (0, 1),
+                (site.loops, site.loops + 1),
+            )
+            for product, site in zip(self.products, sites, strict=True)
+        ]
+
+    def learn(
+        self, error_BTE: jax.Array, errors: Sequence[jax.Array], sites: Sequence[Any]
+    ) -> "ActivationFeedback":
+        """With one more step, whose estimates of the errors at the sites are given."""
+        B, T, _ = error_BTE.shape
+        new = 1 / self.memory
+        average = lambda old, one: (1 - new) * old + new * one
+        products = [
+            average(
+                old,
+                jnp.tensordot(g, error_BTE, ((site.loops, site.loops + 1), (0, 1))) / (B * T),
+            )
+            for old, g, site in zip(self.products, errors, sites, strict=True)
+        ]
+        squares = jnp.einsum("bte,btf->ef", error_BTE, error_BTE) / (B * T)
+        return dataclasses.replace(self, squares=average(self.squares, squares), products=products)
+
+
+def check_feedback(memory: float, ridge: float) -> None:
+    if not (memory >= 1 and math.isfinite(memory)):
+        raise ValueError(f"memory must be finite and at least 1 step, got {memory!r}")
+    if not (ridge > 0 and math.isfinite(ridge)):
+        raise ValueError(f"ridge must be finite and above 0, got {ridge!r}")
+
+
+def output_error(
+    error_fn: Callable[..., jax.Array], params: Any, batch: tuple[Any, ...], tokens: tuple[int, int]
+) -> jax.Array:
+    """[B, T, E], float32.
+
+    Raises:
+      ValueError: `error_fn` returns something else.
+    """
+    error = error_fn(params, *batch)
+    shape = getattr(error, "shape", None)
+    if shape is None or len(shape) != 3 or shape[:2] != tokens:
+        raise ValueError(
+            f"error_fn must return an error of every token, {[*tokens, 'E']}, got "
+            f"{type(error).__name__ if shape is None else list(shape)}"
+        )
+    return jax.lax.stop_gradient(error.astype(jnp.float32))
