@@ -10,6 +10,7 @@ from zo_jax.activations import (
     activation_feedback,
     activation_gradient,
     activation_zeroth_order,
+    mean_activation_gradient,
 )
 from zo_jax.anchor import AnchorState, anchor
 from zo_jax.estimators import (
@@ -76,6 +77,7 @@ __all__ = [
     "lazily",
     "low_rank",
     "make_update",
+    "mean_activation_gradient",
     "mean_weights",
     "methods",
     "mudamw",

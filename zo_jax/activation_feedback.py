@@ -77,7 +77,7 @@ def check_feedback(memory: float, ridge: float) -> None:
 
 
 def output_error(
-    error_fn: Callable[..., jax.Array], params: Any, batch: tuple[Any, ...], tokens: tuple[int, int]
+    error_fn: Callable[..., jax.Array], params: Any, batch: tuple[Any, ...], tokens: tuple[int, ...]
 ) -> jax.Array:
     """[B, T, E], float32.
 

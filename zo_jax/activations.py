@@ -93,38 +93,72 @@ def activation_gradient(
     """
     _check(num_draws, sigma, discount)
     whole, key = as_arrays(params), typed_key(key)
-    parts, params, evaluate, found = _trace(token_loss_fn, whole, batch, exact)
-    sites, values = found.sites, [x for x in jax.tree.leaves(params) if is_floating(x)]
-
-    def clean(values):
-        losses_BT, taps = evaluate(values, None)
-        return [x for _, x in taps], (losses_BT, [site for site, _ in taps])
-
-    taps, pull, (losses_BT, of_tap) = jax.vjp(clean, values, has_aux=True)
-    losses_with = lambda noises: evaluate(values, noises)[0]
+    clean = _evaluate(token_loss_fn, whole, batch, exact)
     predicted = error_BTE = None
     if feedback is not None:
-        _check_fits(feedback, sites)
-        error_BTE = output_error(feedback.error_fn, whole, batch, found.tokens)
-        predicted = feedback.predict(error_BTE, sites)
-    errors, num_failed = _errors(losses_with, sites, sigma, key, num_draws, discount, predicted)
-    if feedback is not None and error_BTE is not None:
-        feedback = feedback.learn(error_BTE, errors, sites)
-    errors = [error / losses_BT.size for error in errors]
-    own = [errors[site].astype(tap.dtype) for site, tap in zip(of_tap, taps, strict=True)]
-    (found,) = pull(own)
-    found = iter(found)
-    gradient = jax.tree.map(
-        lambda p: next(found).astype(p.dtype) if is_floating(p) else jnp.zeros_like(p), params
+        _check_fits(feedback, clean.sites)
+        error_BTE = output_error(feedback.error_fn, whole, batch, clean.losses_BT.shape)
+        predicted = feedback.predict(error_BTE, clean.sites)
+    errors, num_failed = _errors(
+        clean.losses_with, clean.sites, sigma, key, num_draws, discount, predicted
     )
-    if parts is not None:
-        gradient = parts.rest.merge(jax.tree.map(jnp.zeros_like, whole), gradient)
-        mean = lambda own, batch: jnp.mean(loss_of(parts.exact, token_loss_fn, whole)(own, *batch))
-        one = jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
-        part = exactly.exact_gradient(mean, parts.exact.select(whole), one, 1)
-        gradient = parts.exact.merge(gradient, part)
-    loss = jnp.mean(losses_BT.astype(jnp.float32))
-    return ActivationEstimate(gradient, loss, num_failed, feedback)
+    if feedback is not None and error_BTE is not None:
+        feedback = feedback.learn(error_BTE, errors, clean.sites)
+    loss = jnp.mean(clean.losses_BT.astype(jnp.float32))
+    return ActivationEstimate(clean.gradient_of(errors), loss, num_failed, feedback)
+
+
+def mean_activation_gradient(
+    token_loss_fn: Callable[..., jax.Array],
+    params: Any,
+    *batch: Any,
+    discount: float = 1.0,
+    exact: Rule | Subset | None = None,
+) -> Any:
+    """What `activation_gradient` is in the mean, but for O(sigma²): the ceiling of what draws can
+    give under a discount, by backpropagation.
+
+    It takes T backward passes. With `discount` 1 it is the gradient, if no loss depends on later
+    tokens.
+
+    Args:
+      token_loss_fn, params, batch, discount, exact: as of `activation_gradient`.
+
+    Returns:
+      A gradient like params.
+
+    Raises:
+      ValueError: as `activation_gradient`.
+
+    >>> import jax, jax.numpy as jnp, zo_jax
+    >>> losses = lambda w: jnp.cumsum(jnp.sum((jnp.ones((1, 3, 2)) @ w) ** 2, axis=-1), axis=1)
+    >>> w = jnp.ones((2, 1))
+    >>> [float(zo_jax.mean_activation_gradient(losses, w, discount=d)[0, 0]) for d in (0.0, 1.0)]
+    [4.0, 8.0]
+    """
+    _check(1, 1.0, discount)
+    whole = as_arrays(params)
+    clean = _evaluate(token_loss_fn, whole, batch, exact)
+    zeros = [jnp.zeros(site.shape, site.dtype) for site in clean.sites]
+    losses_BT, pull = jax.vjp(clean.losses_with, zeros)
+    T = losses_BT.shape[1]
+
+    def add_token(totals: list[jax.Array], u: jax.Array) -> tuple[list[jax.Array], None]:
+        """The errors of all tokens up to u in the losses of token u."""
+        cotangent_BT = jnp.broadcast_to(jnp.arange(T) == u, losses_BT.shape)
+        (errors,) = pull(cotangent_BT.astype(losses_BT.dtype))
+        behind_T = u - jnp.arange(T)
+        weight_T = jnp.where(behind_T >= 0, jnp.float32(discount) ** jnp.maximum(behind_T, 0), 0)
+        weight_BT = jnp.broadcast_to(weight_T, losses_BT.shape)
+        own = [
+            total + error.astype(jnp.float32) * _along(weight_BT, site)
+            for total, error, site in zip(totals, errors, clean.sites, strict=True)
+        ]
+        return own, None
+
+    start = [jnp.zeros(site.shape, jnp.float32) for site in clean.sites]
+    errors, _ = lax.scan(add_token, start, jnp.arange(T))
+    return clean.gradient_of(errors)
 
 
 def activation_feedback(
@@ -255,6 +289,53 @@ def _check(num_draws: int, sigma: float, discount: float) -> None:
         raise ValueError(f"sigma must be finite and above 0, got {sigma!r}")
     if not 0 <= discount <= 1:
         raise ValueError(f"discount must be from 0 to 1, got {discount!r}")
+
+
+class _Clean(NamedTuple):
+    """Losses without noise, and what follows from errors.
+
+    Attributes:
+      sites: where noise is added.
+      losses_BT: without any.
+      losses_with: of noise at the sites.
+      gradient_of: errors at the sites, in the sum of the losses -> gradient of their mean by all
+        parameters.
+    """
+
+    sites: list[Any]
+    losses_BT: jax.Array
+    losses_with: Callable[[Any], jax.Array]
+    gradient_of: Callable[[list[jax.Array]], Any]
+
+
+def _evaluate(token_loss_fn: Any, whole: Any, batch: Any, exact: Any) -> _Clean:
+    parts, noisy, evaluate, found = _trace(token_loss_fn, whole, batch, exact)
+    values = [x for x in jax.tree.leaves(noisy) if is_floating(x)]
+
+    def clean(values):
+        losses_BT, taps = evaluate(values, None)
+        return [x for _, x in taps], (losses_BT, [site for site, _ in taps])
+
+    taps, pull, (losses_BT, of_tap) = jax.vjp(clean, values, has_aux=True)
+
+    def gradient_of(errors: list[jax.Array]) -> Any:
+        pairs = zip(of_tap, taps, strict=True)
+        (own,) = pull([(errors[site] / losses_BT.size).astype(tap.dtype) for site, tap in pairs])
+        own = iter(own)
+        gradient = jax.tree.map(
+            lambda p: next(own).astype(p.dtype) if is_floating(p) else jnp.zeros_like(p), noisy
+        )
+        if parts is None:
+            return gradient
+        gradient = parts.rest.merge(jax.tree.map(jnp.zeros_like, whole), gradient)
+        losses_of_exact = loss_of(parts.exact, token_loss_fn, whole)
+        mean = lambda own, batch: jnp.mean(losses_of_exact(own, *batch))
+        one = jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
+        part = exactly.exact_gradient(mean, parts.exact.select(whole), one, 1)
+        return parts.exact.merge(gradient, part)
+
+    losses_with = lambda noises: evaluate(values, noises)[0]
+    return _Clean(found.sites, losses_BT, losses_with, gradient_of)
 
 
 def _trace(token_loss_fn, params, batch, exact):

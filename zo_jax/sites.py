@@ -100,8 +100,9 @@ class Sites:
     def evaluate(
         self, consts: Sequence[Any], args: Sequence[Any], noises: Sequence[Any] | None = None
     ) -> tuple[list[Any], list[tuple[int, Any]]]:
-        """(results, taps): a tap is a site and what parameters make there of their other operand,
-        the only part of all this that is differentiable by parameters.
+        """(results, taps): a tap is a site and what parameters make there of their other operand.
+        Without noise that is the only part of all this that is differentiable; with it the results
+        are, by the noise too.
 
         Args:
           consts, args: of the program.
@@ -109,7 +110,8 @@ class Sites:
         """
         own = None if noises is None else dict(enumerate(noises))
         outs, taps = self._run(self._jaxpr, consts, args, own, ())
-        return [lax.stop_gradient(x) for x in outs], [(self._taps[path], x) for path, x in taps]
+        held = _held(own)
+        return list(map(held, outs)), [(self._taps[path], x) for path, x in taps]
 
     def _look(
         self, jaxpr: core.Jaxpr, infos: Sequence[_Info], path: _Path, loops: tuple[int, ...]
@@ -192,6 +194,7 @@ class Sites:
     def _run(self, jaxpr, consts, args, noises, path):
         """(results, [(path of a tap, its value)])."""
         env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+        held = _held(noises)
         read = lambda atom: atom.val if isinstance(atom, core.Literal) else env[atom]
         taps: list[tuple[_Path, Any]] = []
         for i, eqn in enumerate(jaxpr.eqns):
@@ -207,7 +210,7 @@ class Sites:
                     outs, more = bind(eqn, operands), []
                 else:
                     # Nothing is differentiated but what taps have of parameters.
-                    outs = bind(eqn, [lax.stop_gradient(x) for x in operands])
+                    outs = bind(eqn, list(map(held, operands)))
                     more = [(own, bind(eqn, operands)[0])] if action in ("site", "tap") else []
                     if action == "site" and noises is not None:
                         outs = [outs[0] + noises[self._taps[own]]]
@@ -219,7 +222,8 @@ class Sites:
         params, body = eqn.params, eqn.params["jaxpr"]
         n, num_carry = scan_sizes(params)
         consts, layers = operands[:n], operands[n + num_carry :]
-        carry = [lax.stop_gradient(x) for x in operands[n : n + num_carry]]
+        held = _held(noises)
+        carry = list(map(held, operands[n : n + num_carry]))
         own = None if noises is None else {site: noises[site] for site in inside}
         paths: list[_Path] = []
 
@@ -228,7 +232,7 @@ class Sites:
             args = [*consts, *carry, *layer]
             outs, taps = self._run(body.jaxpr, body.consts, args, own, path)
             paths[:] = [tap for tap, _ in taps]
-            outs = [lax.stop_gradient(x) for x in outs]
+            outs = list(map(held, outs))
             return outs[:num_carry], (outs[num_carry:], [x for _, x in taps])
 
         carry, (ys, values) = lax.scan(
@@ -240,6 +244,11 @@ class Sites:
             unroll=params["unroll"],
         )
         return [*carry, *ys], list(zip(paths, values, strict=True))
+
+
+def _held(noises: Any) -> Callable[[Any], Any]:
+    """Of values that parameters have no part in: constants, where no noise is added."""
+    return lax.stop_gradient if noises is None else lambda x: x
 
 
 def trace_tokens(

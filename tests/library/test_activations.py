@@ -87,6 +87,10 @@ def test_the_mean_of_many_draws_is_the_gradient_under_the_same_credit(discount):
         assert np.all(np.abs(mean - wanted) <= 5 * error + 2e-3)
         # They are small enough to tell.
         assert np.linalg.norm(error) < 0.3 * np.linalg.norm(wanted)
+    exact = zo_jax.mean_activation_gradient(losses, PARAMS, X_BT, discount=discount)
+    del exact["steps"]
+    for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
     if discount == 1:
         true = jax.grad(lambda p: jnp.mean(losses(p, X_BT)), allow_int=True)(PARAMS)
         del true["steps"]
