@@ -135,6 +135,7 @@ METHODS = {
         "feedback, draws on the weights of attention (the default run)", _feedback()
     ),
     "closed_form": Method("the same, softmax in closed form", _feedback(attention="closed_form")),
+    "draws_16": Method("the same, 16 draws", _feedback(num_draws=16)),
     "sublayers": Method(
         "feedback, the output error for every sublayer", _feedback(handed_to="sublayers")
     ),

@@ -3,8 +3,10 @@
 The error g_t of a value of token t is predicted by B e_t, e_t the error of the output, with B the
 ridge regression of earlier estimates of g on e. What the prediction explains of a draw's losses is
 taken out of them and added to the mean instead, so that it lowers the variance and has no part in
-the mean, whatever B is. A learned form of feedback alignment (Lillicrap et al., 2016), after Apical
-(an ablation of Dust, 2026). Axes: B sequences, T tokens, E width of the output's error.
+the mean, whatever B is. Of a prediction that is mostly noise the variance would grow: so every
+place has a weight, the part of its predictions that earlier draws have confirmed. A learned form of
+feedback alignment (Lillicrap et al., 2016), after Apical (an ablation of Dust, 2026). Axes: B
+sequences, T tokens, E width of the output's error.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,17 +30,27 @@ class ActivationFeedback:
       squares: float32 [E, E], of e eᵀ.
       products: for each place where a parameter acts, in the order of the program, float32
         [..., E] of g eᵀ: after the lengths of the loops that it stands in the axes of a token.
+      confirmed: float32 [places], of what draws had in common with the change of the losses that
+        was predicted for them.
+      predicted: float32 [places], of that change squared.
       error_fn, memory, ridge: as in `activation_feedback`.
     """
 
     squares: jax.Array
     products: list[jax.Array]
+    confirmed: jax.Array
+    predicted: jax.Array
     error_fn: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
     memory: float = dataclasses.field(metadata={"static": True})
     ridge: float = dataclasses.field(metadata={"static": True})
 
+    @property
+    def weights(self) -> jax.Array:
+        """What a prediction counts for, float32 [places] in [0, 1]."""
+        return jnp.clip(self.confirmed / (self.predicted + _TINY), 0, 1)
+
     def predict(self, error_BTE: jax.Array, sites: Sequence[Any]) -> list[jax.Array]:
-        """B e at every site, float32 of its shape."""
+        """B e at every site, float32 of its shape, whatever it counts for."""
         E = len(self.squares)
         size = self.ridge * jnp.trace(self.squares) / E + _TINY
         inverse_EE = jnp.linalg.inv(self.squares + size * jnp.eye(E))
@@ -52,9 +64,16 @@ class ActivationFeedback:
         ]
 
     def learn(
-        self, error_BTE: jax.Array, errors: Sequence[jax.Array], sites: Sequence[Any]
+        self,
+        error_BTE: jax.Array,
+        errors: Sequence[jax.Array],
+        sites: Sequence[Any],
+        confirmed: jax.Array,
+        predicted: jax.Array,
     ) -> "ActivationFeedback":
-        """With one more step, whose estimates of the errors at the sites are given."""
+        """With one more step, of which the estimates of the errors at the sites are given, and what
+        its draws say of the predictions.
+        """
         B, T, _ = error_BTE.shape
         new = 1 / self.memory
         average = lambda old, one: (1 - new) * old + new * one
@@ -66,7 +85,13 @@ class ActivationFeedback:
             for old, g, site in zip(self.products, errors, sites, strict=True)
         ]
         squares = jnp.einsum("bte,btf->ef", error_BTE, error_BTE) / (B * T)
-        return dataclasses.replace(self, squares=average(self.squares, squares), products=products)
+        return dataclasses.replace(
+            self,
+            squares=average(self.squares, squares),
+            products=products,
+            confirmed=average(self.confirmed, confirmed),
+            predicted=average(self.predicted, predicted),
+        )
 
 
 def check_feedback(memory: float, ridge: float) -> None:

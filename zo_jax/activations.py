@@ -94,16 +94,17 @@ def activation_gradient(
     _check(num_draws, sigma, discount)
     whole, key = as_arrays(params), typed_key(key)
     clean = _evaluate(token_loss_fn, whole, batch, exact)
-    predicted = error_BTE = None
+    guess, error_BTE = None, None
     if feedback is not None:
         _check_fits(feedback, clean.sites)
         error_BTE = output_error(feedback.error_fn, whole, batch, clean.losses_BT.shape)
-        predicted = feedback.predict(error_BTE, clean.sites)
-    errors, num_failed = _errors(
-        clean.losses_with, clean.sites, sigma, key, num_draws, discount, predicted
+        guess = feedback.predict(error_BTE, clean.sites), feedback.weights
+    errors, count, told = _errors(
+        clean.losses_with, clean.sites, sigma, key, num_draws, discount, guess
     )
     if feedback is not None and error_BTE is not None:
-        feedback = feedback.learn(error_BTE, errors, clean.sites)
+        feedback = feedback.learn(error_BTE, errors, clean.sites, *told)
+    num_failed = num_draws - count
     loss = jnp.mean(clean.losses_BT.astype(jnp.float32))
     return ActivationEstimate(clean.gradient_of(errors), loss, num_failed, feedback)
 
@@ -209,8 +210,9 @@ def activation_feedback(
     E = jax.eval_shape(read, whole, *batch).shape[-1]
     of_token = lambda s: (*s.shape[: s.loops], *s.shape[s.loops + 2 :])
     products = [jnp.zeros((*of_token(site), E), jnp.float32) for site in found.sites]
-    squares = jnp.zeros((E, E), jnp.float32)
-    return ActivationFeedback(squares, products, error_fn, float(memory), float(ridge))
+    squares, none = jnp.zeros((E, E), jnp.float32), jnp.zeros(len(products), jnp.float32)
+    start = squares, products, none, none
+    return ActivationFeedback(*start, error_fn, float(memory), float(ridge))
 
 
 class ActivationState(NamedTuple):
@@ -369,10 +371,14 @@ def _check_covered(uncovered: set[int], params: Any, tokens: tuple[int, ...]) ->
         )
 
 
-def _errors(losses_with, sites, sigma, key, num_draws, discount, predicted):
-    """([for each site the error of its value in the losses' sum], number of draws left out);
-    `predicted` has for each site what is expected, or is None.
+def _errors(losses_with, sites, sigma, key, num_draws, discount, guess):
+    """(for each site the error of its value in the losses' sum, the number of draws that are not
+    left out, and what these say of a guess: see `ActivationFeedback.learn`).
+
+    Args:
+      guess: (for each site the errors that are expected, the weight of each site), or None.
     """
+    predicted, weights = guess or ([], jnp.zeros(0))
 
     def signs(key: jax.Array) -> list[jax.Array]:
         keys = jax.random.split(key, len(sites))
@@ -382,7 +388,7 @@ def _errors(losses_with, sites, sigma, key, num_draws, discount, predicted):
         ]
 
     def add_draw(carry, key):
-        totals, count = carry
+        totals, told, count = carry
         draws = signs(key)
         noise = lambda side: [
             (side * a).astype(site.dtype) for a, site in zip(draws, sites, strict=True)
@@ -390,24 +396,30 @@ def _errors(losses_with, sites, sigma, key, num_draws, discount, predicted):
         # A loop over the two sides, so that the program is compiled once.
         both_2BT = lax.map(lambda side: losses_with(noise(side)), jnp.float32([sigma, -sigma]))
         change_BT = (both_2BT[0] - both_2BT[1]).astype(jnp.float32) / (2 * sigma)
-        if predicted is not None:
-            pairs = zip(draws, predicted, sites, strict=True)
-            change_BT -= sum(_by_token(a * p, site) for a, p, site in pairs)
         is_finite = jnp.all(jnp.isfinite(change_BT))
+        of_sites = [_by_token(a * p, s) for a, p, s in zip(draws, predicted, sites, strict=False)]
+        expected_SBT = jnp.stack(of_sites) if of_sites else jnp.zeros((0, *change_BT.shape))
+        change_BT -= jnp.einsum("s,sbt->bt", weights, expected_SBT)
         credit_BT = jnp.where(is_finite, _discounted(change_BT, discount), 0)
         new = [
             total + a * _along(credit_BT, site)
             for total, a, site in zip(totals, draws, sites, strict=True)
         ]
-        return (new, count + is_finite), None
+        squares_S = jnp.where(is_finite, jnp.sum(jnp.square(expected_SBT), axis=(1, 2)), 0)
+        # Of the rest of the change, and of what was taken out of it.
+        common_S = jnp.einsum("bt,sbt->s", credit_BT, expected_SBT) + weights * squares_S
+        told = told[0] + common_S, told[1] + squares_S
+        return (new, told, count + is_finite), None
 
     zeros = [jnp.zeros(site.shape, jnp.float32) for site in sites]
+    start = zeros, (jnp.zeros(len(predicted)), jnp.zeros(len(predicted))), jnp.int32(0)
     keys = jax.random.split(key, num_draws)
-    (totals, count), _ = lax.scan(add_draw, (zeros, jnp.int32(0)), keys)
+    (totals, told, count), _ = lax.scan(add_draw, start, keys)
     mean = [total / jnp.maximum(count, 1) for total in totals]
-    if predicted is not None:  # whose share of the draws' credit was taken out
-        mean = [jnp.where(count > 0, m + p, 0) for m, p in zip(mean, predicted, strict=True)]
-    return mean, num_draws - count
+    if guess is not None:  # whose share of the draws' credit was taken out
+        pairs = zip(mean, weights, predicted, strict=True)
+        mean = [jnp.where(count > 0, m + w * p, 0) for m, w, p in pairs]
+    return mean, count, told
 
 
 def _discounted(x_BT: jax.Array, discount: float) -> jax.Array:

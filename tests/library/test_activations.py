@@ -1,5 +1,7 @@
 """Noise on activations against exact gradients under the same credit."""
 
+import dataclasses
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -191,10 +193,13 @@ def test_feedback_changes_no_mean(discount):
     rng = np.random.default_rng(2)
     noise = lambda x: jnp.array(rng.normal(size=x.shape), jnp.float32)
     feedback = jax.tree.map(noise, feedback)
-    squares = feedback.squares @ feedback.squares.T
-    feedback = zo_jax.ActivationFeedback(
-        squares, feedback.products, output_error, feedback.memory, feedback.ridge
+    feedback = dataclasses.replace(
+        feedback,
+        squares=feedback.squares @ feedback.squares.T,
+        confirmed=jnp.array(rng.uniform(size=feedback.confirmed.shape), jnp.float32),
+        predicted=jnp.ones_like(feedback.predicted),
     )
+    assert jnp.all((feedback.weights > 0) & (feedback.weights < 1))
     estimate = lambda key: (
         zo_jax.activation_gradient(
             losses,
@@ -224,7 +229,9 @@ def test_feedback_learns_the_regression_of_errors_on_the_output_s():
     rng = np.random.default_rng(3)
     e = rng.normal(size=(B, T, C)).astype(np.float32)
     errors = [rng.normal(size=site.shape).astype(np.float32) for site in sites]
-    feedback = feedback.learn(e, errors, sites)
+    told = rng.uniform(size=(2, len(sites))).astype(np.float32)
+    feedback = feedback.learn(e, errors, sites, *told)
+    np.testing.assert_allclose(feedback.weights, np.clip(told[0] / told[1], 0, 1), rtol=1e-5)
     flat = e.reshape(-1, C).astype(np.float64)
     squares = flat.T @ flat / len(flat)
     np.testing.assert_allclose(feedback.squares, squares, rtol=1e-5)
@@ -246,6 +253,7 @@ def test_an_optax_chain_keeps_its_feedback():
         _, state = step(state)
     assert float(jnp.trace(state.feedback.squares)) > 0
     assert all(float(jnp.max(jnp.abs(x))) > 0 for x in state.feedback.products)
+    assert jnp.all(state.feedback.predicted > 0)
     # What was given is what another run begins with.
     assert float(jnp.trace(tx.init(params).feedback.squares)) == 0
 
