@@ -87,6 +87,15 @@ def _of_weights(rate: float, **fields: Any) -> Callable[[Config], None]:
     return _backprop(rate, **constant, **fields)
 
 
+# Of norms by directions, as long as configs/finetune_lora.py.
+_LONG = dict(
+    zo__num_queries=128,
+    optimizer__learning_rate=2e-2,
+    train__batch_size=16,
+    train__num_steps=6000,
+    train__eval_interval=2000,
+)
+
 METHODS = {
     "zero_shot": Method("zero-shot", ""),
     "calibrated": Method("zero-shot, threshold of the training examples", ""),
@@ -109,16 +118,14 @@ METHODS = {
     "zo_last_norm": Method(
         "control: zo, last norm alone",
         "finetune_last_norm",
-        _set(
-            zo__num_queries=128,
-            optimizer__learning_rate=2e-2,
-            train__batch_size=16,
-            train__num_steps=6000,
-            train__eval_interval=2000,
-        ),
+        _set(**_LONG),
     ),
     "zo_20_kb": Method("zo, last norm, a ledger of 22 KB", "finetune_last_norm"),
-    "zo_norms": Method("control: zo, norms alone", "finetune", _set(scope="norm")),
+    "zo_two_norms": Method(
+        "control: zo, last norm and that of the last MLP",
+        "finetune_last_norm",
+        _set(**(_LONG | dict(scope="^(norm|layers/29/post_attention_layernorm)/"))),
+    ),
     "fo_lora": Method(
         "backprop, LoRA",
         "finetune_lora",
