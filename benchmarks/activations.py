@@ -8,7 +8,7 @@ The model is that of configs/default.py, 2 layers; the last norm and the head ha
 gradient in every row. The ceiling of a discount is `zo_jax.mean_activation_gradient`, what
 infinitely many draws give; with discount 1 it is backprop. Cosines are those of everything below
 the head, after 300 steps of backprop, mean of some keys, beside ceiling / sqrt(1 + c / draws) with
-the c of the fewest draws. Feedback is `zo_jax.activation_feedback` of the output error, taught for
+the c of the most draws. Feedback is `zo_jax.activation_feedback` of the output error, taught for
 the cosines by other batches. A row's rate is the best of --rates by the first seed's validation
 loss after a third of the steps.
 """
@@ -156,8 +156,8 @@ def tell_cosines(setup: Setup) -> None:
                 for f, x in ((plain, None), (taught, feedback))
             ]
             found[draws] = pair
-        # From the smallest number of draws, so that the others are told, not fitted.
-        c = DRAWS[0] * ((ceiling / found[DRAWS[0]][0]) ** 2 - 1)
+        # From the most draws, whose cosine is known best, so that the others are told, not fitted.
+        c = DRAWS[-1] * ((ceiling / found[DRAWS[-1]][0]) ** 2 - 1)
         for draws, (alone, with_feedback) in found.items():
             fit = ceiling / np.sqrt(1 + c / draws)
             print(f"| {discount:g} | {draws} | {alone:.3f} | {with_feedback:.3f} | {fit:.3f} |")
