@@ -83,7 +83,8 @@ def _mode(mode: str, upper_half: bool = False) -> Callable[[Config], None]:
         config.mode, config.feedback = mode, FeedbackConfig()
         if upper_half:
             layers = range(config.model.num_layers // 2, config.model.num_layers)
-            config.scope = rf"^blocks/({'|'.join(map(str, layers))})/|^ln_f/|^head/"
+            head = "wte" if config.model.tied_head else "head"
+            config.scope = rf"^blocks/({'|'.join(map(str, layers))})/|^ln_f/|^{head}/"
 
     return change
 
