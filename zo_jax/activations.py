@@ -210,8 +210,9 @@ def activation_feedback(
     E = jax.eval_shape(read, whole, *batch).shape[-1]
     of_token = lambda s: (*s.shape[: s.loops], *s.shape[s.loops + 2 :])
     products = [jnp.zeros((*of_token(site), E), jnp.float32) for site in found.sites]
-    squares, none = jnp.zeros((E, E), jnp.float32), jnp.zeros(len(products), jnp.float32)
-    start = squares, products, none, none
+    zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
+    # Each an array of its own, for they may be donated.
+    start = zeros(E, E), products, zeros(len(products)), zeros(len(products))
     return ActivationFeedback(*start, error_fn, float(memory), float(ridge))
 
 

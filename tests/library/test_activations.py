@@ -248,7 +248,8 @@ def test_an_optax_chain_keeps_its_feedback():
     feedback = zo_jax.activation_feedback(losses, output_error, params, X_BT)
     tx = zo_jax.activation_zeroth_order(KEY, num_draws=2, feedback=feedback)
     state = tx.init(params)
-    step = jax.jit(lambda state: tx.update(None, state, params, value_fn=losses, batch=(X_BT,)))
+    update = lambda state: tx.update(None, state, params, value_fn=losses, batch=(X_BT,))
+    step = jax.jit(update, donate_argnums=0)
     for _ in range(3):
         _, state = step(state)
     assert float(jnp.trace(state.feedback.squares)) > 0
