@@ -1,3 +1,4 @@
+import fine_tune
 import jax
 import jax.numpy as jnp
 import pytest
@@ -34,6 +35,15 @@ def test_ways_of_training_compare_as_they_should():
 def test_command_line(capsys):
     args = ["--sizes=config", "--config=tests/train/tiny.py", "--vocab_size=100"]
     assert memory.main(args) == 0 and "| config | ZO-SGD |" in capsys.readouterr().out
+
+
+def test_a_fine_tune_is_measured_on_text(tmp_path, monkeypatch, capsys):
+    """What its task and its kept activations ask for is left out."""
+    base = fine_tune.write_base(tmp_path / "base")
+    monkeypatch.setattr(memory, "STEPS", {"ZO-SGD": memory.STEPS["ZO-SGD"]})
+    args = [f"--config=finetune_lora:{base}", "--config.data.block_size=16"]
+    assert memory.main([*args, "--config.zo.num_queries=2"]) == 0
+    assert "| config | ZO-SGD |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

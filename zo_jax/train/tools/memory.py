@@ -184,8 +184,9 @@ def main(args: Sequence[str]) -> int:
     try:
         options = parse(parser, args)
         config, sizes = read_experiment(options), options.sizes.split(",")
-        # What is measured are losses of blocks.
+        # What is measured are losses of blocks, and whole steps.
         config.task, config.objective = TaskConfig(), ObjectiveConfig()
+        config.train.keep_activations = False
         validate(config)
         if config.model.path:
             sizes = ["config"]
