@@ -49,11 +49,16 @@ class ActivationFeedback:
         """What a prediction counts for, float32 [places] in [0, 1]."""
         return jnp.clip(self.confirmed / (self.predicted + _TINY), 0, 1)
 
+    @property
+    def is_finite(self) -> jax.Array:
+        """Whether all of it is."""
+        return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(self)]))
+
     def predict(self, error_BTE: jax.Array, sites: Sequence[Any]) -> list[jax.Array]:
         """B e at every site, float32 of its shape, whatever it counts for."""
         E = len(self.squares)
         size = self.ridge * jnp.trace(self.squares) / E + _TINY
-        inverse_EE = jnp.linalg.inv(self.squares + size * jnp.eye(E))
+        inverse_EE = jnp.linalg.inv(self.squares + size * jnp.eye(E, dtype=jnp.float32))
         return [
             jnp.moveaxis(
                 jnp.tensordot(error_BTE, product @ inverse_EE, (2, product.ndim - 1)),

@@ -59,9 +59,10 @@ def activation_gradient(
 ) -> ActivationEstimate:
     """An estimate of the gradient of the mean of all tokens' losses by noise on activations.
 
-    Unbiased, but for O(sigma²), with `discount` 1, if no loss depends on later tokens. With a
-    smaller one the mean is the gradient under truncated credit: biased, of less variance. The
-    variance grows with the activations of a token that have noise, not with the parameters.
+    Unbiased, but for O(sigma²), with `discount` 1, if no loss depends on later tokens or on those
+    of another sequence. With a smaller one the mean is the gradient under truncated credit: biased,
+    of less variance. The variance grows with the activations of a token that have noise, not with
+    the parameters.
     Memory: what goes into every site, as backprop holds it, and noise of the size of all sites'
     results. Cost: two evaluations a draw, and the products of one backward pass in the end.
 
@@ -98,12 +99,17 @@ def activation_gradient(
     if feedback is not None:
         _check_fits(feedback, clean.sites)
         error_BTE = output_error(feedback.error_fn, whole, batch, clean.losses_BT.shape)
+        is_usable = jnp.all(jnp.isfinite(error_BTE))
+        error_BTE = jnp.where(is_usable, error_BTE, 0)
         guess = feedback.predict(error_BTE, clean.sites), feedback.weights
     errors, count, told = _errors(
         clean.losses_with, clean.sites, sigma, key, num_draws, discount, guess
     )
     if feedback is not None and error_BTE is not None:
-        feedback = feedback.learn(error_BTE, errors, clean.sites, *told)
+        new = feedback.learn(error_BTE, errors, clean.sites, *told)
+        # A step that tells nothing teaches nothing.
+        told_something = is_usable & (count > 0) & new.is_finite
+        feedback = jax.tree.map(lambda a, b: jnp.where(told_something, a, b), new, feedback)
     num_failed = num_draws - count
     loss = jnp.mean(clean.losses_BT.astype(jnp.float32))
     return ActivationEstimate(clean.gradient_of(errors), loss, num_failed, feedback)
@@ -119,8 +125,9 @@ def mean_activation_gradient(
     """What `activation_gradient` is in the mean, but for O(sigma²): the ceiling of what draws can
     give under a discount, by backpropagation.
 
-    It takes T backward passes. With `discount` 1 it is the gradient, if no loss depends on later
-    tokens.
+    It takes T backward passes, and is so where no loss depends on another sequence, or on a
+    `stop_gradient`, of which draws know nothing. With `discount` 1 it is the gradient, if no loss
+    depends on later tokens.
 
     Args:
       token_loss_fn, params, batch, discount, exact: as of `activation_gradient`.
@@ -210,9 +217,8 @@ def activation_feedback(
     E = jax.eval_shape(read, whole, *batch).shape[-1]
     of_token = lambda s: (*s.shape[: s.loops], *s.shape[s.loops + 2 :])
     products = [jnp.zeros((*of_token(site), E), jnp.float32) for site in found.sites]
-    zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
     # Each an array of its own, for they may be donated.
-    start = zeros(E, E), products, zeros(len(products)), zeros(len(products))
+    start = _zeros(E, E), products, _zeros(len(products)), _zeros(len(products))
     return ActivationFeedback(*start, error_fn, float(memory), float(ridge))
 
 
@@ -379,7 +385,7 @@ def _errors(losses_with, sites, sigma, key, num_draws, discount, guess):
     Args:
       guess: (for each site the errors that are expected, the weight of each site), or None.
     """
-    predicted, weights = guess or ([], jnp.zeros(0))
+    predicted, weights = guess or ([], _zeros(0))
 
     def signs(key: jax.Array) -> list[jax.Array]:
         keys = jax.random.split(key, len(sites))
@@ -399,7 +405,7 @@ def _errors(losses_with, sites, sigma, key, num_draws, discount, guess):
         change_BT = (both_2BT[0] - both_2BT[1]).astype(jnp.float32) / (2 * sigma)
         is_finite = jnp.all(jnp.isfinite(change_BT))
         of_sites = [_by_token(a * p, s) for a, p, s in zip(draws, predicted, sites, strict=False)]
-        expected_SBT = jnp.stack(of_sites) if of_sites else jnp.zeros((0, *change_BT.shape))
+        expected_SBT = jnp.stack(of_sites) if of_sites else _zeros(0, *change_BT.shape)
         change_BT -= jnp.einsum("s,sbt->bt", weights, expected_SBT)
         credit_BT = jnp.where(is_finite, _discounted(change_BT, discount), 0)
         new = [
@@ -412,8 +418,8 @@ def _errors(losses_with, sites, sigma, key, num_draws, discount, guess):
         told = told[0] + common_S, told[1] + squares_S
         return (new, told, count + is_finite), None
 
-    zeros = [jnp.zeros(site.shape, jnp.float32) for site in sites]
-    start = zeros, (jnp.zeros(len(predicted)), jnp.zeros(len(predicted))), jnp.int32(0)
+    zeros = [_zeros(*site.shape) for site in sites]
+    start = zeros, (_zeros(len(predicted)), _zeros(len(predicted))), jnp.int32(0)
     keys = jax.random.split(key, num_draws)
     (totals, told, count), _ = lax.scan(add_draw, start, keys)
     mean = [total / jnp.maximum(count, 1) for total in totals]
@@ -421,6 +427,10 @@ def _errors(losses_with, sites, sigma, key, num_draws, discount, guess):
         pairs = zip(mean, weights, predicted, strict=True)
         mean = [jnp.where(count > 0, m + w * p, 0) for m, w, p in pairs]
     return mean, count, told
+
+
+def _zeros(*shape: int) -> jax.Array:
+    return jnp.zeros(shape, jnp.float32)
 
 
 def _discounted(x_BT: jax.Array, discount: float) -> jax.Array:

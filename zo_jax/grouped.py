@@ -36,6 +36,7 @@ Groups = str | Callable[[str, Any], Any]
 _EXPLORED = 0.1
 # Queries that the guess "all coordinates alike" counts for.
 _PRIOR_QUERIES = 1.0
+_TWO_GROUPS = "groups must not name a group {name!r}, as one of the tiers of counts is called"
 # Folded into a query's key for the word that chooses its group.
 _CHOICE = 0x67726F75
 
@@ -240,8 +241,8 @@ def grouped(
       perturbation: the family of directions inside a group, or its name.
       counts: of leaves whose rows have groups of their own, by how often each row is used: the path
         of a leaf [R, ...] -> [R] numbers. Its groups are the 64 rows that are used most, the next
-        up to 512, to 4,096, and so on, named path/0, path/1, ... Of an embedding of many tokens
-        nearly all of the gradient is in the first: `{"wte/embedding": np.bincount(tokens,
+        up to 512, to 4,096, to 32,768 and so on, named path/0, path/1, ... Of an embedding of many
+        tokens nearly all of the gradient is in the first: `{"wte/embedding": np.bincount(tokens,
         minlength=R)}`, tokens those of the training text.
       costs: of an evaluation along a direction of a group, by the group's name; 1 for the others.
       memory: steps that what is learned reaches back.
@@ -290,6 +291,7 @@ def find_groups(groups: Groups, params: Any, tiers: Tiers = ()) -> list[tuple[st
     flat = jax.tree.leaves_with_path(params)
     rows: dict[str, list[Any]] = {}
     tier_of = {path: np.frombuffer(own, np.uint8) for path, own in tiers}
+    of_tiers: set[str] = set()
     for i, ((path, leaf), is_stack) in enumerate(zip(flat, stacked_leaves(params), strict=True)):
         if not is_floating(leaf):
             continue
@@ -302,11 +304,16 @@ def find_groups(groups: Groups, params: Any, tiers: Tiers = ()) -> list[tuple[st
                 )
             for t in range(tier.max() + 1):
                 name = f"{path_name(path)}/{t}"
+                if name in rows:
+                    raise ValueError(_TWO_GROUPS.format(name=name))
+                of_tiers.add(name)
                 rows[name] = [None] * len(flat)
                 rows[name][i] = np.flatnonzero(tier == t) if tier.any() else ALL
             continue
         names = _names_of(groups, path_name(path), leaf, is_stack)
         for name in [names] if isinstance(names, str) else dict.fromkeys(names):
+            if name in of_tiers:
+                raise ValueError(_TWO_GROUPS.format(name=name))
             own = ALL
             if not isinstance(names, str):
                 own = np.flatnonzero([other == name for other in names])

@@ -1,21 +1,21 @@
 """Rows of a leaf in tiers, by how often they are used.
 
-Of a table of tokens most of the gradient is that of few rows: what comes often. A tier has `_STEP`
-times as many rows as all before it, so that tokens whose counts fall like one over their rank have
-in every tier about as much use.
+Of a table of tokens most of the gradient is that of few rows: what comes often. Tiers end at 64,
+512, 4,096, 32,768, .. rows, each end `_STEP` times the one before, so that tokens whose counts fall
+like one over their rank have in every tier about as much use.
 """
 
 import base64
+import bz2
 from collections.abc import Mapping
 from typing import Any
-import zlib
 
 import numpy as np
 
 # (path of a leaf [R, ...], the tier of each row, a byte each), sorted: what can be hashed.
 Tiers = tuple[tuple[str, bytes], ...]
 
-# The tiers end at 64, 512, 4,096, .. rows, and the last where the rows do.
+# Rows of the first tier, and how many times as far each next one reaches.
 _FIRST, _STEP = 64, 8
 
 
@@ -57,7 +57,8 @@ def pack(rows: bytes) -> str:
     >>> unpack(pack(b"\\0\\1\\1"))
     b'\\x00\\x01\\x01'
     """
-    return base64.b85encode(zlib.compress(rows, 9)).decode()
+    # Of bz2 there is one implementation: the text is the same everywhere.
+    return base64.b85encode(bz2.compress(rows, 9)).decode()
 
 
 def unpack(text: str) -> bytes:
@@ -67,6 +68,6 @@ def unpack(text: str) -> bytes:
       ValueError: the text is not from there.
     """
     try:
-        return zlib.decompress(base64.b85decode(text))
-    except (ValueError, zlib.error) as error:
+        return bz2.decompress(base64.b85decode(text))
+    except (ValueError, OSError) as error:
         raise ValueError(f"this tells no tiers of rows: {error}") from None

@@ -262,3 +262,31 @@ def test_bad_feedback():
     )
     with pytest.raises(ValueError, match="feedback was made for 1 places"):
         zo_jax.activation_gradient(losses, PARAMS, KEY, X_BT, feedback=other)
+
+
+def test_a_step_that_tells_nothing_teaches_no_feedback():
+    good = {k: v for k, v in PARAMS.items() if k != "steps"}
+    bad = good | {"head": good["head"].at[0, 0].set(jnp.inf)}
+    feedback = zo_jax.activation_feedback(losses, output_error, good, X_BT)
+    step = jax.jit(
+        lambda params, key, feedback: zo_jax.activation_gradient(
+            losses, params, key, X_BT, num_draws=2, feedback=feedback
+        )
+    )
+    before = step(good, KEY, feedback).feedback
+    found = step(bad, KEY, before)
+    for a, b in zip(jax.tree.leaves(found.feedback), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a, b)
+    again = step(good, KEY, found.feedback)
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(again.gradient))
+
+
+def test_it_runs_with_double_precision_at_hand():
+    w, x_BTC = values((3, 2), 1), values((2, 4, 3), 2)
+    squares = lambda w, x_BTC: jnp.sum((x_BTC @ w) ** 2, axis=-1)
+    feedback = zo_jax.activation_feedback(squares, lambda w, x_BTC: x_BTC @ w, w, x_BTC)
+    with jax.enable_x64(True):
+        for given in (None, feedback):
+            found = zo_jax.activation_gradient(squares, w, KEY, x_BTC, num_draws=2, feedback=given)
+            assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found.gradient))
+            assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found.feedback))

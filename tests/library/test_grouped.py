@@ -300,6 +300,12 @@ def test_bad_arguments():
     ):
         with pytest.raises(ValueError, match=match):
             zo_jax.grouped(counts=counts).start(PARAMS)
+    for name in ("head/0", "embedding/0"):
+        names = lambda path, x, name=name: name if x.ndim else "rest"
+        with pytest.raises(ValueError, match=f"must not name a group '{name}'"):
+            table = name.removesuffix("/0")
+            counts = {table: range(len(PARAMS[table]))}
+            zo_jax.grouped(names, counts=counts).start(PARAMS)
     for bad in ([-1, 2], [[1]], [np.inf], [], ["a"]):
         with pytest.raises(ValueError, match="must be finite numbers of at least 0"):
             zo_jax.grouped(counts={"head": bad})

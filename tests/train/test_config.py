@@ -3,11 +3,13 @@ import inspect
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from zo_jax.train import experiment
+from zo_jax.train import choices, experiment
 from zo_jax.train.arguments import Parser, add_experiment, help_text, parse, read_experiment
 from zo_jax.train.config import SETTINGS, ConfigError, blocks_per_step
+from zo_jax.train.model import make_model
 from zo_jax.train.validation import resolve, validate
 
 DEFAULT = Path(__file__).parents[2] / "configs" / "default.py"
@@ -198,6 +200,47 @@ def test_resolve(tiny_config):
     change(tiny_config, optimizer__schedule="cosine")
     with pytest.raises(ConfigError, match="warmup_steps=300"):
         resolve(tiny_config, 10)
+
+
+@pytest.mark.parametrize(
+    "scope, exact, tied, paths",
+    [
+        ("full", "none", True, ["wte/embedding"]),
+        ("full", "none", False, ["head/embedding", "wte/embedding"]),
+        ("full", "head", False, ["wte/embedding"]),
+        ("full", "^(blocks/1|ln_f|head)/", False, ["wte/embedding"]),
+        ("reduced", "none", True, ["wte/embedding"]),
+        ("^blocks/1/|^head", "none", False, ["head/embedding"]),
+    ],
+)
+def test_tokens_have_tiers_where_they_have_directions(tiny_config, scope, exact, tied, paths):
+    tiny_config.zo.groups, tiny_config.zo.exact, tiny_config.scope = "tokens", exact, scope
+    tiny_config.model.tied_head, tiny_config.model.num_layers = tied, 2
+    config = resolve(tiny_config, 10, lambda: np.arange(100))
+    model = make_model(config.model, 100)
+    tiers = choices.tiers_of(config, model)
+    assert [path for path, _ in tiers] == paths
+    # Of 100 tokens the 64 that come most are the last.
+    assert all(rows == bytes([1] * 36 + [0] * 64) for _, rows in tiers)
+    choices.make_estimator(config, model=model)
+    # What a run has recorded is what it goes on with.
+    assert resolve(config, 10, lambda: np.ones(100)).zo.tiers == config.zo.tiers
+
+
+def test_tokens_without_tiers_are_told(tiny_config):
+    tiny_config.zo.groups = "tokens"
+    with pytest.raises(ConfigError, match="needs a training text to count"):
+        resolve(tiny_config, 10)
+    config = resolve(tiny_config, 10, lambda: np.ones(100))
+    with pytest.raises(ConfigError, match="tiers of 100 tokens, and the model has 99"):
+        choices.tiers_of(config, make_model(config.model, 99))
+    config.scope = "^blocks/"
+    with pytest.raises(ConfigError, match="needs a table of tokens among what has directions"):
+        choices.tiers_of(config, make_model(config.model, 100))
+    for tiers in ("none", "Zm9v"):
+        tiny_config.zo.tiers = tiers
+        with pytest.raises(ConfigError, match=r"zo.tiers must be empty, or what a run recorded"):
+            validate(tiny_config)
 
 
 @pytest.mark.parametrize("path", sorted(DEFAULT.parent.glob("*.py")), ids=lambda path: path.stem)

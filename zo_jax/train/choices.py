@@ -49,13 +49,23 @@ def make_estimator(config: Config, layout: Layout | None = None, model: Any = No
 
 
 def tiers_of(config: Config, model: Any) -> Tiers:
-    """Those of the tables of tokens that have directions; none without a model."""
+    """Those of the tables of tokens that have directions; none without a model.
+
+    Raises:
+      ConfigError: no table has directions, or they are of another vocabulary.
+    """
     if config.zo.groups != "tokens" or model is None:
         return ()
-    trained = scope_of(config, model).floating(model.shapes()).select(model.shapes())
-    exact = exact_of(config, model)
-    directed = exact.rest(trained).select(trained) if exact else trained
+    shapes = model.shapes()
+    directed = jax.eval_shape(scope_of(config, model).floating(shapes).select, shapes)
+    if exact := exact_of(config, model):
+        directed = jax.eval_shape(exact.rest(directed).select, directed)
     paths = {path_name(path) for path, _ in jax.tree.leaves_with_path(directed)}
+    if not paths & set(model.tables):
+        raise ConfigError(
+            f"zo.groups=tokens needs a table of tokens among what has directions, "
+            f"{' or '.join(model.tables)}; widen scope, or set zo.groups=layers"
+        )
     rows = unpack(config.zo.tiers)
     if len(rows) != model.vocab_size:
         raise ConfigError(

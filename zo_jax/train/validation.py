@@ -54,7 +54,8 @@ def resolve(
       count_tokens: () -> how often the training text has each token, where there is one.
 
     Raises:
-      ConfigError: the warm-up is as long as the run, or the run longer than a run can be.
+      ConfigError: the warm-up is as long as the run, or the run longer than a run can be; or there
+        is no text whose tokens could be counted.
     """
     config = fill_in(config)
     if not config.train.num_steps:
@@ -63,7 +64,10 @@ def resolve(
         _check_setting(SETTINGS["train.num_steps"], config.train.num_steps)
     _check_warmup(config)
     if config.zo.groups == "tokens" and not config.zo.tiers:
-        assert count_tokens  # the task is text
+        if count_tokens is None:
+            raise ConfigError(
+                "zo.groups=tokens needs a training text to count; set zo.groups=layers"
+            )
         ((_, rows),) = sort_into_tiers({"tokens": count_tokens()})
         config.zo.tiers = pack(rows)
     return config

@@ -55,7 +55,8 @@ def compare(
             continue
         if name not in free:
             absent = "absent, which means " if name in newer else ""
-            different.append(f"{name} (there {absent}{before!r}, here {now!r})")
+            # Packed tiers are kilobytes.
+            different.append(f"{name} (there {absent}{before!r:.80}, here {now!r:.80})")
         elif free[name] == ROUNDING:
             notes.append(f"{name} was {before!r} and is {now!r}: last bits may differ by rounding")
     if newer:

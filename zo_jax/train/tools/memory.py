@@ -140,7 +140,7 @@ def _sized(config: Config, size: str, vocab_size: int) -> Config:
     if size != "config":
         one.model.size = size
         one.model.num_layers = one.model.num_heads = one.model.width = 0
-    return resolve(one, 1, lambda: np.ones(vocab_size))
+    return resolve(one, 1, lambda: np.ones(_model(one, vocab_size).vocab_size))
 
 
 def _state(config: Config, vocab_size: int) -> Any:
@@ -186,7 +186,7 @@ def main(args: Sequence[str]) -> int:
         config, sizes = read_experiment(options), options.sizes.split(",")
         # What is measured are losses of blocks, and whole steps.
         config.task, config.objective = TaskConfig(), ObjectiveConfig()
-        config.train.keep_activations = False
+        config.train.keep_activations, config.zo.tiers = False, ""
         validate(config)
         if config.model.path:
             sizes = ["config"]
