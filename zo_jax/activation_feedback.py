@@ -33,7 +33,9 @@ class ActivationFeedback:
       confirmed: float32 [places], of what draws had in common with the change of the losses that
         was predicted for them.
       predicted: float32 [places], of that change squared.
-      error_fn, memory, ridge: as in `activation_feedback`.
+      error_fn: what predicts errors, of `activation_feedback`.
+      memory: steps that the averages reach back.
+      ridge: of the regression, relative to the mean square of the output's error.
     """
 
     squares: jax.Array
