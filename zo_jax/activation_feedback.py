@@ -17,6 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from zo_jax.sites import Site
+
 # Of a sum of squares, so that nothing is divided by nothing before the first step.
 _TINY = 1e-20
 
@@ -56,7 +58,17 @@ class ActivationFeedback:
         """Whether all of it is."""
         return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(self)]))
 
-    def predict(self, error_BTE: jax.Array, sites: Sequence[Any]) -> list[jax.Array]:
+    def check_fits(self, sites: Sequence[Site]) -> None:
+        """Raises ValueError if it was made for other places."""
+        there, here = [x.shape[:-1] for x in self.products], [s.token_shape for s in sites]
+        if there != here:
+            raise ValueError(
+                f"feedback was made for {len(there)} places {there}, and the losses have "
+                f"{len(here)} {here}; make it by activation_feedback of the same losses, "
+                "parameters and exact"
+            )
+
+    def predict(self, error_BTE: jax.Array, sites: Sequence[Site]) -> list[jax.Array]:
         """B e at every site, float32 of its shape, whatever it counts for."""
         E = len(self.squares)
         size = self.ridge * jnp.trace(self.squares) / E + _TINY
@@ -74,7 +86,7 @@ class ActivationFeedback:
         self,
         error_BTE: jax.Array,
         errors: Sequence[jax.Array],
-        sites: Sequence[Any],
+        sites: Sequence[Site],
         confirmed: jax.Array,
         predicted: jax.Array,
     ) -> "ActivationFeedback":
@@ -101,11 +113,27 @@ class ActivationFeedback:
         )
 
 
-def check_feedback(memory: float, ridge: float) -> None:
+def new_feedback(
+    sites: Sequence[Site],
+    E: int,
+    error_fn: Callable[..., jax.Array],
+    memory: float,
+    ridge: float,
+) -> ActivationFeedback:
+    """Feedback that has learned nothing, for an output's error of width E.
+
+    Raises:
+      ValueError: memory or ridge is out of range.
+    """
     if not (memory >= 1 and math.isfinite(memory)):
         raise ValueError(f"memory must be finite and at least 1 step, got {memory!r}")
     if not (ridge > 0 and math.isfinite(ridge)):
         raise ValueError(f"ridge must be finite and above 0, got {ridge!r}")
+    zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
+    # Each an array of its own, for they may be donated.
+    start = zeros(E, E), [zeros(*site.token_shape, E) for site in sites]
+    told = zeros(len(sites)), zeros(len(sites))
+    return ActivationFeedback(*start, *told, error_fn, float(memory), float(ridge))
 
 
 def output_error(

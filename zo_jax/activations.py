@@ -18,16 +18,14 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
 
-from zo_jax import exact as exactly
-from zo_jax.activation_feedback import ActivationFeedback, check_feedback, output_error
+from zo_jax.activation_errors import evaluate_clean, find_errors, mean_errors, trace
+from zo_jax.activation_feedback import ActivationFeedback, new_feedback, output_error
 from zo_jax.estimators import typed_key
 from zo_jax.noise import key_words, own_words
-from zo_jax.sites import trace_tokens
-from zo_jax.trees import Rule, Subset, as_arrays, is_floating, loss_of, path_name
+from zo_jax.trees import Rule, Subset, as_arrays
 
 
 class ActivationEstimate(NamedTuple):
@@ -94,15 +92,15 @@ def activation_gradient(
     """
     _check(num_draws, sigma, discount)
     whole, key = as_arrays(params), typed_key(key)
-    clean = _evaluate(token_loss_fn, whole, batch, exact)
+    clean = evaluate_clean(token_loss_fn, whole, batch, exact)
     guess, error_BTE = None, None
     if feedback is not None:
-        _check_fits(feedback, clean.sites)
+        feedback.check_fits(clean.sites)
         error_BTE = output_error(feedback.error_fn, whole, batch, clean.losses_BT.shape)
         is_usable = jnp.all(jnp.isfinite(error_BTE))
         error_BTE = jnp.where(is_usable, error_BTE, 0)
         guess = feedback.predict(error_BTE, clean.sites), feedback.weights
-    errors, count, told = _errors(
+    errors, count, told = find_errors(
         clean.losses_with, clean.sites, sigma, key, num_draws, discount, guess
     )
     if feedback is not None and error_BTE is not None:
@@ -146,26 +144,8 @@ def mean_activation_gradient(
     """
     _check(1, 1.0, discount)
     whole = as_arrays(params)
-    clean = _evaluate(token_loss_fn, whole, batch, exact)
-    zeros = [jnp.zeros(site.shape, site.dtype) for site in clean.sites]
-    losses_BT, pull = jax.vjp(clean.losses_with, zeros)
-    T = losses_BT.shape[1]
-
-    def add_token(totals: list[jax.Array], u: jax.Array) -> tuple[list[jax.Array], None]:
-        """The errors of all tokens up to u in the losses of token u."""
-        cotangent_BT = jnp.broadcast_to(jnp.arange(T) == u, losses_BT.shape)
-        (errors,) = pull(cotangent_BT.astype(losses_BT.dtype))
-        behind_T = u - jnp.arange(T)
-        weight_T = jnp.where(behind_T >= 0, jnp.float32(discount) ** jnp.maximum(behind_T, 0), 0)
-        weight_BT = jnp.broadcast_to(weight_T, losses_BT.shape)
-        own = [
-            total + error.astype(jnp.float32) * _along(weight_BT, site)
-            for total, error, site in zip(totals, errors, clean.sites, strict=True)
-        ]
-        return own, None
-
-    start = [jnp.zeros(site.shape, jnp.float32) for site in clean.sites]
-    errors, _ = lax.scan(add_token, start, jnp.arange(T))
+    clean = evaluate_clean(token_loss_fn, whole, batch, exact)
+    errors = mean_errors(clean.losses_with, clean.sites, discount)
     return clean.gradient_of(errors)
 
 
@@ -210,16 +190,11 @@ def activation_feedback(
     >>> bool(spread(feedback) < 0.3 * before)
     True
     """
-    check_feedback(memory, ridge)
     whole = as_arrays(params)
-    _, _, _, found = _trace(token_loss_fn, whole, batch, exact)
+    _, _, _, found = trace(token_loss_fn, whole, batch, exact)
     read = lambda params, *batch: output_error(error_fn, params, batch, found.tokens)
     E = jax.eval_shape(read, whole, *batch).shape[-1]
-    of_token = lambda s: (*s.shape[: s.loops], *s.shape[s.loops + 2 :])
-    products = [jnp.zeros((*of_token(site), E), jnp.float32) for site in found.sites]
-    # Each an array of its own, for they may be donated.
-    start = _zeros(E, E), products, _zeros(len(products)), _zeros(len(products))
-    return ActivationFeedback(*start, error_fn, float(memory), float(ridge))
+    return new_feedback(found.sites, E, error_fn, memory, ridge)
 
 
 class ActivationState(NamedTuple):
@@ -298,156 +273,3 @@ def _check(num_draws: int, sigma: float, discount: float) -> None:
         raise ValueError(f"sigma must be finite and above 0, got {sigma!r}")
     if not 0 <= discount <= 1:
         raise ValueError(f"discount must be from 0 to 1, got {discount!r}")
-
-
-class _Clean(NamedTuple):
-    """Losses without noise, and what follows from errors.
-
-    Attributes:
-      sites: where noise is added.
-      losses_BT: without any.
-      losses_with: of noise at the sites.
-      gradient_of: errors at the sites, in the sum of the losses -> gradient of their mean by all
-        parameters.
-    """
-
-    sites: list[Any]
-    losses_BT: jax.Array
-    losses_with: Callable[[Any], jax.Array]
-    gradient_of: Callable[[list[jax.Array]], Any]
-
-
-def _evaluate(token_loss_fn: Any, whole: Any, batch: Any, exact: Any) -> _Clean:
-    parts, noisy, evaluate, found = _trace(token_loss_fn, whole, batch, exact)
-    values = [x for x in jax.tree.leaves(noisy) if is_floating(x)]
-
-    def clean(values):
-        losses_BT, taps = evaluate(values, None)
-        return [x for _, x in taps], (losses_BT, [site for site, _ in taps])
-
-    taps, pull, (losses_BT, of_tap) = jax.vjp(clean, values, has_aux=True)
-
-    def gradient_of(errors: list[jax.Array]) -> Any:
-        pairs = zip(of_tap, taps, strict=True)
-        (own,) = pull([(errors[site] / losses_BT.size).astype(tap.dtype) for site, tap in pairs])
-        own = iter(own)
-        gradient = jax.tree.map(
-            lambda p: next(own).astype(p.dtype) if is_floating(p) else jnp.zeros_like(p), noisy
-        )
-        if parts is None:
-            return gradient
-        gradient = parts.rest.merge(jax.tree.map(jnp.zeros_like, whole), gradient)
-        losses_of_exact = loss_of(parts.exact, token_loss_fn, whole)
-        mean = lambda own, batch: jnp.mean(losses_of_exact(own, *batch))
-        one = jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
-        part = exactly.exact_gradient(mean, parts.exact.select(whole), one, 1)
-        return parts.exact.merge(gradient, part)
-
-    losses_with = lambda noises: evaluate(values, noises)[0]
-    return _Clean(found.sites, losses_BT, losses_with, gradient_of)
-
-
-def _trace(token_loss_fn, params, batch, exact):
-    """(the two parts or None, what has noise, its evaluation, its sites)."""
-    parts, losses_of, noisy = None, token_loss_fn, params
-    if exact is not None:
-        parts = exactly.split(exact, params)
-        noisy, losses_of = parts.rest.select(params), loss_of(parts.rest, token_loss_fn, params)
-    evaluate, found = trace_tokens(losses_of, noisy, batch)
-    _check_covered(found.uncovered, noisy, found.tokens)
-    return parts, noisy, evaluate, found
-
-
-def _check_fits(feedback: ActivationFeedback, sites: list[Any]) -> None:
-    there = [x.shape[:-1] for x in feedback.products]
-    here = [(*s.shape[: s.loops], *s.shape[s.loops + 2 :]) for s in sites]
-    if there != here:
-        raise ValueError(
-            f"feedback was made for {len(there)} places {there}, and the losses have {len(here)} "
-            f"{here}; make it by activation_feedback of the same losses, parameters and exact"
-        )
-
-
-def _check_covered(uncovered: set[int], params: Any, tokens: tuple[int, ...]) -> None:
-    if uncovered:
-        paths = [p for p, x in jax.tree.leaves_with_path(params) if is_floating(x)]
-        names = ", ".join(path_name(paths[i]) or "params" for i in sorted(uncovered))
-        raise ValueError(
-            f"parameters must act linearly on activations {list(tokens)} + [...], but {names} are "
-            "used in another way too; name them in exact"
-        )
-
-
-def _errors(losses_with, sites, sigma, key, num_draws, discount, guess):
-    """(for each site the error of its value in the losses' sum, the number of draws that are not
-    left out, and what these say of a guess: see `ActivationFeedback.learn`).
-
-    Args:
-      guess: (for each site the errors that are expected, the weight of each site), or None.
-    """
-    predicted, weights = guess or ([], _zeros(0))
-
-    def signs(key: jax.Array) -> list[jax.Array]:
-        keys = jax.random.split(key, len(sites))
-        return [
-            jax.random.rademacher(k, site.shape, jnp.float32)
-            for k, site in zip(keys, sites, strict=True)
-        ]
-
-    def add_draw(carry, key):
-        totals, told, count = carry
-        draws = signs(key)
-        noise = lambda side: [
-            (side * a).astype(site.dtype) for a, site in zip(draws, sites, strict=True)
-        ]
-        # A loop over the two sides, so that the program is compiled once.
-        both_2BT = lax.map(lambda side: losses_with(noise(side)), jnp.float32([sigma, -sigma]))
-        change_BT = (both_2BT[0] - both_2BT[1]).astype(jnp.float32) / (2 * sigma)
-        is_finite = jnp.all(jnp.isfinite(change_BT))
-        of_sites = [_by_token(a * p, s) for a, p, s in zip(draws, predicted, sites, strict=False)]
-        expected_SBT = jnp.stack(of_sites) if of_sites else _zeros(0, *change_BT.shape)
-        change_BT -= jnp.einsum("s,sbt->bt", weights, expected_SBT)
-        credit_BT = jnp.where(is_finite, _discounted(change_BT, discount), 0)
-        new = [
-            total + a * _along(credit_BT, site)
-            for total, a, site in zip(totals, draws, sites, strict=True)
-        ]
-        squares_S = jnp.where(is_finite, jnp.sum(jnp.square(expected_SBT), axis=(1, 2)), 0)
-        # Of the rest of the change, and of what was taken out of it.
-        common_S = jnp.einsum("bt,sbt->s", credit_BT, expected_SBT) + weights * squares_S
-        told = told[0] + common_S, told[1] + squares_S
-        return (new, told, count + is_finite), None
-
-    zeros = [_zeros(*site.shape) for site in sites]
-    start = zeros, (_zeros(len(predicted)), _zeros(len(predicted))), jnp.int32(0)
-    keys = jax.random.split(key, num_draws)
-    (totals, told, count), _ = lax.scan(add_draw, start, keys)
-    mean = [total / jnp.maximum(count, 1) for total in totals]
-    if guess is not None:  # whose share of the draws' credit was taken out
-        pairs = zip(mean, weights, predicted, strict=True)
-        mean = [jnp.where(count > 0, m + w * p, 0) for m, w, p in pairs]
-    return mean, count, told
-
-
-def _zeros(*shape: int) -> jax.Array:
-    return jnp.zeros(shape, jnp.float32)
-
-
-def _discounted(x_BT: jax.Array, discount: float) -> jax.Array:
-    """Σ_{u >= t} discount^(u - t) x_u."""
-    T = x_BT.shape[1]
-    ahead_TT = jnp.arange(T)[None] - jnp.arange(T)[:, None]
-    weight_TT = jnp.where(ahead_TT >= 0, jnp.float32(discount) ** jnp.maximum(ahead_TT, 0), 0)
-    return jnp.einsum("tu,bu->bt", weight_TT, x_BT)
-
-
-def _by_token(values: jax.Array, site: Any) -> jax.Array:
-    """The sum of a site's values over all but the tokens, [B, T]."""
-    own = (site.loops, site.loops + 1)
-    return jnp.sum(values, axis=[i for i in range(values.ndim) if i not in own])
-
-
-def _along(credit_BT: jax.Array, site: Any) -> jax.Array:
-    """The credit of tokens, shaped to go with a site's values."""
-    first, last = site.loops, len(site.shape)
-    return lax.expand_dims(credit_BT, (*range(first), *range(first + 2, last)))

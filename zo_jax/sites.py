@@ -54,6 +54,11 @@ class Site(NamedTuple):
     dtype: Any
     leaves: frozenset[int]
 
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        """What one token has there, after the lengths of the loops."""
+        return (*self.shape[: self.loops], *self.shape[self.loops + 2 :])
+
 
 class _Info(NamedTuple):
     """What is known of a value: the leaves that it is a linear function of (none: it is an

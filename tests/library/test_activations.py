@@ -208,10 +208,10 @@ def test_feedback_changes_no_mean(discount):
 
 def test_feedback_learns_the_regression_of_errors_on_the_output_s():
     """One step's averages against sums over tokens, and what they predict against NumPy."""
-    from zo_jax.activations import _trace
+    from zo_jax.activation_errors import trace
 
     feedback = first_feedback(memory=1.0, ridge=0.2)
-    sites = _trace(losses, PARAMS, (X_BT,), None)[3].sites
+    sites = trace(losses, PARAMS, (X_BT,), None)[3].sites
     rng = np.random.default_rng(3)
     e = rng.normal(size=(B, T, C)).astype(np.float32)
     errors = [rng.normal(size=site.shape).astype(np.float32) for site in sites]
@@ -290,3 +290,10 @@ def test_it_runs_with_double_precision_at_hand():
             found = zo_jax.activation_gradient(squares, w, KEY, x_BTC, num_draws=2, feedback=given)
             assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found.gradient))
             assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found.feedback))
+
+
+def test_a_parameter_without_a_use_has_no_gradient():
+    found = zo_jax.activation_gradient(
+        lambda w, x_BT: 1.0 * x_BT, jnp.ones(3), KEY, X_BT, num_draws=2
+    )
+    np.testing.assert_array_equal(found.gradient, np.zeros(3))

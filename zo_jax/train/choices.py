@@ -33,7 +33,7 @@ def make_estimator(config: Config, layout: Layout | None = None, model: Any = No
     name = "gaussian" if zo.perturbation in KEPT else zo.perturbation
     family = families.by_name(name, zo.rank)
     if zo.groups != "none":
-        family = grouped("layers" if zo.groups == "tokens" else zo.groups, family)
+        family = grouped(rule_of(config), family)
         family = dataclasses.replace(family, tiers=tiers_of(config, model))
     return Estimator(
         num_queries=zo.num_queries,
@@ -46,6 +46,11 @@ def make_estimator(config: Config, layout: Layout | None = None, model: Any = No
         mesh=None if layout is None else layout.mesh,
         exact=exact_of(config, model) if model else None,
     )
+
+
+def rule_of(config: Config) -> str:
+    """What `zo_jax.grouped` makes groups by, besides tiers; "none" for directions of all."""
+    return "layers" if config.zo.groups == "tokens" else config.zo.groups
 
 
 def tiers_of(config: Config, model: Any) -> Tiers:

@@ -18,7 +18,7 @@ from zo_jax.atomic import set_aside
 from zo_jax.layout import Layout
 from zo_jax.replay import make_header
 from zo_jax.train import processes
-from zo_jax.train.choices import num_numbers, tiers_of
+from zo_jax.train.choices import num_numbers, rule_of, tiers_of
 from zo_jax.train.config import Config, ConfigError, fixed_fields, keeps_ledger, method_of
 from zo_jax.train.pretrained import Pretrained
 from zo_jax.train.run_folder import checkpoint, metrics
@@ -64,7 +64,7 @@ def run_header(config: Config, model: Any, start: RunState, identity: str = "") 
         start,
         num_queries=num_numbers(config),
         perturbation=config.zo.perturbation,
-        groups="layers" if config.zo.groups == "tokens" else config.zo.groups,
+        groups=rule_of(config),
         tiers=tiers_of(config, model),
         rank=config.zo.rank,
         scope=config.scope,
