@@ -36,9 +36,9 @@ Groups = str | Callable[[str, Any], Any]
 _EXPLORED = 0.1
 # Queries that the guess "all coordinates alike" counts for.
 _PRIOR_QUERIES = 1.0
-_TWO_GROUPS = "groups must not name a group {name!r}, as one of the tiers of counts is called"
 # Folded into a query's key for the word that chooses its group.
 _CHOICE = 0x67726F75
+_TWO_GROUPS = "groups must not name a group {name!r}, as one of the tiers of counts is called"
 
 
 class Norms(NamedTuple):

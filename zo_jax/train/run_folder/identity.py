@@ -56,7 +56,7 @@ def compare(
         if name not in free:
             absent = "absent, which means " if name in newer else ""
             # Packed tiers are kilobytes.
-            different.append(f"{name} (there {absent}{before!r:.80}, here {now!r:.80})")
+            different.append(f"{name} (there {absent}{before!r:.200}, here {now!r:.200})")
         elif free[name] == ROUNDING:
             notes.append(f"{name} was {before!r} and is {now!r}: last bits may differ by rounding")
     if newer:
