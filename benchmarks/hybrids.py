@@ -8,8 +8,8 @@ alone and beside their backprop steps alone.
 
 The character GPT of configs/calibrate.py, Adam with cosine decay. Every method has the same steps,
 of which every interval-th has a backprop gradient; "nothing between" has these steps and no others.
-Rates of every row are the best of its grid by the first seed's validation loss. Seconds are those
-of the steps, without compilation and evaluation.
+Rates of every row are the best of its grid by the mean validation loss of the seeds. Seconds are
+those of the steps, without compilation and evaluation.
 """
 
 import argparse
@@ -158,13 +158,13 @@ def tell(
 ) -> str:
     method, length = METHODS[name], (num_steps, fo_batch)
     settings = list(itertools.product(method.rates, method.relative_rates))
-    tried: dict[tuple[float, float], tuple[float, float]] = {}
+    tried: dict[tuple[float, float], list[tuple[float, float]]] = {}
     for rate, relative in settings:
         run = runner.programs(make_config(method, interval, rate, relative, *length))
-        tried[rate, relative] = run(seeds[0])
-    best = min(settings, key=lambda x: np.nan_to_num(tried[x][0], nan=np.inf))
-    run = runner.programs(make_config(method, interval, *best, *length))
-    found = [tried[best], *(run(seed) for seed in seeds[1:])]
+        tried[rate, relative] = [run(seed) for seed in seeds]
+    mean = lambda setting: np.mean([loss for loss, _ in tried[setting]])
+    best = min(settings, key=lambda setting: np.nan_to_num(mean(setting), nan=np.inf))
+    found = tried[best]
     losses = [loss for loss, _ in found]
     spread = f" ± {np.std(losses, ddof=1):.3f}" if len(losses) > 1 else ""
     rate, relative = best

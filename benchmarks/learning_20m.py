@@ -1,7 +1,7 @@
 """The table of docs/learning.md for the GPT of 20 million parameters with GPT-2's vocabulary, every
 row for the same seconds of steps.
 
-  python benchmarks/learning_20m.py --tokenizer=FOLDER             all rows, an hour and a half
+  python benchmarks/learning_20m.py --tokenizer=FOLDER             all rows, two hours and a half
   python benchmarks/learning_20m.py --tokenizer=FOLDER --methods=feedback,backprop --seconds=60
 
 FOLDER has GPT-2's vocab.json (or encoder.json) and merges.txt (or vocab.bpe); without it they come
@@ -26,14 +26,20 @@ from zo_jax.train.config import Config, FeedbackConfig
 from zo_jax.train.model import SIZES
 from zo_jax.train.validation import validate
 
+ZEROTH_ORDER = {
+    "zo": "zeroth order on all weights",
+    "zo_tokens": "the same, directions of one layer or of tokens as common each",
+}
 METHODS = (
     "feedback",
+    "none",
     "last",
+    "random",
     "embedding",
     "block_local",
     "block_local_upper",
     "backprop",
-    "zo",
+    *ZEROTH_ORDER,
 )
 EVAL_BLOCKS, TIMED_STEPS, NUM_POINTS = 64, 4, 6
 HEADER = "| method | rates x | steps | tokens | core seconds | loss, nats a token | along the run |"
@@ -48,9 +54,11 @@ def make_config(method: str, seed: int, factor: float, tokenizer: str, num_steps
     for name, value in SIZES["20M"]._asdict().items():
         setattr(config.model, name, value)
     config.model.tied_head, config.model.embedding_std = True, small.model.embedding_std
-    if method == "zo":
+    if method in ZEROTH_ORDER:
         config.mode, config.feedback = "zo", FeedbackConfig()
         config.zo, config.optimizer = small.zo, small.optimizer
+        if method == "zo_tokens":
+            config.zo.groups = "tokens"
     else:
         learning.METHODS[method].change(config)
     optimizer = config.optimizer
@@ -90,7 +98,7 @@ def tell(method: str, options: argparse.Namespace) -> str:
     factor = min(options.factors, key=lambda f: np.nan_to_num(tried.get(f, 0.0), nan=np.inf))
     found = [run(method, seed, factor, options.tokenizer, num_steps) for seed in options.seeds]
     column = lambda name: [row[name][-1] for row, _ in found]
-    label = "zeroth order on all weights" if method == "zo" else learning.METHODS[method].label
+    label = ZEROTH_ORDER.get(method) or learning.METHODS[method].label
     is_edge = len(tried) > 1 and factor in (min(options.factors), max(options.factors))
     along = " ".join(f"{loss:.2f}" for loss in found[0][0]["loss"])
     return (
