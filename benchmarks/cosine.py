@@ -13,7 +13,8 @@ Per second: a GPT after some steps of backprop with Adam, on text; a batch; cent
 The squared cosine is (mean <estimate, g>)^2 / (mean |estimate|^2 |g|^2) over the keys, g the
 gradient of the batch: what the average of many steps makes of it. Seconds are the median of whole
 estimates, sum of the directions included, each way in turn. What `zo_jax.grouped` learns it learns
-from projections at these parameters, on other batches, before anything is measured.
+from projections at these parameters, on other batches, before anything is measured; `zo_jax.scaled` is
+given the norms of the gradient of another batch.
 """
 
 import argparse
@@ -31,6 +32,8 @@ import numpy as np
 import optax
 
 import zo_jax
+from zo_jax.grouped import Grouped, find_groups
+from zo_jax.tiers import sort_into_tiers
 from zo_jax.train.config import DataConfig, ModelConfig
 from zo_jax.train.data.corpus import load_corpus
 from zo_jax.train.losses import next_token_loss
@@ -71,6 +74,12 @@ def below(config: ModelConfig, num_layers: int) -> dict[str, float]:
     whole = num_layers + 1
     costs = {f"blocks/{i}": (whole - i) / whole for i in range(num_layers)}
     return costs | {"ln_f": 1 / whole} | ({} if config.tied_head else {"head": 1 / whole})
+
+
+def norms_of(gradient: Any, counts: dict[str, np.ndarray]) -> dict[str, float]:
+    """Norms of a gradient in each leaf, or in rows that are used as often."""
+    found = find_groups("leaves", gradient, sort_into_tiers(counts))
+    return {name: float(optax.global_norm(part.select(gradient))) for name, part in found}
 
 
 def train(model: Any, blocks_NT: np.ndarray, num_steps: int, batch_size: int) -> Any:
@@ -150,18 +159,25 @@ def per_second(name: str) -> None:
     costs = below(config, model.num_layers)
     common = np.bincount(np.ravel(corpus.train_NT), minlength=vocab_size)
     counts = {path: common for path in model.tables}
+    other = jax.jit(jax.grad(loss_fn))(params, batches(1))
+    scaled = lambda counts: zo_jax.scaled(norms_of(other, counts), counts=counts)
     families = {
         "signs of all parameters": "rademacher",
         "signs of a layer": zo_jax.grouped(),
         "signs of a layer, costs told": zo_jax.grouped(costs=costs),
-        "signs of a layer, or of tokens as common": zo_jax.grouped(counts=counts),
+        "signs of all, a scale for each leaf": scaled({}),
     }
+    if tokenizer != "char":
+        families |= {
+            "signs of a layer, or of tokens as common": zo_jax.grouped(counts=counts),
+            "signs of all, a scale for each leaf, or for tokens as common": scaled(counts),
+        }
     ways = [
         Way(label, loss_fn, params, gradient, options | dict(perturbation=family))
         for label, family in families.items()
     ]
-    for way in ways[1:]:
-        for i in range(LEARNING_STEPS):
+    for way in ways:
+        for i in range(LEARNING_STEPS if isinstance(way.family, Grouped) else 0):
             way.learn(jax.random.key(i), batches(1 + i))
     for i in range(-1, PER_SECOND_KEYS):
         for way in ways:

@@ -32,6 +32,7 @@ from zo_jax.perturbed import Dense, LowRank, Perturbed
 from zo_jax.probe import Probe, probe
 from zo_jax.programs import lazily
 from zo_jax.rules import register_rule
+from zo_jax.scaled import scaled
 from zo_jax.transforms import ZerothOrderState, fill_frozen, zeroth_order
 from zo_jax.update import TrainState, Update, UpdateMetrics, make_update
 
@@ -86,6 +87,7 @@ __all__ = [
     "rademacher",
     "record_formed",
     "register_rule",
+    "scaled",
     "shape_scores",
     "sphere",
     "zeroth_order",

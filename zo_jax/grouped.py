@@ -96,6 +96,13 @@ class Grouped(Family):
         names = [name for name, _ in self._found(params)]
         return dict(zip(names, _probabilities(self._norms(params).ends), strict=True))
 
+    def gradient_norms(self, params: Any) -> dict[str, jax.Array]:
+        """What is known of the norm of each group's gradient, by its name, float32 scalars."""
+        norms = self._norms(params)
+        squared = _squared_norms(norms.squares, norms.counts, self._sizes_and_costs(params)[0])
+        names = [name for name, _ in self._found(params)]
+        return dict(zip(names, jnp.sqrt(squared), strict=True))
+
     def parts(self, params: Any) -> list[Subset]:
         return [subset for _, subset in self._found(params)]
 
@@ -119,14 +126,7 @@ class Grouped(Family):
         p = _probabilities(self._norms(params).ends)
         for i, (part, drawn) in enumerate(zip(self.parts(params), own, strict=True)):
             size = jnp.where(which == i, scale * lax.rsqrt(p[i]), 0)
-            selected = part.select(params)
-            moved = self.base.move(selected, drawn, size)
-            moved = iter(jax.tree.leaves(moved, is_leaf=is_perturbed))
-            assert part.indices is not None
-            for j, rows in enumerate(part.indices):
-                if rows is not None:
-                    new = next(moved)
-                    leaves[j] = new if rows is ALL else leaves[j].at[rows].set(_formed(new))
+            put_moved(leaves, part, self.base.move(part.select(params), drawn, size))
         return jax.tree.unflatten(treedef, leaves)
 
     def add(self, params: Any, keys: jax.Array, weights: jax.Array) -> Any:
@@ -267,10 +267,7 @@ def grouped(
     base = perturbation if isinstance(perturbation, Family) else families.by_name(perturbation)
     if isinstance(base, Grouped):
         raise ValueError("perturbation must be a family inside a group, got one of groups itself")
-    if not (groups in ("layers", "leaves") or callable(groups)):
-        raise ValueError(
-            f"groups must be layers, leaves, or a function of (path, leaf); got {groups!r:.80}"
-        )
+    check_groups(groups)
     costs = dict(costs or {})
     if bad := [name for name, cost in costs.items() if not 0 < cost < float("inf")]:
         raise ValueError(f"costs must be finite and above 0, got {costs[bad[0]]!r} of {bad[0]}")
@@ -278,6 +275,17 @@ def grouped(
         raise ValueError(f"memory must be finite and above 1 step, got {memory!r}")
     pairs = tuple(sorted((name, float(cost)) for name, cost in costs.items()))
     return Grouped(base, None, groups, pairs, float(memory), sort_into_tiers(counts or {}))
+
+
+def check_groups(groups: Any) -> None:
+    """
+    Raises:
+      ValueError: it is nothing that `find_groups` makes groups by.
+    """
+    if not (groups in ("layers", "leaves") or callable(groups)):
+        raise ValueError(
+            f"groups must be layers, leaves, or a function of (path, leaf); got {groups!r:.80}"
+        )
 
 
 def find_groups(groups: Groups, params: Any, tiers: Tiers = ()) -> list[tuple[str, Subset]]:
@@ -348,8 +356,16 @@ def _names_of(groups: Groups, path: str, leaf: Any, is_stack: bool) -> str | lis
     return f"{top}/{rest[0]}" if rest and rest[0].isdigit() else top
 
 
-def _formed(x: Any) -> jax.Array:
-    return x.form() if is_perturbed(x) else x
+def put_moved(leaves: list[Any], part: Subset, moved: Any) -> None:
+    """Puts a part that was moved in its place. Rows of a leaf are formed, a whole leaf need not."""
+    assert part.indices is not None
+    new = iter(jax.tree.leaves(moved, is_leaf=is_perturbed))
+    for i, rows in enumerate(part.indices):
+        if rows is ALL:
+            leaves[i] = next(new)
+        elif rows is not None:
+            x = next(new)
+            leaves[i] = leaves[i].at[rows].set(x.form() if is_perturbed(x) else x)
 
 
 def _choose(ends: jax.Array, key: jax.Array) -> jax.Array:
@@ -365,13 +381,16 @@ def _probabilities(ends: jax.Array) -> jax.Array:
 
 def _learned(squares: jax.Array, counts: jax.Array, sizes: np.ndarray, costs: np.ndarray) -> Norms:
     """The shares for what is known of the norms."""
-    # Where nothing is known all coordinates are taken to be alike.
-    known = jnp.sum(squares)
-    per_coordinate = jnp.where(known > 0, known / jnp.maximum(jnp.sum(counts * sizes), 1), 1)
-    squared = (squares + _PRIOR_QUERIES * per_coordinate * sizes) / (counts + _PRIOR_QUERIES)
-    wanted = jnp.sqrt(squared * sizes / costs)
+    wanted = jnp.sqrt(_squared_norms(squares, counts, sizes) * sizes / costs)
     shared = wanted / jnp.sum(wanted)
     fixed = 0.5 * sizes / np.sum(sizes) + 0.5 / len(sizes)
     p = (1 - _EXPLORED) * shared + _EXPLORED * fixed
     ends = jnp.cumsum(p)
     return Norms(squares, counts, (ends / ends[-1]).astype(jnp.float32))
+
+
+def _squared_norms(squares: jax.Array, counts: jax.Array, sizes: np.ndarray) -> jax.Array:
+    # Where nothing is known all coordinates are taken to be alike.
+    known = jnp.sum(squares)
+    per_coordinate = jnp.where(known > 0, known / jnp.maximum(jnp.sum(counts * sizes), 1), 1)
+    return (squares + _PRIOR_QUERIES * per_coordinate * sizes) / (counts + _PRIOR_QUERIES)
