@@ -13,8 +13,8 @@ Per second: a GPT after some steps of backprop with Adam, on text; a batch; cent
 The squared cosine is (mean <estimate, g>)^2 / (mean |estimate|^2 |g|^2) over the keys, g the
 gradient of the batch: what the average of many steps makes of it. Seconds are the median of whole
 estimates, sum of the directions included, each way in turn. What `zo_jax.grouped` learns it learns
-from projections at these parameters, on other batches, before anything is measured; `zo_jax.scaled` is
-given the norms of the gradient of another batch.
+from projections at these parameters, on other batches, before anything is measured;
+`zo_jax.scaled` is given the norms of the gradient of another batch.
 """
 
 import argparse
