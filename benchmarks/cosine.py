@@ -4,7 +4,7 @@
                                              docs/cosine.png, about a minute on 2 CPU cores
   python benchmarks/cosine.py --per-second   squared cosine a second, against directions of signs of
                                              all parameters: some four minutes
-  python benchmarks/cosine.py --per-second --models=character
+  python benchmarks/cosine.py --per-second --models=character --directions=scale
 
 By queries: a small GPT at its initial parameters, a batch of Shakespeare, exact directional
 derivatives (difference "jvp"), several keys.
@@ -144,7 +144,7 @@ class Way:
         return along**2 / (squared * norm**2)
 
 
-def per_second(name: str) -> None:
+def per_second(name: str, directions: str) -> None:
     settings, tokenizer, num_steps, batch_size, length, num_queries, epsilon = MODELS[name]
     corpus = load_corpus(DataConfig(block_size=length, tokenizer=tokenizer))
     config = ModelConfig(context_length=length, **settings)
@@ -162,7 +162,6 @@ def per_second(name: str) -> None:
     other = jax.jit(jax.grad(loss_fn))(params, batches(1))
     scaled = lambda counts: zo_jax.scaled(norms_of(other, counts), counts=counts)
     families = {
-        "signs of all parameters": "rademacher",
         "signs of a layer": zo_jax.grouped(),
         "signs of a layer, costs told": zo_jax.grouped(costs=costs),
         "signs of all, a scale for each leaf": scaled({}),
@@ -172,9 +171,10 @@ def per_second(name: str) -> None:
             "signs of a layer, or of tokens as common": zo_jax.grouped(counts=counts),
             "signs of all, a scale for each leaf, or for tokens as common": scaled(counts),
         }
+    chosen = {label: family for label, family in families.items() if directions in label}
     ways = [
         Way(label, loss_fn, params, gradient, options | dict(perturbation=family))
-        for label, family in families.items()
+        for label, family in {"signs of all parameters": "rademacher", **chosen}.items()
     ]
     for way in ways:
         for i in range(LEARNING_STEPS if isinstance(way.family, Grouped) else 0):
@@ -206,12 +206,15 @@ def main() -> None:
     parser.add_argument(
         "--models", default="", help="of --per-second: those with this in their name"
     )
+    parser.add_argument(
+        "--directions", default="", help="of --per-second: those with this in their label"
+    )
     args = parser.parse_args()
     if not args.per_second:
         by_queries()
     for name in MODELS:
         if args.per_second and args.models in name:
-            per_second(name)
+            per_second(name, args.directions)
 
 
 def by_queries() -> None:

@@ -96,6 +96,15 @@ _LONG = dict(
     train__eval_interval=2000,
 )
 
+# Factors of all products of all layers, which nothing lies below.
+_ALL_LAYERS = dict(
+    lora__targets="_proj$",
+    lora__num_layers=0,
+    train__keep_activations=False,
+    train__num_steps=60,
+    train__eval_interval=60,
+)
+
 METHODS = {
     "zero_shot": Method("zero-shot", ""),
     "calibrated": Method("zero-shot, threshold of the training examples", ""),
@@ -130,6 +139,19 @@ METHODS = {
         "backprop, LoRA",
         "finetune_lora",
         _backprop(1e-3, train__num_steps=600, train__eval_interval=50),
+    ),
+    "fo_lora_all": Method(
+        "backprop, LoRA of all layers", "finetune_lora", _backprop(1e-3, **_ALL_LAYERS)
+    ),
+    "block_local_lora": Method(
+        "backprop inside every layer alone, LoRA of all layers",
+        "finetune_lora",
+        _backprop(1e-3, mode="block_local", **_ALL_LAYERS),
+    ),
+    "feedback_lora": Method(
+        "residual feedback, no derivatives of units, LoRA of all layers",
+        "finetune_lora",
+        _backprop(1e-3, mode="feedback", feedback__attention="closed_form", **_ALL_LAYERS),
     ),
     "fo_full": Method("backprop, all weights", "finetune", _of_weights(2e-5)),
     "fo_top": Method("backprop, top half", "finetune", _of_weights(2e-5, scope=TOP_HALF)),
