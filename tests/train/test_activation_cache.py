@@ -9,11 +9,12 @@ import pytest
 from zo_jax.train import run_state, steps
 from zo_jax.train.activation_cache import ActivationCache
 from zo_jax.train.choices import scope_of
+from zo_jax.train.combinations import check_mesh
 from zo_jax.train.config import ConfigError, LoraConfig, ZOConfig
 from zo_jax.train.run import train_and_evaluate
 from zo_jax.train.subject import load_sources, make_subject
 from zo_jax.train.tools import ledger
-from zo_jax.train.validation import check_mesh, resolve, validate
+from zo_jax.train.validation import resolve, validate
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import zo_jax
 from zo_jax.layout import Layout
 from zo_jax.train import describe, limits, processes
 from zo_jax.train.choices import count_trained
+from zo_jax.train.combinations import check_mesh
 from zo_jax.train.config import GRADIENT_MODES, Config, ConfigError, MeshConfig
 from zo_jax.train.data.sources import DataError
 from zo_jax.train.export import as_tokenizer
@@ -27,7 +28,7 @@ from zo_jax.train.settings import walk
 from zo_jax.train.signals import CannotWrite, RunStopped
 from zo_jax.train.subject import Sources, Subject, load_sources, make_subject
 from zo_jax.train.tasks import spread
-from zo_jax.train.validation import check_mesh, resolve, validate
+from zo_jax.train.validation import resolve, validate
 
 # What `train_and_evaluate` raises for reasons that its messages explain.
 FAILURES = (ConfigError, DataError, CheckpointError, RunStopped)
