@@ -13,12 +13,13 @@ those of the steps, without compilation and evaluation.
 """
 
 import argparse
-from collections.abc import Callable
+import dataclasses
 import itertools
 import time
 from typing import Any, NamedTuple
 
 import jax
+from learning import mean_and_spread
 import numpy as np
 import optax
 
@@ -109,13 +110,12 @@ class Runner:
         self.evaluate = make_evaluate(self.model)
         self.held_out = choose_blocks(self.corpus.validation_NT, 256)
 
-    def programs(self, config: Config) -> Callable[[int], tuple[float, float]]:
-        """(seed) -> (validation loss, seconds); seeds share the programs."""
+    def run(self, config: Config) -> tuple[float, float]:
+        """Validation loss and seconds of a run with the configuration's seed."""
         config = resolve(config, len(self.corpus.train_NT))
-        take = steps.make_train_step(config, self.model)
+        take = steps.make_train_step(config, self.model)  # its keys are the seed's
 
-        def run(seed: int, num_steps: int = config.train.num_steps) -> tuple[float, float]:
-            config.seed = seed
+        def run(num_steps: int) -> tuple[float, float]:
             state: Any = run_state.init_state(config, self.model)
             start = time.perf_counter()
             for step in range(num_steps):
@@ -125,8 +125,8 @@ class Runner:
             return float(self.evaluate(state.params, self.held_out)), seconds
 
         # Compiles both kinds of steps.
-        run(0, min(config.train.num_steps, max(1, config.fo.bp_interval)))
-        return run
+        run(min(config.train.num_steps, max(1, config.fo.bp_interval)))
+        return run(config.train.num_steps)
 
 
 def tell_cosines(runner: Runner, num_steps: int, interval: int = 50) -> None:
@@ -160,19 +160,20 @@ def tell(
     settings = list(itertools.product(method.rates, method.relative_rates))
     tried: dict[tuple[float, float], list[tuple[float, float]]] = {}
     for rate, relative in settings:
-        run = runner.programs(make_config(method, interval, rate, relative, *length))
-        tried[rate, relative] = [run(seed) for seed in seeds]
+        config = make_config(method, interval, rate, relative, *length)
+        tried[rate, relative] = [
+            runner.run(dataclasses.replace(config, seed=seed)) for seed in seeds
+        ]
     mean = lambda setting: np.mean([loss for loss, _ in tried[setting]])
     best = min(settings, key=lambda setting: np.nan_to_num(mean(setting), nan=np.inf))
     found = tried[best]
     losses = [loss for loss, _ in found]
-    spread = f" ± {np.std(losses, ddof=1):.3f}" if len(losses) > 1 else ""
     rate, relative = best
     edge = " (edge)" if rate in (method.rates[0], method.rates[-1]) else ""
     return (
         f"| {method.label} | {interval if method.mode != 'zo' else ''} | {rate:g}{edge} | "
         f"{f'{relative:g} x' if relative else ''} | {np.mean([s for _, s in found]):.1f} | "
-        f"{np.mean(losses):.3f}{spread} | {len(losses)} |"
+        f"{mean_and_spread(losses)} | {len(losses)} |"
     )
 
 

@@ -4,10 +4,13 @@ gives: the table of docs/learning.md.
   python benchmarks/learning.py                  all rows, three seeds, steps of configs/default.py
   python benchmarks/learning.py --methods=feedback,backprop --seeds=0 --steps=400
   python benchmarks/learning.py --depths=2,4,8 --methods=feedback,block_local,backprop
+  python benchmarks/learning.py --factors=0.5,1,2
 
 The model, data, batches and optimiser of every row are those of configs/default.py, but for what
-its name says; the rows of configs/zo.py have its own. A row is printed as soon as it is known, and
-its runs are kept in the file --out, where a later call finds them. A forward pass is one of the
+its name says; the rows of configs/zo.py have its own. The rates of a row are those times the one of
+--factors with the lowest loss in the end, first seed. A row is printed as soon as it is known, and
+its runs are kept in the file --out, where a later call finds them; another configuration wants
+another file. A forward pass is one of the
 network; a backprop gradient counts as three, and a step of the feedback modes too, with all that
 they evaluate of single layers. Seconds are those of the steps, without compilation and evaluation.
 """
@@ -39,7 +42,9 @@ from zo_jax.train.validation import resolve, validate
 # A pass up the network, and products as costly as two more.
 PASSES_OF_A_GRADIENT = 3
 NUM_POINTS, EVAL_BLOCKS = 12, 256
-HEADER = "| method | layers | seeds | steps | forward passes | seconds | validation loss |"
+HEADER = (
+    "| method | layers | rates x | seeds | steps | forward passes | seconds | validation loss |"
+)
 
 
 class Method(NamedTuple):
@@ -166,8 +171,9 @@ METHODS = {
         "its control: one rate for directions and head", _config_zo(_same_rate)
     ),
     "zo": Method("zeroth order as in configs/zo.py, equal passes", _zeroth_order),
-    "zo_seconds": Method("zeroth order as in configs/zo.py, equal seconds", _zeroth_order),
 }
+# Rows with a model, batches, steps and rates of their own.
+OWN_RATES = [method for method in METHODS if method.startswith("config_zo")]
 
 
 def passes_of_a_step(config: Config) -> int:
@@ -177,13 +183,19 @@ def passes_of_a_step(config: Config) -> int:
     return 2 * zo.num_queries + (PASSES_OF_A_GRADIENT if zo.exact != "none" else 0)
 
 
-def make_config(method: str, depth: int, seed: int, num_steps: int) -> Config:
+def make_config(method: str, depth: int, seed: int, num_steps: int, factor: float = 1.0) -> Config:
     config = experiment.load("default")
     config.seed, config.model.num_layers = seed, depth
     config.train.num_steps = num_steps or config.train.num_steps
     METHODS[method].change(config)
+    scale_rates(config, factor)
     validate(config)
     return config
+
+
+def scale_rates(config: Config, factor: float) -> None:
+    for name in ("learning_rate", "adam_learning_rate", "min_learning_rate"):
+        setattr(config.optimizer, name, factor * getattr(config.optimizer, name))
 
 
 class Trainer:
@@ -224,25 +236,18 @@ class Trainer:
         return dict(steps=ends.tolist(), passes=passes.tolist(), seconds=seconds, loss=losses)
 
 
-def run(method: str, depth: int, seed: int, num_steps: int, rows: list[dict]) -> dict[str, Any]:
-    config = make_config(method, depth, seed, num_steps)
-    if method == "zo_seconds":  # those of the first method, whose row must be there
-        (given,) = (r for r in rows if r["key"] == ["feedback", depth, seed, num_steps])
-        trainer = Trainer(config)
-        _, spent = trainer.take(run_state.init_state(trainer.config, trainer.model), 0, 20)
-        config.train.num_steps = max(1, int(given["seconds"][-1] / (spent / 20)))
-    return dict(key=[method, depth, seed, num_steps]) | Trainer(config).run()
+def run(method: str, depth: int, seed: int, num_steps: int, factor: float) -> dict[str, Any]:
+    config = make_config(method, depth, seed, num_steps, factor)
+    return dict(key=[method, depth, seed, num_steps, factor]) | Trainer(config).run()
 
 
-def tell(rows: list[dict], method: str, depth: int, num_steps: int) -> str:
-    """A row of the table, of all its seeds that are there."""
-    mine = [row for row in rows if row["key"][:2] + row["key"][3:] == [method, depth, num_steps]]
-    losses, seconds = ([row[name][-1] for row in mine] for name in ("loss", "seconds"))
-    last = mine[-1]
+def tell(label: str, depth: int, factor: str, found: list[dict]) -> str:
+    """A row of the table, of the runs of all seeds."""
+    losses, seconds = ([row[name][-1] for row in found] for name in ("loss", "seconds"))
+    last = found[-1]
     return (
-        f"| {METHODS[method].label} | {depth} | {len(mine)} | {last['steps'][-1]:,} | "
-        f"{last['passes'][-1]:,} "
-        f"| {np.mean(seconds):.0f} | {mean_and_spread(losses)} |"
+        f"| {label} | {depth} | {factor} | {len(found)} | {last['steps'][-1]:,} | "
+        f"{last['passes'][-1]:,} | {np.mean(seconds):.0f} | {mean_and_spread(losses)} |"
     )
 
 
@@ -252,24 +257,22 @@ def mean_and_spread(values: list[float]) -> str:
     return f"{np.mean(values):.3f}{spread}"
 
 
-def draw(rows: list[dict], depth: int, num_steps: int, path: Path) -> None:
-    """Curves of the first seed, by passes and by seconds."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    for method in METHODS:
-        row = next(
-            (r for r in rows if r["key"][:2] + r["key"][3:] == [method, depth, num_steps]), None
-        )
-        if row:
-            for ax, name in zip(axes, ("passes", "seconds"), strict=True):
-                ax.plot(row[name], row["loss"], marker=".", label=METHODS[method].label)
+def draw(runs: dict[str, dict], path: Path) -> None:
+    """Curves by passes and by seconds, by their labels."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 6), sharey=True)
+    colors = plt.get_cmap("tab20").colors  # pyright: ignore
+    for (label, row), color in zip(runs.items(), itertools.cycle(colors), strict=False):
+        for ax, name in zip(axes, ("passes", "seconds"), strict=True):
+            ax.plot(row[name][1:], row["loss"][1:], marker=".", label=label, color=color)
     axes[0].set(
-        xlabel="forward passes", ylabel="validation loss, nats a character", ylim=(1.5, 3.3)
+        xlabel="forward passes", ylabel="validation loss, nats a character", ylim=(1.7, 3.0)
     )
     axes[1].set(xlabel="seconds of steps")
-    axes[1].legend(fontsize=6)
     for ax in axes:
+        ax.set_xscale("log")
         ax.grid(alpha=0.3)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=3, loc="lower center")
+    figure.tight_layout(rect=(0, 0.18, 1, 1))
     figure.savefig(path, dpi=120)
 
 
@@ -280,6 +283,7 @@ def main() -> None:
     parser.add_argument("--depths", type=split(int), default=[2])
     parser.add_argument("--seeds", type=split(int), default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=0, help="of the default run and of backprop")
+    parser.add_argument("--factors", type=split(float), default=[1.0], help="of the rates")
     parser.add_argument("--out", type=Path, default=Path("runs/learning.jsonl"))
     parser.add_argument("--figure", type=Path, default=Path("runs/learning.png"))
     args = parser.parse_args()
@@ -288,16 +292,33 @@ def main() -> None:
     for path in (args.out, args.figure):
         path.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in args.out.open()] if args.out.exists() else []
+    known = {tuple(row["key"]): row for row in rows}
+
+    def found(*key: Any) -> dict[str, Any]:
+        if key not in known:
+            known[key] = run(*key)
+            with args.out.open("a") as file:
+                file.write(json.dumps(known[key]) + "\n")
+        return known[key]
+
     print(f"{HEADER}\n|{'---|' * HEADER.count(' | ')}---|", flush=True)
+    drawn = {}
     for depth in args.depths:
         for method in args.methods:
-            for seed in args.seeds:
-                if [method, depth, seed, args.steps] not in [row["key"] for row in rows]:
-                    rows.append(run(method, depth, seed, args.steps, rows))
-                    with args.out.open("a") as file:
-                        file.write(json.dumps(rows[-1]) + "\n")
-            print(tell(rows, method, depth, args.steps), flush=True)
-    draw(rows, args.depths[0], args.steps, args.figure)
+            factors = [1.0] if method in OWN_RATES else args.factors
+            of = lambda factor, seed, method=method, depth=depth: found(
+                method, depth, seed, args.steps, factor
+            )
+            first = {factor: of(factor, args.seeds[0]) for factor in factors}
+            factor = min(factors, key=lambda f: np.nan_to_num(first[f]["loss"][-1], nan=np.inf))
+            label = METHODS[method].label
+            runs = [of(factor, seed) for seed in args.seeds]
+            is_edge = len(factors) > 1 and factor in (min(factors), max(factors))
+            rates = f"{factor:g}{' (edge)' if is_edge else ''}"
+            print(tell(label, depth, rates, runs), flush=True)
+            if depth == args.depths[0]:
+                drawn[label] = runs[0]
+    draw(drawn, args.figure)
 
 
 if __name__ == "__main__":

@@ -61,10 +61,8 @@ def make_config(method: str, seed: int, factor: float, tokenizer: str, num_steps
             config.zo.groups = "tokens"
     else:
         learning.METHODS[method].change(config)
-    optimizer = config.optimizer
-    for name in ("learning_rate", "adam_learning_rate", "min_learning_rate"):
-        setattr(optimizer, name, factor * getattr(optimizer, name))
-    optimizer.warmup_steps = min(optimizer.warmup_steps, num_steps // 10)
+    learning.scale_rates(config, factor)
+    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, num_steps // 10)
     config.train.num_steps = num_steps
     validate(config)
     return config

@@ -14,6 +14,7 @@ Dust (Q Labs, 2026). Axes: B sequences, T tokens.
 """
 
 from collections.abc import Callable
+import inspect
 import math
 from typing import Any, NamedTuple
 
@@ -23,9 +24,11 @@ import optax
 
 from zo_jax.activation_errors import evaluate_clean, find_errors, mean_errors, trace
 from zo_jax.activation_feedback import ActivationFeedback, new_feedback, output_error
-from zo_jax.estimators import typed_key
+from zo_jax.estimators import positive_int, typed_key
 from zo_jax.noise import key_words, own_words
 from zo_jax.trees import Rule, Subset, as_arrays
+
+_NUMBERS = ("num_draws", "sigma", "discount")
 
 
 class ActivationEstimate(NamedTuple):
@@ -241,6 +244,10 @@ def activation_zeroth_order(
     """
     words = key_words(typed_key(key))
     feedback = options.pop("feedback", None)
+    known = inspect.signature(activation_gradient).parameters
+    if unknown := options.keys() - known.keys():
+        raise ValueError(f"options must be those of activation_gradient, got {min(unknown)!r}")
+    _check(**{name: options.get(name, known[name].default) for name in _NUMBERS})
 
     def init_fn(params: Any) -> ActivationState:
         del params
@@ -267,8 +274,7 @@ def activation_zeroth_order(
 
 
 def _check(num_draws: int, sigma: float, discount: float) -> None:
-    if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 1:
-        raise ValueError(f"num_draws must be an integer of at least 1, got {num_draws!r}")
+    positive_int("num_draws", num_draws)
     if not (sigma > 0 and math.isfinite(sigma)):
         raise ValueError(f"sigma must be finite and above 0, got {sigma!r}")
     if not 0 <= discount <= 1:

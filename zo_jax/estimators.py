@@ -132,7 +132,7 @@ class Estimator:
 
     def __post_init__(self):
         for name in ("num_queries", "parallel_batch_size", "batch_chunks"):
-            object.__setattr__(self, name, _positive_int(name, getattr(self, name)))
+            object.__setattr__(self, name, positive_int(name, getattr(self, name)))
         if self.difference not in DIFFERENCES:
             raise ValueError(f"difference must be one of {DIFFERENCES}, got {self.difference!r}")
         if not callable(self.epsilon) and not isinstance(self.epsilon, Tracer):
@@ -441,7 +441,7 @@ def typed_key(key: jax.Array) -> jax.Array:
     return key
 
 
-def _positive_int(name: str, value: Any) -> int:
+def positive_int(name: str, value: Any) -> int:
     """A Python or NumPy integer of at least 1."""
     if isinstance(value, Tracer):
         raise ValueError(

@@ -5,7 +5,7 @@ along it, and sums many of them again from their keys. `Family` is that contract
 of your own needs; `zo_jax.word_family` is how those of this library keep it.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax import lax
@@ -22,6 +22,10 @@ class Family:
     `vmap`; `add` is there for the sake of speed. If it holds arrays it is a registered pytree, as
     `jax.tree_util.register_dataclass` makes one.
 
+    Attributes:
+      has_dual: whether `add` sums other directions y than the z that `move` moves along, with
+        E[z yᵀ] = I: what projections along z tell is then of y.
+
     >>> import jax, jax.numpy as jnp, zo_jax
     >>> class OneCoordinate(zo_jax.Family):
     ...     '''√d e_j for a random coordinate j of a vector [d].'''
@@ -35,6 +39,8 @@ class Family:
     >>> bool(jnp.allclose(est.gradient, jnp.array([1.0, 2.0, 3.0]), rtol=0.2))
     True
     """
+
+    has_dual: ClassVar[bool] = False
 
     def draw(self, params: Any, key: jax.Array) -> Any:
         """What is random of the direction that `key` names: a pytree of arrays, drawn once for all

@@ -36,6 +36,8 @@ Groups = str | Callable[[str, Any], Any]
 _EXPLORED = 0.1
 # Queries that the guess "all coordinates alike" counts for.
 _PRIOR_QUERIES = 1.0
+# Projections that are not learned from: sums of squares of larger ones overflow.
+_LARGEST = 1e16
 # Folded into a query's key for the word that chooses its group.
 _CHOICE = 0x67726F75
 _TWO_GROUPS = "groups must not name a group {name!r}, as one of the tiers of counts is called"
@@ -80,7 +82,7 @@ class Grouped(Family):
     def learn(self, params: Any, keys: jax.Array, projections: jax.Array) -> "Grouped":
         norms = self._norms(params)
         group = jax.vmap(lambda key: _choose(norms.ends, key))(keys)
-        usable = jnp.isfinite(jnp.square(projections))
+        usable = jnp.abs(projections) < _LARGEST  # false of nan
         c = jnp.where(usable, projections, 0).astype(jnp.float32)
         p = _probabilities(norms.ends)
         is_in_GQ = (jnp.arange(len(p))[:, None] == group[None]) & usable[None]
@@ -183,11 +185,8 @@ class Grouped(Family):
                 f"costs has {min(unknown)!r}, which is no group; the groups are "
                 f"{', '.join(name for name, _ in found)}"
             )
-        own = [jax.eval_shape(part.select, params) for _, part in found]
-        sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in own]
-        return np.array(sizes, np.float32), np.array(
-            [costs.get(name, 1.0) for name, _ in found], np.float32
-        )
+        own = [costs.get(name, 1.0) for name, _ in found]
+        return sizes_of(found, params), np.array(own, np.float32)
 
 
 @jax.tree_util.register_dataclass
@@ -264,9 +263,7 @@ def grouped(
     >>> {name: bool(share > 0.5) for name, share in family.shares(params).items()}
     {'blocks/0': False, 'blocks/1': False, 'head': True}
     """
-    base = perturbation if isinstance(perturbation, Family) else families.by_name(perturbation)
-    if isinstance(base, Grouped):
-        raise ValueError("perturbation must be a family inside a group, got one of groups itself")
+    base = base_of(perturbation)
     check_groups(groups)
     costs = dict(costs or {})
     if bad := [name for name, cost in costs.items() if not 0 < cost < float("inf")]:
@@ -275,6 +272,18 @@ def grouped(
         raise ValueError(f"memory must be finite and above 1 step, got {memory!r}")
     pairs = tuple(sorted((name, float(cost)) for name, cost in costs.items()))
     return Grouped(base, None, groups, pairs, float(memory), sort_into_tiers(counts or {}))
+
+
+def base_of(perturbation: Family | str) -> Family:
+    """The family of directions inside a group.
+
+    Raises:
+      ValueError: it is one of groups itself.
+    """
+    base = perturbation if isinstance(perturbation, Family) else families.by_name(perturbation)
+    if base.has_dual or isinstance(base, Grouped):
+        raise ValueError("perturbation must be a family inside a group, got one of groups itself")
+    return base
 
 
 def check_groups(groups: Any) -> None:
@@ -333,6 +342,12 @@ def find_groups(groups: Groups, params: Any, tiers: Tiers = ()) -> list[tuple[st
             f"{', '.join(path_name(p) for p, x in flat if is_floating(x)):.200}"
         )
     return [(name, Subset(tuple(own))) for name, own in rows.items()]
+
+
+def sizes_of(found: list[tuple[str, Subset]], params: Any) -> np.ndarray:
+    """The number of parameters of each group, float32 [G]."""
+    own = [jax.eval_shape(part.select, params) for _, part in found]
+    return np.array([sum(x.size for x in jax.tree.leaves(tree)) for tree in own], np.float32)
 
 
 def _names_of(groups: Groups, path: str, leaf: Any, is_stack: bool) -> str | list[str]:

@@ -132,6 +132,11 @@ def probe(
             "probe measures directions, which have no part in what is exact: leave exact out, or "
             "choose epsilon and rate by hand"
         )
+    if estimator.family.has_dual:
+        raise ValueError(
+            "probe measures slopes along the directions that it sums, and these are two with "
+            f"{type(estimator.family).__name__}: leave it out, or choose epsilon and rate by hand"
+        )
     _check_arguments(params, batch, num_steps, optimizer, batch_fn, budget)
     params, key = as_arrays(params), typed_key(key)
     look_key, measure_key, trial_key = jax.random.split(key, 3)

@@ -9,15 +9,14 @@ directions of all parameters alike have Σ d_g Σ n_g².
 
 from collections.abc import Iterator, Mapping
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zo_jax import families
 from zo_jax.family import Family
-from zo_jax.grouped import Groups, check_groups, find_groups, put_moved
+from zo_jax.grouped import Groups, base_of, check_groups, find_groups, put_moved, sizes_of
 from zo_jax.layout import Layout
 from zo_jax.tiers import Tiers, sort_into_tiers
 from zo_jax.trees import Subset, is_floating
@@ -34,6 +33,8 @@ class Scaled(Family):
       groups, tiers: as in `zo_jax.grouped`.
     """
 
+    has_dual: ClassVar[bool] = True
+
     base: Family
     norms: tuple[tuple[str, float], ...] = dataclasses.field(metadata={"static": True})
     groups: Groups = dataclasses.field(metadata={"static": True})
@@ -48,8 +49,7 @@ class Scaled(Family):
                 f"norms must have one for each group, {', '.join(names):.200}; got "
                 f"{', '.join(norms):.200}"
             )
-        own = [jax.eval_shape(part.select, params) for _, part in found]
-        sizes = np.array([sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in own])
+        sizes = sizes_of(found, params)
         squares = np.sqrt(sizes) / np.array([norms[name] for name in names])
         scales = np.sqrt(squares * sizes.sum() / (sizes @ squares))
         return dict(zip(names, map(float, scales), strict=True))
@@ -140,9 +140,12 @@ def scaled(
     >>> bool(jnp.allclose(est.gradient["bias"], 1.0, atol=0.5))
     True
     """
-    base = perturbation if isinstance(perturbation, Family) else families.by_name(perturbation)
+    base = base_of(perturbation)
     check_groups(groups)
     if bad := [name for name, norm in norms.items() if not 0 < norm < float("inf")]:
-        raise ValueError(f"norms must be finite and above 0, got {norms[bad[0]]!r} of {bad[0]}")
+        raise ValueError(
+            f"norms must be finite and above 0, got {norms[bad[0]]!r} of {bad[0]}; give a group "
+            "without a gradient a small one"
+        )
     pairs = tuple(sorted((name, float(norm)) for name, norm in norms.items()))
     return Scaled(base, pairs, groups, sort_into_tiers(counts or {}))

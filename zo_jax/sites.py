@@ -284,9 +284,51 @@ def trace_tokens(
         )
     jaxpr = without_custom_vjp(closed.jaxpr)
     sites = Sites(jaxpr, [True] * len(values), shape)
+    sites.uncovered |= _elsewhere(losses_of, params, batch, sites)
 
     def evaluate(values, noises):
         (losses_BT,), taps = sites.evaluate(closed.consts, values, noises)
         return losses_BT, taps
 
     return evaluate, sites
+
+
+def _elsewhere(
+    losses_of: Callable[..., Any], params: Any, batch: tuple[Any, ...], sites: Sites
+) -> set[int]:
+    """The leaves with a use that is no site of a batch with other numbers of sequences and tokens:
+    where the two of them, or one and another axis, are equal, shapes alone do not tell which axis
+    is which.
+    """
+    B, T = sites.tokens
+    if B != T and not any({B, T} & set(site.token_shape) for site in sites.sites):
+        return set()
+    fewer = T - 1 if T > 1 else T + 1
+    more = B + 1 if B + 1 != fewer else B + 2
+
+    def resized(x: Any) -> jax.ShapeDtypeStruct:
+        shape = list(jnp.shape(x))
+        if shape and shape[0] == B:
+            shape[0] = more
+        if len(shape) > 1 and shape[1] in (T, T + 1):
+            shape[1] += fewer - T
+        return jax.ShapeDtypeStruct(shape, jnp.result_type(x))
+
+    leaves, treedef = jax.tree.flatten(params)
+    floating = [leaf for leaf in leaves if is_floating(leaf)]
+
+    def run(values, batch):
+        values = iter(values)
+        own = [next(values) if is_floating(leaf) else leaf for leaf in leaves]
+        return losses_of(jax.tree.unflatten(treedef, own), *batch)
+
+    try:
+        others = jax.tree.map(resized, batch)
+        closed, out = jax.make_jaxpr(run, return_shape=True)(floating, others)
+    except Exception:  # whatever a model raises that is of these shapes alone
+        return set()
+    if getattr(out, "shape", None) != (more, fewer):
+        return set()
+    is_param = [i < len(floating) for i in range(len(closed.jaxpr.invars))]
+    other = Sites(without_custom_vjp(closed.jaxpr), is_param, (more, fewer))
+    return {i for i in other.uncovered if i < len(floating)}
