@@ -11,8 +11,8 @@ its name says; the rows of configs/zo.py have its own. The rates of a row are th
 --factors with the lowest loss in the end, first seed. A row is printed as soon as it is known, and
 its runs are kept in the file --out, where a later call finds them; another configuration wants
 another file. A forward pass is one of the
-network; a backprop gradient counts as three, and a step of the feedback modes too, with all that
-they evaluate of single layers. Seconds are those of the steps, without compilation and evaluation.
+network; a backprop gradient counts as three, and a step of the feedback modes as four: they
+evaluate every block once more by itself. Seconds are those of the steps, without compilation and evaluation.
 """
 
 import argparse
@@ -39,8 +39,9 @@ from zo_jax.train.evaluate import choose_blocks, make_evaluate
 from zo_jax.train.model import make_model
 from zo_jax.train.validation import resolve, validate
 
-# A pass up the network, and products as costly as two more.
-PASSES_OF_A_GRADIENT = 3
+# A pass up the network and products as costly as two more; where every block is looked at by itself
+# it is evaluated there again.
+PASSES_OF_A_STEP = {"fo": 3, "feedback": 4, "block_local": 4}
 NUM_POINTS, EVAL_BLOCKS = 12, 256
 HEADER = (
     "| method | layers | rates x | seeds | steps | forward passes | seconds | validation loss |"
@@ -99,7 +100,7 @@ def _zeroth_order(config: Config) -> None:
     own = experiment.load("zo")
     config.mode, config.feedback = "zo", FeedbackConfig()
     config.zo, config.optimizer = own.zo, own.optimizer
-    passes = config.train.num_steps * PASSES_OF_A_GRADIENT
+    passes = config.train.num_steps * PASSES_OF_A_STEP["feedback"]
     config.train.num_steps = max(1, passes // passes_of_a_step(config))
 
 
@@ -179,8 +180,8 @@ OWN_RATES = [method for method in METHODS if method.startswith("config_zo")]
 def passes_of_a_step(config: Config) -> int:
     zo = config.zo
     if config.mode != "zo":
-        return PASSES_OF_A_GRADIENT
-    return 2 * zo.num_queries + (PASSES_OF_A_GRADIENT if zo.exact != "none" else 0)
+        return PASSES_OF_A_STEP[config.mode]
+    return 2 * zo.num_queries + (PASSES_OF_A_STEP["fo"] if zo.exact != "none" else 0)
 
 
 def make_config(method: str, depth: int, seed: int, num_steps: int, factor: float = 1.0) -> Config:
