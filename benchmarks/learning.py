@@ -10,9 +10,9 @@ The model, data, batches and optimiser of every row are those of configs/default
 its name says; the rows of configs/zo.py have its own. The rates of a row are those times the one of
 --factors with the lowest loss in the end, first seed. A row is printed as soon as it is known, and
 its runs are kept in the file --out, where a later call finds them; another configuration wants
-another file. A forward pass is one of the
-network; a backprop gradient counts as three, and a step of the feedback modes as four: they
-evaluate every block once more by itself. Seconds are those of the steps, without compilation and evaluation.
+another file. A forward pass is one of the network; a backprop gradient counts as three, and a step
+of the feedback modes as four: they evaluate every block once more by itself. Seconds are those of
+the steps, without compilation and evaluation.
 """
 
 import argparse

@@ -113,7 +113,7 @@ class Grouped(Family):
 
     def on_part(self, params: Any, part: int) -> Family:
         p = _probabilities(self._norms(params).ends)[part]
-        return _Scaled(self.base, lax.rsqrt(p))
+        return _Times(self.base, lax.rsqrt(p))
 
     def moves(self, params: Any) -> list[bool]:
         return [is_floating(leaf) for leaf in jax.tree.leaves(params)]
@@ -191,7 +191,7 @@ class Grouped(Family):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Scaled(Family):
+class _Times(Family):
     """The directions of another family times a factor."""
 
     base: Family

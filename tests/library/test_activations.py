@@ -175,6 +175,35 @@ def test_bad_arguments():
             call(**options)
     with pytest.raises(ValueError, match="pass params and value_fn"):
         zo_jax.activation_zeroth_order(KEY).update(None, None)
+    for options, match in (
+        ({"num_draws": 0}, "num_draws must be an integer"),
+        ({"sigmaa": 1.0}, "must be those of activation_gradient, got 'sigmaa'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            zo_jax.activation_zeroth_order(KEY, **options)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (4, 4), (5, 6), (4, 5), (1, 1)])
+def test_axes_in_another_order_are_refused_of_any_length(sizes):
+    """Also where shapes do not tell sequences from tokens."""
+    x_BTC, w = jnp.ones((*sizes, 3)), jnp.ones((3, 3))
+
+    def in_order(w, x_BTC):
+        return jnp.sum(jnp.tanh(jnp.cumsum(x_BTC @ w, axis=1)), axis=-1)
+
+    def time_major(w, x_BTC):
+        h_TBC = jnp.swapaxes(x_BTC, 0, 1) @ w
+        return jnp.sum(jnp.tanh(jnp.cumsum(h_TBC, axis=0)), axis=-1).T
+
+    def by_heads(w, x_BTC):  # [B, H, T, D] with five heads
+        h_BHTC = jnp.repeat(x_BTC[:, None], 5, axis=1) @ w
+        return jnp.sum(jnp.tanh(jnp.cumsum(h_BHTC, axis=2)), axis=(1, 3))
+
+    call = lambda f, **options: zo_jax.activation_gradient(f, w, KEY, x_BTC, **options)
+    call(in_order, num_draws=np.int64(2))
+    for other in (time_major, by_heads):
+        with pytest.raises(ValueError, match="parameters must act linearly on activations"):
+            call(other)
 
 
 def output_error(params, x_BT):

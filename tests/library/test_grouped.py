@@ -314,6 +314,16 @@ def test_bad_arguments():
     with pytest.raises(
         ValueError, match="learned the norms of 5 groups, but the parameters have 1"
     ):
-        zo_jax.grouped().start(PARAMS).parts and zo_jax.grouped().start(PARAMS).part_of(
-            {"a": X}, KEY
-        )
+        zo_jax.grouped().start(PARAMS).part_of({"a": X}, KEY)
+
+
+def test_projections_that_overflow_are_not_learned_from():
+    estimator = zo_jax.Estimator(8, perturbation=zo_jax.grouped())
+    family = estimator.start(PARAMS)
+    keys = estimator.keys(KEY)
+    for huge in (1.5e19, jnp.inf, jnp.nan):
+        projections = jnp.ones(8).at[::2].set(huge)
+        family = family.learn(PARAMS, keys, projections)
+    shares = np.array(list(family.shares(PARAMS).values()))
+    np.testing.assert_allclose(shares.sum(), 1, rtol=1e-5)
+    assert np.all(np.isfinite(list(family.gradient_norms(PARAMS).values())))

@@ -146,6 +146,11 @@ def test_bad_arguments():
         zo_jax.scaled(norms | {"head": 0.0})
     with pytest.raises(ValueError, match="groups must be layers, leaves"):
         zo_jax.scaled(norms, "rows")
+    for family in (zo_jax.grouped(), zo_jax.scaled(norms)):
+        with pytest.raises(ValueError, match="must be a family inside a group"):
+            zo_jax.scaled(norms, perturbation=family)
+    with pytest.raises(ValueError, match="these are two with Scaled: leave it out"):
+        zo_jax.probe(loss_fn, PARAMS, KEY, num_steps=9, perturbation=zo_jax.scaled(norms))
     norms.pop("head")
     with pytest.raises(ValueError, match="norms must have one for each group, blocks/b"):
         zo_jax.scaled(norms).direction(PARAMS, KEY)

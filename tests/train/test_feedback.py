@@ -335,6 +335,7 @@ def test_every_setting_has_an_effect(feedback_config, name, value, others):
     [
         ("model", "compute_dtype", "bfloat16", "needs model.param_dtype=float32"),
         ("feedback", "num_draws", 33, "from 1 to 32"),
+        ("feedback", "sigma", 0.5, "noise on the weights of attention, .* at most 0.2"),
         ("feedback", "discount", 0.5, "only if feedback.attention is qkv"),
         ("fo", "batch_size", 3, "only if mode is fo or calibrate or instruct"),
         ("zo", "num_queries", 3, "only if mode is zo or calibrate or instruct"),

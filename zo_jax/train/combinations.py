@@ -152,7 +152,21 @@ def _check_model(config: Config) -> None:
         )
 
 
+# A row of weights with noise of size s sums to 1 ± s (standard deviation), and is divided by that.
+_LARGEST_NOISE = 0.2
+
+
 def _check_feedback(config: Config) -> None:
+    feedback = config.feedback
+    if (
+        config.mode == "feedback"
+        and feedback.attention == "weights"
+        and feedback.sigma > _LARGEST_NOISE
+    ):
+        raise ConfigError(
+            f"feedback.sigma={feedback.sigma:g} is too much for noise on the weights of attention, "
+            f"which have to stay above 0 in sum; set it to at most {_LARGEST_NOISE}"
+        )
     dtypes = config.model.param_dtype, config.model.compute_dtype
     if config.mode == "feedback" and set(dtypes) != {"float32"}:
         raise ConfigError(

@@ -584,9 +584,8 @@ class FeedbackConfig:
     )
     sigma: float = setting(
         0.05,
-        "size of the differences: of weights relative to their roots, of queries, keys, values and "
-        "the MLP's units "
-        "relative to their root mean square",
+        "size of the differences: of weights relative to their roots (at most 0.2), of queries, "
+        "keys, values and the MLP's units relative to their root mean square",
         allowed="above 1e-4 and below 10",
         only_if="mode is feedback",
     )

@@ -68,12 +68,11 @@ def attention_error(
 
     Methods:
       weights: signs a, times s and the root of each weight w, are added to the weights of a token,
-        which change that token's output z
-        alone: the error of w is the mean of c a / √w, with c = ⟨error, z(w + s √w a) - z(w - s √w
-          a)⟩ / 2s, and w times as large
-        is that of its logit. The rest is linear: q, k and v get theirs through the transposes of q
-        kᵀ and of the weights. The mean over many draws is the derivative of `attention`, but for
-        O(s²).
+        which change that token's output z alone. With
+        c = ⟨error, z(w + s √w a) - z(w - s √w a)⟩ / 2s the error of w is the mean of c a / √w, and
+        w times as large is that of its logit. The rest is linear: q, k and v get theirs through the
+        transposes of q kᵀ and of the weights. The mean over many draws is the derivative of
+        `attention`, but for O(s²), s small: the weights of a token sum to 1 ± s with noise.
       qkv: signs are added to q, to k and to v, each in passes of its own. What later tokens read of
         k and v is credited with their scores too, `discount` for each token that lies between.
         Biased.
@@ -94,8 +93,7 @@ def attention_error(
       Three arrays [B, T, H, D].
 
     Source: "local scores" are node perturbation (Williams, "Simple statistical gradient-following
-      algorithms", 1992) of a part
-    of the network whose output's error is known.
+    algorithms", 1992) of a part of the network whose output's error is known.
     """
     if method == "none":
         return tuple(map(jnp.zeros_like, qkv))

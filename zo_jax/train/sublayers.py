@@ -1,11 +1,10 @@
 """The parts of the GPT as functions of arrays, each with the gradient of its parameters from the
 error of its own output.
 
-No part is differentiated with another: what leaves a part is the gradient of its parameters and
-the error of its input.
-Linear maps and the scales of LayerNorm have it in closed form; attention and the MLP's units as
-`credit.py` finds it. Axes: B blocks, T tokens, C width of the residual stream, H heads, D width of
-a head, U units of the MLP, N tokens of all blocks, V vocabulary.
+No part is differentiated with another: what leaves a part is the gradient of its parameters and the
+error of its input. Linear maps and LayerNorm have it in closed form; attention and the MLP's units
+as `credit.py` finds it. Axes: B blocks, T tokens, C width of the residual stream, H heads, D width
+of a head, U units of the MLP, N tokens of all blocks, V vocabulary.
 """
 
 import functools
