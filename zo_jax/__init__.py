@@ -2,7 +2,7 @@
 
 from importlib import metadata as _metadata
 
-from zo_jax import methods
+from zo_jax import credit, methods
 from zo_jax.activation_feedback import ActivationFeedback
 from zo_jax.activations import (
     ActivationEstimate,
@@ -27,6 +27,7 @@ from zo_jax.grouped import grouped
 from zo_jax.guided import guided, instruct_directions
 from zo_jax.interpreter import record_formed
 from zo_jax.layout import Layout
+from zo_jax.local import attention_by_draws, by_differences, residual_feedback
 from zo_jax.mudamw import MudamwState, mudamw
 from zo_jax.perturbed import Dense, LowRank, Perturbed
 from zo_jax.probe import Probe, probe
@@ -67,7 +68,10 @@ __all__ = [
     "activation_zeroth_order",
     "anchor",
     "apply_directions",
+    "attention_by_draws",
+    "by_differences",
     "by_name",
+    "credit",
     "estimate_gradient",
     "evolution",
     "fill_frozen",
@@ -87,6 +91,7 @@ __all__ = [
     "rademacher",
     "record_formed",
     "register_rule",
+    "residual_feedback",
     "scaled",
     "shape_scores",
     "sphere",

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from zo_jax.train import credit, feedback, run_state, steps
+from zo_jax.train import feedback, run_state, steps
 from zo_jax.train.config import FeedbackConfig
 from zo_jax.train.losses import next_token_loss
 from zo_jax.train.model import Block, make_model
@@ -217,76 +217,6 @@ def test_random_feedback_and_errors_of_the_last_layer_alone(feedback_config):
     np.testing.assert_allclose(zero[-1], total_C, rtol=1e-4, atol=1e-6)
 
 
-def test_unit_error_misses_the_derivative_by_the_square_of_the_difference():
-    u = jnp.linspace(-3, 3, 41)
-    error = jnp.cos(7 * u)
-    exact = error * jax.vmap(jax.grad(jax.nn.gelu))(u)
-    miss = [
-        np.abs(credit.unit_error(jax.nn.gelu, u, error, size) - exact).max() for size in (0.2, 0.1)
-    ]
-    assert 3.5 < miss[0] / miss[1] < 4.5 and miss[1] < 0.02
-
-
-def heads(seed):
-    """q, k, v, and an error of attention's output, each [2, 6, 2, 4]."""
-    return [jax.random.normal(k, (2, 6, 2, 4)) for k in jax.random.split(jax.random.key(seed), 4)]
-
-
-def attention_errors(method, keys, **options):
-    *qkv, error = heads(0)
-    options = dict(num_draws=4, size=0.02, discount=1.0) | options
-    return jax.lax.map(lambda k: credit.attention_error(method, qkv, error, k, **options), keys)
-
-
-def attention_derivative():
-    *qkv, error = heads(0)
-    plain = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    out, derivative = jax.vjp(plain, *qkv)
-    np.testing.assert_allclose(credit.attention(*qkv), out, rtol=1e-5, atol=1e-6)
-    return derivative(error)
-
-
-def test_closed_form_is_the_derivative_of_attention():
-    found = attention_errors("closed_form", jax.random.split(jax.random.key(0), 1))
-    for one, exact in zip(found, attention_derivative(), strict=True):
-        np.testing.assert_allclose(one[0], exact, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", ["weights", "qkv"])
-def test_the_mean_of_local_scores_is_the_derivative_of_attention(method):
-    """If ĝ has the mean g and E‖ĝ - g‖² = R ‖g‖², the mean of M has R / M. Twice that, and 1 % for
-    the O(s²), is the bound.
-    """
-    num = 2000
-    found = attention_errors(method, jax.random.split(jax.random.key(1), num))
-    for draws, exact in zip(found, attention_derivative(), strict=True):
-        draws, exact = np.asarray(draws), np.asarray(exact)
-        square = np.sum(exact**2)
-        each = np.mean(np.sum((draws - exact) ** 2, axis=(1, 2, 3, 4))) / square
-        miss = np.sqrt(np.sum((draws.mean(0) - exact) ** 2) / square)
-        assert miss < np.sqrt(2 * each / num) + 0.01
-        assert each < 30, "a bound that 2,000 draws bring below 0.2"
-
-
-def test_more_draws_are_less_noise():
-    keys = jax.random.split(jax.random.key(2), 300)
-    exact = np.asarray(attention_derivative()[0])
-    noise = lambda n: np.mean(
-        (attention_errors("weights", keys, num_draws=n)[0] - exact[None]) ** 2
-    )
-    np.testing.assert_allclose(noise(2) / noise(8), 4, rtol=0.2)
-
-
-@pytest.mark.parametrize("method", ["weights", "qkv", "closed_form"])
-def test_attention_error_knows_nothing_of_the_future(method):
-    """A token's error is no reason for what stands after it."""
-    *qkv, error = heads(3)
-    options = dict(num_draws=3, size=0.05, discount=0.9)
-    early = error.at[:, 3:].set(0)
-    for one in credit.attention_error(method, qkv, early, jax.random.key(0), **options):
-        assert np.any(one[:, :3]) and not np.any(one[:, 3:])
-
-
 def test_mode_feedback_differentiates_nothing(monkeypatch, feedback_config):
     model, params, tokens = setup(feedback_config)
 
@@ -312,7 +242,7 @@ def test_mode_feedback_differentiates_nothing(monkeypatch, feedback_config):
         ("attention", "closed_form", {}),
         ("attention", "none", {}),
         ("num_draws", 5, {}),
-        ("sigma", 0.3, {}),
+        ("sigma", 0.2, {}),
         ("discount", 0.5, {"attention": "qkv"}),
         ("errors", "last", {}),
         ("matrix", "random", {}),

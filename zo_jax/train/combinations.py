@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from zo_jax.credit import MAX_SIZE
 from zo_jax.tiers import pack, unpack
 from zo_jax.train.choices import own_method, unrecorded_method
 from zo_jax.train.config import KEPT, Config
@@ -152,20 +153,12 @@ def _check_model(config: Config) -> None:
         )
 
 
-# A row of weights with noise of size s sums to 1 ± s (standard deviation), and is divided by that.
-_LARGEST_NOISE = 0.2
-
-
 def _check_feedback(config: Config) -> None:
     feedback = config.feedback
-    if (
-        config.mode == "feedback"
-        and feedback.attention == "weights"
-        and feedback.sigma > _LARGEST_NOISE
-    ):
+    if config.mode == "feedback" and feedback.attention == "weights" and feedback.sigma > MAX_SIZE:
         raise ConfigError(
             f"feedback.sigma={feedback.sigma:g} is too much for noise on the weights of attention, "
-            f"which have to stay above 0 in sum; set it to at most {_LARGEST_NOISE}"
+            f"which have to stay above 0 in sum; set it to at most {MAX_SIZE}"
         )
     dtypes = config.model.param_dtype, config.model.compute_dtype
     if config.mode == "feedback" and set(dtypes) != {"float32"}:

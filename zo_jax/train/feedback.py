@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from zo_jax.local import by_differences
 from zo_jax.models.layers import AS_IT_IS, CHECKPOINTED, Around
-from zo_jax.train import credit
 from zo_jax.train.config import Config, FeedbackConfig
 from zo_jax.train.model import GPT, Block
 from zo_jax.train.sublayers import (
@@ -125,8 +125,8 @@ def make_around(config: Config, num_layers: int) -> Around:
     """What the layers of a pretrained model and their parts are evaluated in, for backprop to go
     the way of residual feedback: what it hands a layer is the error of the output, which below that
     layer goes on beside it; the first layer hands the embeddings its own. In mode feedback the
-    units of an MLP have differences in the place of a derivative, as `credit.unit_error` takes
-    them, so that what is left of derivatives are closed forms of single layers.
+    units of an MLP have differences in the place of a derivative, so that what is left of
+    derivatives are closed forms of single layers.
 
     Values stay what they are, to the bit; of a layer backprop keeps the input alone.
 
@@ -166,21 +166,7 @@ def make_around(config: Config, num_layers: int) -> Around:
     if config.mode == "block_local":
         return Around(of_layer)
     of_attention = _without_error if options.attention == "none" else AS_IT_IS.attend
-    return Around(of_layer, functools.partial(_by_differences, options.sigma), of_attention)
-
-
-def _by_differences(size: float, function: Callable[[jax.Array], jax.Array]) -> Any:
-    """The function of single units, whose derivative is `credit.unit_error`."""
-
-    @jax.custom_vjp
-    def unit(u: jax.Array) -> jax.Array:
-        return function(u)
-
-    unit.defvjp(
-        lambda u: (function(u), u),
-        lambda u, error: (credit.unit_error(function, u, error, size),),
-    )
-    return unit
+    return Around(of_layer, functools.partial(by_differences, size=options.sigma), of_attention)
 
 
 def _without_error(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from zo_jax.train import credit
+from zo_jax import credit
 from zo_jax.train.config import FeedbackConfig
 from zo_jax.train.losses import cross_entropy_gradient
 

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 
 # Signs are the bits of one word, so a site has as many draws at most.
 MAX_DRAWS = 32
+# A row of weights with noise of size s sums to 1 ± s (standard deviation), and is divided by that.
+MAX_SIZE = 0.2
 
 
 def unit_error(
@@ -56,14 +58,14 @@ def attention(q_BTHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array) -> jax.Ar
 
 def attention_error(
     method: str,
-    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    qkv: tuple[jax.Array, ...],
     error_BTHD: jax.Array,
     key: jax.Array,
     *,
     num_draws: int,
     size: float,
     discount: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """The errors of q, k and v, given that of the output of `attention`.
 
     Methods:
