@@ -206,11 +206,9 @@ def per_second(name: str, directions: str) -> None:
     print("| directions | promised | squared cosine | seconds | x, a second |\n|" + "---|" * 5)
     rates = [way.squared_cosine(norm) / np.median(way.seconds) for way in ways]
     for way, rate in zip(ways, rates, strict=True):
-        print(
-            f"| {way.label} | {promised(way.family, gradient):.2f} | {way.squared_cosine(norm):.2e} | {np.median(way.seconds):.3f} | "
-            f"{rate / rates[0]:.2f} |",
-            flush=True,
-        )
+        found = promised(way.family, gradient), way.squared_cosine(norm), np.median(way.seconds)
+        numbers = "{:.2f} | {:.2e} | {:.3f}".format(*found)
+        print(f"| {way.label} | {numbers} | {rate / rates[0]:.2f} |", flush=True)
 
 
 def main() -> None:
