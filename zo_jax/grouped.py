@@ -224,8 +224,8 @@ def grouped(
     sizes, and the variance is that of directions of all parameters; a tenth of the queries stays
     shared out by size and evenly. Groups above the first layers cost less, for what lies below a
     group is evaluated once for all queries, or where these are fewer than two a group once for
-    both sides of a query (with `parallel_batch_size` 1): say so by `costs`. The loss is compiled
-    once for each group.
+    both sides of a query (with `parallel_batch_size` 1). Where that is most of an evaluation, say
+    so by `costs`. The loss is compiled once for each group.
 
     The family is a value, and `learn` returns the next one. `zeroth_order` and the program keep it
     in their states, and so does `Update`, given it at the start: `update.init(params,
