@@ -11,7 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from zo_jax import exact as exactly
-from zo_jax.sites import Site, trace_tokens
+from zo_jax.sites import Site, Sites, trace_tokens
 from zo_jax.trees import is_floating, loss_of, path_name
 
 
@@ -67,7 +67,9 @@ def evaluate_clean(token_loss_fn: Any, whole: Any, batch: Any, exact: Any) -> Cl
     return Clean(found.sites, losses_BT, losses_with, gradient_of)
 
 
-def trace(token_loss_fn, params, batch, exact):
+def trace(
+    token_loss_fn: Any, params: Any, batch: Any, exact: Any
+) -> tuple[Any, Any, Callable[..., Any], Sites]:
     """(the two parts or None, what has noise, its evaluation, its sites)."""
     parts, losses_of, noisy = None, token_loss_fn, params
     if exact is not None:
@@ -88,7 +90,15 @@ def _check_covered(uncovered: set[int], params: Any, tokens: tuple[int, ...]) ->
         )
 
 
-def find_errors(losses_with, sites, sigma, key, num_draws, discount, guess):
+def find_errors(
+    losses_with: Callable[[Any], jax.Array],
+    sites: list[Site],
+    sigma: float,
+    key: jax.Array,
+    num_draws: int,
+    discount: float,
+    guess: tuple[list[jax.Array], jax.Array] | None,
+) -> tuple[list[jax.Array], jax.Array, tuple[jax.Array, jax.Array]]:
     """(for each site the error of its value in the losses' sum, the number of draws that are not
     left out, and what these say of a guess: see `ActivationFeedback.learn`).
 
@@ -114,6 +124,7 @@ def find_errors(losses_with, sites, sigma, key, num_draws, discount, guess):
         both_2BT = lax.map(lambda side: losses_with(noise(side)), jnp.float32([sigma, -sigma]))
         change_BT = (both_2BT[0] - both_2BT[1]).astype(jnp.float32) / (2 * sigma)
         is_finite = jnp.all(jnp.isfinite(change_BT))
+        # Without a guess there is nothing predicted of any site.
         of_sites = [_by_token(a * p, s) for a, p, s in zip(draws, predicted, sites, strict=False)]
         expected_SBT = jnp.stack(of_sites) if of_sites else _zeros(0, *change_BT.shape)
         change_BT -= jnp.einsum("s,sbt->bt", weights, expected_SBT)
