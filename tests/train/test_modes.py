@@ -7,7 +7,7 @@ import pytest
 
 from zo_jax.guided import instruct_directions
 from zo_jax.interpreter import record_formed
-from zo_jax.train import choices, hybrid, run_state, steps
+from zo_jax.train import choices, guided_steps, run_state, steps
 from zo_jax.train.config import ConfigError, InstructConfig, blocks_per_step
 from zo_jax.train.data import batches
 from zo_jax.train.data.corpus import load_corpus
@@ -199,18 +199,20 @@ def test_adaptive_schedule():
     config = InstructConfig(adaptive=True, cosine_target=0.01, noise_scale=10.0)
     for lowest in (np.inf, 7.0, 6.95, 6.5, 5.0, 1.0):
         k = np.floor((7.0 - lowest) / 0.2) if lowest < 7.0 else 0
-        history = hybrid.new_history()._replace(lowest=jnp.float32(lowest))
+        history = guided_steps.new_history()._replace(lowest=jnp.float32(lowest))
         expected = min(0.01 + 0.1 * k, 0.99), max(10 - 1.0 * k, 0.1)
-        np.testing.assert_allclose(hybrid.adaptive_schedule(config, history), expected, rtol=1e-5)
+        np.testing.assert_allclose(
+            guided_steps.adaptive_schedule(config, history), expected, rtol=1e-5
+        )
 
 
 def test_history_is_the_lowest_mean_of_ten():
     losses = np.random.default_rng(0).uniform(1, 3, 25).astype(np.float32)
     losses[5] = np.nan  # left out
-    history = hybrid.new_history()
+    history = guided_steps.new_history()
     finite, expected = [], np.inf
     for loss in losses:
-        history = hybrid.remember(history, jnp.float32(loss))
+        history = guided_steps.remember(history, jnp.float32(loss))
         finite += [loss] if np.isfinite(loss) else []
         if len(finite) >= 10:
             expected = min(expected, np.mean(finite[-10:]))

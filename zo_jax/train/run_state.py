@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from zo_jax.layout import Layout
-from zo_jax.train import hybrid
+from zo_jax.train import guided_steps
 from zo_jax.train.choices import (
     base_key,
     make_estimator,
@@ -102,7 +102,7 @@ def state_shapes(config: Config, model: Any) -> RunState:
 def _begin(
     config: Config, model: Any, rules: Update, layout: Layout | None, params: Any
 ) -> RunState:
-    history = hybrid.new_history() if config.instruct.adaptive else None
+    history = guided_steps.new_history() if config.instruct.adaptive else None
     num_flat = None if config.objective.name == "loss" else jnp.zeros((), jnp.int32)
     family = _start(config, model, layout, params)
     return RunState(rules.init(params, family), history, num_flat)

@@ -17,7 +17,7 @@ import optax
 from zo_jax.anchor import distance
 from zo_jax.estimators import Estimator
 from zo_jax.layout import Layout
-from zo_jax.train import feedback, hybrid
+from zo_jax.train import feedback, guided_steps
 from zo_jax.train.activation_cache import ActivationCache
 from zo_jax.train.choices import (
     base_key,
@@ -259,7 +259,7 @@ def make_guided_step(
             )
             return some.project(loss(state.params), trained, part.key, own)
 
-        mean_loss, gradient, cosine, noise_scale = hybrid.estimate_guided(
+        mean_loss, gradient, cosine, noise_scale = guided_steps.estimate_guided(
             config.instruct,
             backprop,
             state.history,
@@ -343,7 +343,7 @@ def _make_tell(config: Config, scope: Subset) -> Callable[..., tuple[RunState, S
         cosine_target: Any = jnp.nan,
         noise_scale: Any = jnp.nan,
     ) -> tuple[RunState, StepMetrics]:
-        history = before.history and hybrid.remember(before.history, metrics.loss)
+        history = before.history and guided_steps.remember(before.history, metrics.loss)
         drift = jnp.float32(jnp.nan)
         if config.optimizer.anchor:
             anchor = train.opt_state[-1]
