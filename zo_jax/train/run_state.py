@@ -30,7 +30,7 @@ class RunState(NamedTuple):
     """
 
     train: TrainState
-    history: hybrid.LossHistory | None
+    history: guided_steps.LossHistory | None
     num_flat: jax.Array | None = None
 
     @property

@@ -251,7 +251,7 @@ def make_guided_step(
         trained = rules.subset.select(state.params)
         _, backprop = loss_and_grad(state.params, fo_batch)
 
-        def project_part(part: hybrid.Part) -> tuple[jax.Array, jax.Array]:
+        def project_part(part: guided_steps.Part) -> tuple[jax.Array, jax.Array]:
             of_part = lambda x: x[part.first : part.end]
             own = jax.tree.map(of_part, batch) if config.zo.batch_per_query else batch
             some = dataclasses.replace(
