@@ -33,7 +33,8 @@ import numpy as np
 import optax
 
 import zo_jax
-from zo_jax.grouped import Grouped, find_groups, sizes_of
+from zo_jax.grouped import Grouped
+from zo_jax.groups import find_groups, sizes_of
 from zo_jax.scaled import Scaled
 from zo_jax.tiers import sort_into_tiers
 from zo_jax.train.config import DataConfig, ModelConfig

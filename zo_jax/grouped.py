@@ -11,7 +11,7 @@ one of the group: so E[z zᵀ] = I whatever p is, and the estimate is unbiased. 
 from projections: along a direction of group g the mean of c² p_g is n_g².
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -20,15 +20,10 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from zo_jax import families
 from zo_jax.family import Family
-from zo_jax.layout import Layout
-from zo_jax.rules import is_perturbed
+from zo_jax.groups import Groups, OfGroups, base_of, check_groups, find_groups, put_moved, sizes_of
 from zo_jax.tiers import Tiers, sort_into_tiers
-from zo_jax.trees import ALL, Subset, is_floating, path_name, stacked_leaves
-
-# "layers", "leaves", or (path, leaf) -> a name, or the names of the layers of a stack.
-Groups = str | Callable[[str, Any], Any]
+from zo_jax.trees import Subset
 
 # This part of the queries is not shared out by norms: half of it by sizes, so that no direction
 # goes further than √(2 / part) times as far as one of all parameters, half evenly, so that every
@@ -40,7 +35,6 @@ _PRIOR_QUERIES = 1.0
 _LARGEST = 1e16
 # Folded into a query's key for the word that chooses its group.
 _CHOICE = 0x67726F75
-_TWO_GROUPS = "groups must not name a group {name!r}, as one of the tiers of counts is called"
 
 
 class Norms(NamedTuple):
@@ -59,7 +53,7 @@ class Norms(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Grouped(Family):
+class Grouped(OfGroups):
     """See `grouped`.
 
     Attributes:
@@ -115,9 +109,6 @@ class Grouped(Family):
         p = _probabilities(self._norms(params).ends)[part]
         return _Times(self.base, lax.rsqrt(p))
 
-    def moves(self, params: Any) -> list[bool]:
-        return [is_floating(leaf) for leaf in jax.tree.leaves(params)]
-
     def draw(self, params: Any, key: jax.Array) -> Any:
         own = [self.base.draw(part.select(params), key) for part in self.parts(params)]
         return self.part_of(params, key), own
@@ -131,36 +122,17 @@ class Grouped(Family):
             put_moved(leaves, part, self.base.move(part.select(params), drawn, size))
         return jax.tree.unflatten(treedef, leaves)
 
-    def add(self, params: Any, keys: jax.Array, weights: jax.Array) -> Any:
-        for part, of_part in self._weights(params, keys, weights):
-            params = part.merge(params, self.base.add(part.select(params), keys, of_part))
-        return params
-
-    def combine_with_norm(
-        self, params: Any, keys: jax.Array, weights: jax.Array
-    ) -> tuple[Any, jax.Array]:
-        total, squared = jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.float32)
-        for part, of_part in self._weights(params, keys, weights):
-            own, norm = self.base.combine_with_norm(part.select(total), keys, of_part)
-            total, squared = part.merge(total, own), squared + norm**2
-        return total, jnp.sqrt(squared)
-
-    def on(self, layout: Layout | None) -> "Grouped":
-        return dataclasses.replace(self, base=self.base.on(layout))
-
     def _found(self, params: Any) -> list[tuple[str, Subset]]:
         return find_groups(self.groups, params, self.tiers)
 
-    def _weights(
+    def summands(
         self, params: Any, keys: jax.Array, weights: jax.Array
-    ) -> list[tuple[Subset, jax.Array]]:
-        """Each group with the weights of its own directions, 0 for the others'."""
+    ) -> list[tuple[Subset, jax.Array, jax.Array]]:
         ends = self._norms(params).ends
         p = _probabilities(ends)
         group = jax.vmap(lambda key: _choose(ends, key))(keys)
-        weights = jnp.asarray(weights, jnp.float32)
-        own = lambda i: jnp.where(group == i, weights * lax.rsqrt(p[i]), 0)
-        return [(part, own(i)) for i, part in enumerate(self.parts(params))]
+        own = lambda i: jnp.where(group == i, weights * lax.rsqrt(p[i]), 0)  # 0 for the others'
+        return [(part, keys, own(i)) for i, part in enumerate(self.parts(params))]
 
     def _first(self, params: Any) -> Norms:
         sizes, costs = self._sizes_and_costs(params)
@@ -272,115 +244,6 @@ def grouped(
         raise ValueError(f"memory must be finite and above 1 step, got {memory!r}")
     pairs = tuple(sorted((name, float(cost)) for name, cost in costs.items()))
     return Grouped(base, None, groups, pairs, float(memory), sort_into_tiers(counts or {}))
-
-
-def base_of(perturbation: Family | str) -> Family:
-    """The family of directions inside a group.
-
-    Raises:
-      ValueError: it is one of groups itself.
-    """
-    base = perturbation if isinstance(perturbation, Family) else families.by_name(perturbation)
-    if base.has_dual or isinstance(base, Grouped):
-        raise ValueError("perturbation must be a family inside a group, got one of groups itself")
-    return base
-
-
-def check_groups(groups: Any) -> None:
-    """
-    Raises:
-      ValueError: it is nothing that `find_groups` makes groups by.
-    """
-    if not (groups in ("layers", "leaves") or callable(groups)):
-        raise ValueError(
-            f"groups must be layers, leaves, or a function of (path, leaf); got {groups!r:.80}"
-        )
-
-
-def find_groups(groups: Groups, params: Any, tiers: Tiers = ()) -> list[tuple[str, Subset]]:
-    """(name, leaves and layers or rows) of each group, in order of their first leaves.
-
-    >>> import jax.numpy as jnp
-    >>> params = {"blocks": {"w": jnp.zeros((2, 3, 3))}, "head": jnp.zeros((3, 4))}
-    >>> [name for name, _ in find_groups("layers", params)]
-    ['blocks/0', 'blocks/1', 'head']
-    """
-    flat = jax.tree.leaves_with_path(params)
-    rows: dict[str, list[Any]] = {}
-    tier_of = {path: np.frombuffer(own, np.uint8) for path, own in tiers}
-    of_tiers: set[str] = set()
-    for i, ((path, leaf), is_stack) in enumerate(zip(flat, stacked_leaves(params), strict=True)):
-        if not is_floating(leaf):
-            continue
-        tier = tier_of.pop(path_name(path), None)
-        if tier is not None:
-            if leaf.ndim == 0 or len(tier) != leaf.shape[0]:
-                raise ValueError(
-                    f"counts must have a number for each row of {path_name(path)} "
-                    f"{list(leaf.shape)}, got {len(tier)}"
-                )
-            for t in range(tier.max() + 1):
-                name = f"{path_name(path)}/{t}"
-                if name in rows:
-                    raise ValueError(_TWO_GROUPS.format(name=name))
-                of_tiers.add(name)
-                rows[name] = [None] * len(flat)
-                rows[name][i] = np.flatnonzero(tier == t) if tier.any() else ALL
-            continue
-        names = _names_of(groups, path_name(path), leaf, is_stack)
-        for name in [names] if isinstance(names, str) else dict.fromkeys(names):
-            if name in of_tiers:
-                raise ValueError(_TWO_GROUPS.format(name=name))
-            own = ALL
-            if not isinstance(names, str):
-                own = np.flatnonzero([other == name for other in names])
-                own = ALL if len(own) == len(names) else own
-            rows.setdefault(name, [None] * len(flat))[i] = own
-    if tier_of:
-        raise ValueError(
-            f"counts must name leaves that have directions, got {min(tier_of)!r}; they are "
-            f"{', '.join(path_name(p) for p, x in flat if is_floating(x)):.200}"
-        )
-    return [(name, Subset(tuple(own))) for name, own in rows.items()]
-
-
-def sizes_of(found: list[tuple[str, Subset]], params: Any) -> np.ndarray:
-    """The number of parameters of each group, float32 [G]."""
-    own = [jax.eval_shape(part.select, params) for _, part in found]
-    return np.array([sum(x.size for x in jax.tree.leaves(tree)) for tree in own], np.float32)
-
-
-def _names_of(groups: Groups, path: str, leaf: Any, is_stack: bool) -> str | list[str]:
-    """The group of a leaf, or those of its layers."""
-    if callable(groups):
-        names = groups(path, leaf)
-        if isinstance(names, str):
-            return names
-        names = list(map(str, names))
-        if not leaf.ndim or len(names) != leaf.shape[0]:
-            raise ValueError(
-                f"groups must return a name for {path}, or one for each of its layers; got "
-                f"{len(names)} for the shape {leaf.shape}"
-            )
-        return names
-    if groups == "leaves":
-        return path
-    top, *rest = path.split("/")
-    if is_stack:
-        return [f"{top}/{i}" for i in range(leaf.shape[0])]
-    return f"{top}/{rest[0]}" if rest and rest[0].isdigit() else top
-
-
-def put_moved(leaves: list[Any], part: Subset, moved: Any) -> None:
-    """Puts a part that was moved in its place. Rows of a leaf are formed, a whole leaf need not."""
-    assert part.indices is not None
-    new = iter(jax.tree.leaves(moved, is_leaf=is_perturbed))
-    for i, rows in enumerate(part.indices):
-        if rows is ALL:
-            leaves[i] = next(new)
-        elif rows is not None:
-            x = next(new)
-            leaves[i] = leaves[i].at[rows].set(x.form() if is_perturbed(x) else x)
 
 
 def _choose(ends: jax.Array, key: jax.Array) -> jax.Array:

@@ -12,19 +12,17 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from zo_jax.family import Family
-from zo_jax.grouped import Groups, base_of, check_groups, find_groups, put_moved, sizes_of
-from zo_jax.layout import Layout
+from zo_jax.groups import Groups, OfGroups, base_of, check_groups, find_groups, put_moved, sizes_of
 from zo_jax.tiers import Tiers, sort_into_tiers
-from zo_jax.trees import Subset, is_floating
+from zo_jax.trees import Subset
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Scaled(Family):
+class Scaled(OfGroups):
     """See `scaled`.
 
     Attributes:
@@ -54,9 +52,6 @@ class Scaled(Family):
         scales = np.sqrt(squares * sizes.sum() / (sizes @ squares))
         return dict(zip(names, map(float, scales), strict=True))
 
-    def moves(self, params: Any) -> list[bool]:
-        return [is_floating(leaf) for leaf in jax.tree.leaves(params)]
-
     def draw(self, params: Any, key: jax.Array) -> Any:
         return [
             self.base.draw(part.select(params), jax.random.fold_in(key, i))
@@ -69,33 +64,14 @@ class Scaled(Family):
             put_moved(leaves, part, self.base.move(part.select(params), drawn, scale * own))
         return jax.tree.unflatten(treedef, leaves)
 
-    def add(self, params: Any, keys: jax.Array, weights: jax.Array) -> Any:
-        for part, own_keys, own_weights in self._summands(params, keys, weights):
-            params = part.merge(params, self.base.add(part.select(params), own_keys, own_weights))
-        return params
-
-    def combine_with_norm(
-        self, params: Any, keys: jax.Array, weights: jax.Array
-    ) -> tuple[Any, jax.Array]:
-        total, squared = jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.float32)
-        for part, *own in self._summands(params, keys, weights):
-            new, norm = self.base.combine_with_norm(part.select(total), *own)
-            total, squared = part.merge(total, new), squared + norm**2
-        return total, jnp.sqrt(squared)
-
-    def on(self, layout: Layout | None) -> "Scaled":
-        return dataclasses.replace(self, base=self.base.on(layout))
-
     def _parts(self, params: Any) -> list[tuple[Subset, float]]:
         """Each group with its scale."""
         found, scales = find_groups(self.groups, params, self.tiers), self.scales(params)
         return [(part, scales[name]) for name, part in found]
 
-    def _summands(
+    def summands(
         self, params: Any, keys: jax.Array, weights: jax.Array
     ) -> Iterator[tuple[Subset, jax.Array, jax.Array]]:
-        """Each group with the keys and the weights of its own directions."""
-        weights = jnp.asarray(weights, jnp.float32)
         for i, (part, scale) in enumerate(self._parts(params)):
             own = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys)
             yield part, own, weights / scale

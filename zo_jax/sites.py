@@ -268,13 +268,13 @@ def trace_tokens(
     leaves, treedef = jax.tree.flatten(params)
     fixed = [None if is_floating(leaf) else leaf for leaf in leaves]
 
-    def run(values):
+    def run(values, batch):
         values = iter(values)
         own = [next(values) if x is None else x for x in fixed]
         return losses_of(jax.tree.unflatten(treedef, own), *batch)
 
     values = [leaf for leaf in leaves if is_floating(leaf)]
-    closed, out = jax.make_jaxpr(run, return_shape=True)(values)
+    closed, out = jax.make_jaxpr(lambda values: run(values, batch), return_shape=True)(values)
     shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", None)
     if dtype is None or shape is None or len(shape) != 2 or not jnp.issubdtype(dtype, jnp.floating):
         got = type(out).__name__ if shape is None else f"shape {shape} and dtype {dtype}"
@@ -284,7 +284,7 @@ def trace_tokens(
         )
     jaxpr = without_custom_vjp(closed.jaxpr)
     sites = Sites(jaxpr, [True] * len(values), shape)
-    sites.uncovered |= _elsewhere(losses_of, params, batch, sites)
+    sites.uncovered |= _elsewhere(run, values, batch, sites)
 
     def evaluate(values, noises):
         (losses_BT,), taps = sites.evaluate(closed.consts, values, noises)
@@ -294,7 +294,7 @@ def trace_tokens(
 
 
 def _elsewhere(
-    losses_of: Callable[..., Any], params: Any, batch: tuple[Any, ...], sites: Sites
+    run: Callable[..., Any], values: list[Any], batch: tuple[Any, ...], sites: Sites
 ) -> set[int]:
     """The leaves with a use that is no site of a batch with other numbers of sequences and tokens:
     where the two of them, or one and another axis, are equal, shapes alone do not tell which axis
@@ -314,21 +314,13 @@ def _elsewhere(
             shape[1] += fewer - T
         return jax.ShapeDtypeStruct(shape, jnp.result_type(x))
 
-    leaves, treedef = jax.tree.flatten(params)
-    floating = [leaf for leaf in leaves if is_floating(leaf)]
-
-    def run(values, batch):
-        values = iter(values)
-        own = [next(values) if is_floating(leaf) else leaf for leaf in leaves]
-        return losses_of(jax.tree.unflatten(treedef, own), *batch)
-
     try:
         others = jax.tree.map(resized, batch)
-        closed, out = jax.make_jaxpr(run, return_shape=True)(floating, others)
+        closed, out = jax.make_jaxpr(run, return_shape=True)(values, others)
     except Exception:  # whatever a model raises that is of these shapes alone
         return set()
     if getattr(out, "shape", None) != (more, fewer):
         return set()
-    is_param = [i < len(floating) for i in range(len(closed.jaxpr.invars))]
+    is_param = [i < len(values) for i in range(len(closed.jaxpr.invars))]
     other = Sites(without_custom_vjp(closed.jaxpr), is_param, (more, fewer))
-    return {i for i in other.uncovered if i < len(floating)}
+    return {i for i in other.uncovered if i < len(values)}

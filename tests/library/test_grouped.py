@@ -14,7 +14,7 @@ from test_prefix import Counter
 
 import zo_jax
 from zo_jax import ledger
-from zo_jax.grouped import find_groups
+from zo_jax.groups import find_groups
 from zo_jax.replay import make_header, replay
 
 KEY = jax.random.key(8)

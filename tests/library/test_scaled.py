@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import zo_jax
-from zo_jax.grouped import find_groups
+from zo_jax.groups import find_groups
 from zo_jax.trees import is_floating
 
 KEY = jax.random.key(7)
